@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all that a fresh machine needs: each sets everything up first, once.
+PYTHON ?= python3
+VENV ?= .venv
+# The PyTorch release that was tested last; where it cannot be had, pip takes what pyproject.toml allows.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MINIMUM := .venv-minimum
+
+.PHONY: demo test test-slow test-minimum lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/qartsr demo -o demo_output
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+# The lowest versions that pyproject.toml declares, exactly, in an environment of their own.
+test-minimum: $(MINIMUM)/.installed
+	$(MINIMUM)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(MINIMUM) build *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch and the packages that QArtSR needs (several minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet '$(TORCH)' >/dev/null 2>&1 || true
+	$(BIN)/python -m pip install --quiet -e '.[test,calibration]'
+	@touch $@
+
+$(MINIMUM)/.installed: pyproject.toml tools/minimum_requirements.py
+	$(PYTHON) -m venv $(MINIMUM)
+	$(MINIMUM)/bin/python tools/minimum_requirements.py test calibration > $(MINIMUM)/requirements.txt
+	$(MINIMUM)/bin/python -m pip install --quiet -r $(MINIMUM)/requirements.txt
+	$(MINIMUM)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@

@@ -1,0 +1,133 @@
+"""How much does tiling change a picture, and can its tile borders be seen? Prints one line per way of tiling.
+
+    python benchmarks/seams.py CHECKPOINT PICTURES --tile-size 256 512 --limit 8
+
+Every picture is reduced by the model's scale (bicubic), enlarged once as a whole and then in tiles, without colour alignment,
+which would hide differences in tone (and once more with it). Columns, averaged over the pictures, in 8-bit steps (0 to 255):
+
+- ``whole``: mean absolute difference between tiled and untiled, over the whole picture; ``max`` the largest; ``PSNR`` in dB.
+- ``step``: the tiled picture minus the untiled one is smooth where tiles agree and jumps where they do not. Mean absolute jump
+  of that difference between the pixels on both sides of a tile border (the middle of an overlap).
+- ``elsewhere``: the same jump on all other columns and rows, so what ``step`` would be without tiles.
+- ``edge``: mean |step across a border| of the tiled picture divided by that of the untiled one there; 1.00 is invisible.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from qartsr_pipeline.image.tile_size import plan_tiles
+from qartsr_pipeline.picture_files import READABLE_SUFFIXES
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+
+@dataclass
+class Way:
+    """One way of tiling."""
+
+    tile: int
+    overlap: int | None
+    shared: bool
+    color_fix: str | None
+
+    def __str__(self) -> str:
+        overlap = "auto" if self.overlap is None else self.overlap
+        return f"{self.tile:5d} {overlap!s:>5} {'shared' if self.shared else 'own':>7} {self.color_fix!s:>8}"
+
+
+def read_reduced(path: Path, scale: int) -> PIL.Image.Image:
+    picture = PIL.Image.open(path).convert("RGB")
+    size = (picture.width // scale, picture.height // scale)
+    return picture.resize(size, PIL.Image.Resampling.BICUBIC)
+
+
+def border_positions(positions: tuple[int, ...], tile: int) -> list[int]:
+    """The middle of every overlap: first pixel after the border."""
+    return [(a + tile + b) // 2 for a, b in zip(positions, positions[1:], strict=False)]
+
+
+def jumps(image: np.ndarray, axis: int) -> np.ndarray:
+    """Mean absolute difference between neighbouring columns (axis 1) or rows (axis 0), one value per border between them."""
+    difference = np.abs(np.diff(image, axis=axis))
+    return difference.mean(axis=tuple(a for a in range(3) if a != axis))
+
+
+def measure(whole: np.ndarray, tiled: np.ndarray, borders: dict[int, list[int]]) -> dict[str, float]:
+    """Both pictures (H, W, 3) in [0, 255]; `borders`: axis -> positions."""
+    difference = tiled - whole
+    at, elsewhere, ratio = [], [], []
+    for axis, positions in borders.items():
+        step, before, after = (jumps(x, axis) for x in (difference, whole, tiled))
+        index = np.array([p - 1 for p in positions if p < whole.shape[axis]], dtype=int)
+        at += list(step[index])
+        elsewhere += list(np.delete(step, index))
+        ratio += list(after[index] / before[index].clip(min=1e-6))
+    return {
+        "whole": float(np.abs(difference).mean()),
+        "max": float(np.abs(difference).max()),
+        "PSNR": float(10 * np.log10(255**2 / max(np.square(difference).mean(), 1e-10))),
+        "step": float(np.mean(at)),
+        "elsewhere": float(np.mean(elsewhere)),
+        "edge": float(np.mean(ratio)),
+    }
+
+
+def compare(pipe: QArtSRPipeline, path: Path, ways: list[Way], output: Path | None) -> list[dict[str, float]]:
+    """One row for every way."""
+    low, whole, rows = read_reduced(path, pipe.config.scale), {}, []
+    for way in ways:
+        if way.color_fix not in whole:
+            whole[way.color_fix] = enlarge(pipe, low, tile_size=16384, color_fix=way.color_fix)
+        pipe.share_tile_statistics = way.shared
+        tiled = enlarge(pipe, low, tile_size=way.tile, tile_overlap=way.overlap, color_fix=way.color_fix)
+        size = (low.height * pipe.config.scale, low.width * pipe.config.scale)
+        grid = plan_tiles(size, way.tile, way.overlap, pipe.multiple, pipe.vae_scale_factor, automatic=None).grid
+        borders = {0: border_positions(grid.tops, grid.tile_height), 1: border_positions(grid.lefts, grid.tile_width)}
+        rows.append(measure(whole[way.color_fix], tiled, borders))
+        if output is not None:
+            name = f"{path.stem}_{way.tile}_{'shared' if way.shared else 'own'}_{way.color_fix}.png"
+            PIL.Image.fromarray(tiled.clip(0, 255).round().astype(np.uint8)).save(output / name)
+    return rows
+
+
+def enlarge(pipe: QArtSRPipeline, low: PIL.Image.Image, **arguments: object) -> np.ndarray:
+    """(H, W, 3) in [0, 255]."""
+    return pipe(low, upscale=pipe.config.scale, output_type="np", **arguments).images[0].astype(np.float64) * 255
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("pictures", type=Path, help="folder of photographs")
+    parser.add_argument("--tile-size", type=int, nargs="+", default=[256])
+    parser.add_argument("--tile-overlap", type=int, nargs="+", default=[None])
+    parser.add_argument("--limit", type=int, default=8, help="number of pictures")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="folder for the tiled pictures")
+    args = parser.parse_args(argv)
+
+    pipe = QArtSRPipeline.from_pretrained(args.checkpoint).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+    paths = sorted(path for path in args.pictures.iterdir() if path.suffix.lower() in READABLE_SUFFIXES)[: args.limit]
+    ways = [
+        Way(tile, overlap, shared, color_fix)
+        for tile in args.tile_size
+        for overlap in args.tile_overlap
+        for shared, color_fix in ((False, None), (True, None), (True, "wavelet"))
+    ]
+    table = [compare(pipe, path, ways, args.output) for path in paths]
+    names = list(table[0][0])
+    print(f"{len(paths)} pictures\n tile overlap  norms    color " + " ".join(f"{name:>9}" for name in names))
+    for way, rows in zip(ways, zip(*table, strict=True), strict=True):
+        print(way, " ".join(f"{np.mean([row[name] for row in rows]):9.3f}" for name in names))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training and calibration pictures: photographs, procedural images, and how they are degraded."""

@@ -1,0 +1,84 @@
+"""What each phase of the small model's training trains, on which loss, and how it is validated."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from calibration.data.pairs import MARGIN, Pair, Patches, degraded_pair
+from calibration.teacher_model import Teacher
+from qartsr_pipeline.image.metrics import psnr_y
+
+
+def autoencoder_loss(model: Teacher, up: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """L1 of reconstructing three quarters photographs, one quarter inputs, plus a faint pull to a standard normal posterior."""
+    photographs = high.shape[0] * 3 // 4
+    x = torch.cat([high[:photographs], up[photographs:]])
+    posterior = model.vae.encode(x).latent_dist
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return F.l1_loss(model.vae.decode(posterior.sample()).sample.float(), x) + 1e-5 * kl.float()
+
+
+def loss_of(phase: str, model: Teacher, up: torch.Tensor, high: torch.Tensor, train_encoder: bool) -> torch.Tensor:
+    """The loss of one batch, a scalar.
+
+    Args:
+        phase: one of `training_settings.PHASES`.
+        up, high: input and target, (B, 3, P, P) in [-1, 1].
+    """
+    if phase == "autoencoder":
+        return autoencoder_loss(model, up, high)
+    if phase == "latent":
+        with torch.no_grad():
+            source, target = model.encode(up), model.encode(high).float()
+        return F.l1_loss(model.step(source).float(), target)
+    with torch.set_grad_enabled(train_encoder or phase == "joint"):
+        source = model.encode(up)
+    loss = F.l1_loss(model.decode(model.step(source)).float(), high)
+    if phase == "joint":
+        half = max(1, high.shape[0] // 2)  # keeps the autoencoder good, and an identity for the input: the UNet goes on restoring
+        loss = loss + autoencoder_loss(model, up[:half], high[:half])
+    return loss
+
+
+def trained_modules(phase: str, model: Teacher, train_encoder: bool) -> list[torch.nn.Module]:
+    """What a phase trains; everything else is frozen."""
+    if phase == "autoencoder":
+        return [model.vae]
+    if phase == "joint":
+        return [model.vae, model.unet]
+    encoder = [model.vae.encoder, model.vae.quant_conv] if train_encoder and phase == "pixel" else []
+    return [model.unet, *encoder]
+
+
+@torch.no_grad()
+def validate(model: Teacher, pairs: list[Pair]) -> dict[str, float]:
+    """Mean PSNR-Y in dB over held-out patches, without colour alignment.
+
+    "model" is the model's; "bypass" leaves its UNet out (z_H = z_L); "autoencoder" reproduces the target; "bicubic" is the
+    input's.
+    """
+    device = model.scaling_factor.device
+    rows = []
+    for up, high in pairs:
+        z = model.encode(up.to(device))
+        results = {
+            "bicubic": up,
+            "model": model.decode(model.step(z)),
+            "bypass": model.decode(z),
+            "autoencoder": model.decode(model.encode(high.to(device))),
+        }
+        rows.append({name: psnr_y(_unit(result), _unit(high)) for name, result in results.items()})
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+
+
+def _unit(picture: torch.Tensor) -> torch.Tensor:
+    return (picture.float().clamp(-1, 1) + 1) / 2
+
+
+def set_scaling_factor(model: Teacher, patches: Patches) -> None:
+    """Makes the latents of training pictures unit variance, as Stable Diffusion's 0.18215 does."""
+    with torch.no_grad():
+        _, high = degraded_pair(patches.sample(32, 128 + 2 * MARGIN, np.random.default_rng(0)))
+        model.scaling_factor.fill_(1 / float(model.vae.encode(high.to(model.scaling_factor.device)).latent_dist.mode().std()))

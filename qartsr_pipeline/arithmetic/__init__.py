@@ -1,0 +1,1 @@
+"""The integers behind quantization: bounds, codes, packing. Functions on tensors only: no modules, no dispatch."""

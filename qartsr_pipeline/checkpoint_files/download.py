@@ -1,0 +1,98 @@
+"""From what a user calls a checkpoint (a folder, a shipped model's name, a Hub id) to a local folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import CheckpointError
+
+# What the command line uses when no model is named.
+DEFAULT_CHECKPOINT = "tiny-w4a4"
+_SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+# A repository of the Hub: owner/name, exactly one slash.
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+# Only what a checkpoint folder is made of: configurations, weights, a tokenizer's tables. No pickles, no code.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt"]
+
+
+def shipped_checkpoints() -> dict[str, Path]:
+    """The checkpoints that came with this package, by name."""
+    if not _SHIPPED.is_dir():
+        return {}
+    return {folder.name: folder for folder in sorted(_SHIPPED.iterdir()) if (folder / "model_index.json").is_file()}
+
+
+def fetch(
+    name_or_path: str | os.PathLike,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local folder of a checkpoint: an existing folder as it is, a shipped model by its name, or a snapshot from the Hub.
+
+    Args:
+        name_or_path: a path, the name of a shipped checkpoint such as `tiny-w4a4`, or a Hub id `owner/name`.
+        cache_dir, revision, token, local_files_only: as in `huggingface_hub.snapshot_download`; used for Hub ids only.
+
+    Raises:
+        CheckpointError: no such folder or name; Hub unreachable, repository unknown, private or gated.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(name_or_path)
+    shipped = shipped_checkpoints()
+    if name in shipped:
+        return shipped[name]
+    if not _is_hub_id(name):
+        known = f" Shipped models: {', '.join(shipped)}." if shipped else ""
+        raise CheckpointError(
+            f"There is no folder {name!r}, and it is not a Hub id of the form owner/name either. Check the path and the folder"
+            f" you are in ({Path.cwd()}).{known}"
+        )
+    return _download(name, cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only)
+
+
+def _is_hub_id(name: str) -> bool:
+    """`owner/name`, unless `owner` is a folder here: then a mistyped path is far more likely than a repository."""
+    return bool(_HUB_ID.match(name)) and not Path(name).parent.is_dir()
+
+
+def _download(hub_id: str, **options) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_PATTERNS, **options))
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{hub_id} on the Hub is gated: its owner grants access on request. Ask for access at https://huggingface.co/{hub_id},"
+            f" then log in with `hf auth login` or pass `token`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"The Hub has no repository {hub_id!r} that you may see. Check the spelling; for a private one log in with"
+            f" `hf auth login` or pass `token`; for a local folder give a path that exists."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{hub_id} has no revision {options['revision']!r}. Leave `revision` out for the newest."
+        ) from error
+    except Exception as error:
+        # Besides its own errors huggingface_hub lets those of its HTTP library through, which differs from release to release.
+        raise CheckpointError(_unreachable(hub_id, error, options["local_files_only"])) from error
+
+
+def _unreachable(hub_id: str, error: Exception, local_files_only: bool) -> str:
+    if local_files_only:
+        return (
+            f"{hub_id} is not in the local cache, and `local_files_only` forbids the download. Allow it once, or give a folder."
+        )
+    reason = " ".join(str(error).split())[:200]
+    return (
+        f"{hub_id} could not be downloaded from the Hub ({type(error).__name__}: {reason}). Check the network and"
+        f" HF_HUB_OFFLINE, try again, or give a local folder."
+    )

@@ -1,0 +1,50 @@
+"""Finishing touches to saved folders: the generic pipeline class loads them too, and they keep no path of their origin.
+
+diffusers resolves class names of its own pipelines only. For others model_index.json names a module inside the folder, which
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` executes. Ours is one import. `QArtSRPipeline.from_pretrained`
+never executes it and needs no trust.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CLASS_NAME = "QArtSRPipeline"
+MODULE_NAME = "pipeline"
+MODULE_TEXT = f'''"""Lets diffusers find the pipeline's class; needs the package: pip install qartsr."""
+
+from qartsr_pipeline.pipeline_qartsr import {CLASS_NAME}
+
+__all__ = ["{CLASS_NAME}"]
+'''
+
+
+def write_entry_point(folder: Path) -> None:
+    """Writes pipeline.py into a saved pipeline's folder and names it in model_index.json."""
+    (folder / f"{MODULE_NAME}.py").write_text(MODULE_TEXT, encoding="utf-8")
+    index = _read(folder / "model_index.json")
+    _write(folder / "model_index.json", {**index, "_class_name": [MODULE_NAME, CLASS_NAME]})
+
+
+def forget_origin(folder: Path) -> None:
+    """Removes from a saved pipeline's JSON files where it had been loaded from: a path on somebody's machine."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = _read(path)
+        if config.pop("_name_or_path", None) is not None:
+            _write(path, config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def without_entry_point(config: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's configuration in which the class goes by its plain name again, so that no code in the folder is looked for."""
+    name = config.get("_class_name")
+    return {**config, "_class_name": name[-1]} if isinstance(name, (list, tuple)) else config

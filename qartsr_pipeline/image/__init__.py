@@ -1,0 +1,1 @@
+"""Pictures without the network: conversion, resampling, tiles, colour and alpha. Plain functions on tensors."""

@@ -1,0 +1,87 @@
+"""The reference backend: plain torch operations in float32, on every device, for every scheme. The oracle of all others.
+
+Centred codes are small integers, so their products and sums are exact in float32 while the sum stays below 2^24: always up to
+6 bits on layers of this field; at 8 bits the last bits of long sums are rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from qartsr_pipeline.arithmetic.affine import centred_codes
+from qartsr_pipeline.arithmetic.packing import unpack
+from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+
+NAME = "reference"
+
+
+def unavailable() -> str | None:
+    """Never: it is torch alone."""
+    return None
+
+
+def unsupported(spec: LayerSpec, device: str) -> str | None:
+    """Never: it computes every scheme."""
+    return None
+
+
+def weight_codes(layer: StoredLayer) -> torch.Tensor:
+    """Centred weight codes, integers in float32: (N, C) of a linear layer, (N, C, kh, kw) of a convolution."""
+    spec = layer.spec
+    taps = spec.kernel_size[0] * spec.kernel_size[1]
+    codes = unpack(layer.weight_packed, spec.weight_bits, taps * spec.in_channels)
+    if spec.weight_bits == 8:
+        centred = codes.view(torch.int8).float()
+    else:
+        centred = codes.float() - layer.weight_zero_point.float()[:, None]
+    if spec.kind == "linear":
+        return centred
+    return centred.view(-1, *spec.kernel_size, spec.in_channels).permute(0, 3, 1, 2)  # stored (N, kh, kw, C)
+
+
+def _per_channel(values: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """A vector over channels, shaped to broadcast over the layer's input or output."""
+    return values.view(-1, 1, 1) if spec.kind == "conv2d" else values
+
+
+def _compute(x: torch.Tensor, layer: StoredLayer, product: Callable, inner: Callable, outer: Callable) -> torch.Tensor:
+    spec = layer.spec
+    smooth = _per_channel(layer.smooth, spec)
+    scale = torch.ones((), device=x.device)
+    if spec.activation_bits == 16:
+        operand = x.float() * smooth
+    else:
+        operand = centred_codes(x, smooth / layer.input_scale, layer.input_zero_point.float(), spec.activation_bits)
+        scale = scale * layer.input_scale
+    if spec.weight_bits == 16:
+        weight = layer.weight.float()
+    else:
+        weight, scale = weight_codes(layer), _per_channel(scale * layer.weight_scale, spec)
+    y = product(operand, weight).mul_(scale)
+    if spec.rank:
+        hidden = inner(x * smooth.to(x.dtype), layer.branch_down.to(x.dtype))
+        y += outer(hidden, layer.branch_up.to(x.dtype))
+    if layer.bias is not None:
+        y += _per_channel(layer.bias, spec)
+    return y.to(x.dtype)
+
+
+def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """(..., C) -> (..., N), in x's dtype."""
+    return _compute(x, layer, F.linear, F.linear, F.linear)
+
+
+def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, H', W'), in x's dtype."""
+    spec = layer.spec
+
+    def convolve(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(operand, weight, stride=spec.stride, padding=spec.padding)
+
+    def pointwise(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(operand, weight[:, :, None, None])
+
+    return _compute(x, layer, convolve, pointwise, convolve)

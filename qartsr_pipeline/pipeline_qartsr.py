@@ -1,0 +1,264 @@
+"""QArtSRPipeline: pictures in, enlarged pictures out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .checkpoint_files import check_checkpoint, fetch, write_checksums
+from .generic_loading import forget_origin, without_entry_point, write_entry_point
+from .image.input_conversion import to_pictures
+from .image.output_conversion import from_pictures, stack_if_equal
+from .image.picture import Picture
+from .image.resize import enlarged_size
+from .image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
+from .input_checks import check_arguments, check_components
+from .one_step import OneStepNetwork
+from .overflow import compute_dtype
+from .prompt_embedding import PromptEmbedding
+from .upscaling import Settings, StepReporter, upscale_picture
+
+HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision")
+
+
+@dataclass
+class QArtSRPipelineOutput(BaseOutput):
+    """Output of `QArtSRPipeline`.
+
+    Args:
+        images: the enlarged pictures, in the form that `output_type` asks for; see `QArtSRPipeline.__call__`.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | list
+
+
+class QArtSRPipeline(DiffusionPipeline):
+    """Image super-resolution with one step of a diffusion model, full precision or quantized.
+
+    Args:
+        unet: predicts the noise at the one timestep.
+        vae: its encoder and decoder.
+        scheduler: only its `alphas_cumprod` is used; `prediction_type` must be "epsilon".
+        prompt_embedding: the fixed prompt.
+        text_encoder, tokenizer: optional and unused by the call; a checkpoint may carry them to compute other prompt embeddings.
+        timestep: T, the one timestep the model was trained at.
+        scale: the enlargement it was trained at.
+
+    Attributes:
+        share_tile_statistics: tiles use the group normalisation statistics of the whole picture, estimated beforehand on a
+            sample of it. False leaves every tile to its own, which shows as differences in tone; it saves one pass per picture.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+    share_tile_statistics = True
+    _callback_tensor_inputs = ["image", "latents"]
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: DDPMScheduler,
+        prompt_embedding: PromptEmbedding,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        timestep: int = 999,
+        scale: int = 4,
+    ):
+        super().__init__()
+        check_components(unet, vae, scheduler, prompt_embedding, timestep, scale)
+        self.register_modules(
+            unet=unet,
+            vae=vae,
+            scheduler=scheduler,
+            prompt_embedding=prompt_embedding,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self.register_to_config(timestep=timestep, scale=scale)
+        self._num_timesteps = 1
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of the enlarged picture per latent element, along each axis."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """The enlarged picture is padded so that its sides are multiples of this: the network's total down-sampling."""
+        return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps (tiles) the current or last call has."""
+        return self._num_timesteps
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> QArtSRPipeline:
+        """Loads a checkpoint folder or a repository of the Hugging Face Hub, after checking that it is whole.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or "owner/name".
+            kwargs: as for `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `cache_dir`, components, ..).
+
+        Raises:
+            CheckpointError: not a checkpoint, damaged, or not to be had; the message says which.
+        """
+        hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        folder = fetch(pretrained_model_name_or_path, **hub_arguments)
+        check_checkpoint(folder)
+        return super().from_pretrained(str(folder), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the pipeline as a diffusers folder, with the checksums of its weights beside them.
+
+        Args:
+            save_directory: created if missing.
+            kwargs: as for `DiffusionPipeline.save_pretrained`.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise ValueError("`safe_serialization` must be True: checkpoints are stored as safetensors only.")
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("`push_to_hub=True` would upload without checksums. Call pipeline.push_to_hub(repo_id) instead.")
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        write_entry_point(Path(save_directory))
+        forget_origin(Path(save_directory))
+        write_checksums(Path(save_directory))
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> dict | tuple:
+        """As in diffusers, but pipeline.py in the folder, meant for the generic `DiffusionPipeline`, is not executed."""
+        loaded = super().load_config(*args, **kwargs)
+        return (without_entry_point(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else without_entry_point(loaded)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> QArtSRPipeline:
+        """As in diffusers, sharing the components; but their dtype stays unless another one is asked for."""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> QArtSRPipeline:
+        """As in diffusers; a dtype that all components have already is dropped, because quantized ones refuse any."""
+        dtypes = {module.dtype for module in self.components.values() if isinstance(module, torch.nn.Module)}
+        if len(dtypes) == 1:
+            args = tuple(arg for arg in args if arg not in dtypes)
+            if kwargs.get("dtype") in dtypes:
+                del kwargs["dtype"]
+        return super().to(*args, **kwargs)
+
+    def check_inputs(self, **arguments: Any) -> None:
+        """Checks the arguments of `__call__` except the pictures; raises TypeError or ValueError that names the argument."""
+        check_arguments(multiple=self.multiple, callback_tensor_inputs=self._callback_tensor_inputs, **arguments)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PIL.Image.Image | np.ndarray | torch.Tensor | list,
+        upscale: float = 4,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
+        color_fix: str | None = "wavelet",
+        generator: torch.Generator | None = None,
+        sample_posterior: bool = False,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["image"],  # noqa: B006 - diffusers' signature
+    ) -> QArtSRPipelineOutput | tuple:
+        """Enlarges pictures.
+
+        The network works at its own scale on the bicubic enlargement of the picture; the result is given the input's colours and,
+        when `upscale` is another factor, resampled to exactly round(height * upscale) x round(width * upscale).
+
+        Args:
+            image: a PIL image of any mode but "F"; a numpy array (H, W), (H, W, C) or (B, H, W, C), or a torch tensor (H, W),
+                (C, H, W) or (B, C, H, W), of uint8, uint16 or float in [0, 1]; or a list of these, which may differ in kind and
+                size. C: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA. Any size from 1 x 1.
+            upscale: enlargement, above 0 and up to 16.
+            tile_size: longest side of a tile in pixels of the enlarged picture (at the model's scale), rounded down to a multiple
+                of `multiple`. None: the whole picture at once if it is small, else tiles as large as memory allows.
+            tile_overlap: what neighbouring tiles have in common at least, in the same pixels, rounded up. None: 4 x `multiple`,
+                but not more than a quarter of the tile.
+            color_fix: "wavelet" or "adain": aligns colours to the enlarged input. None: the network's own colours.
+            generator: source of the noise for `sample_posterior`.
+            sample_posterior: draw from the encoder's posterior instead of taking its mode. The noise of the whole picture is
+                drawn at once, so that it does not depend on the tiles.
+            output_type: "pil": list of PIL images (greyscale and alpha kept, 16-bit greyscale as "I;16"). "np": float32 array
+                (B, H, W, C) in [0, 1]. "pt": float32 CPU tensor (B, C, H, W) in [0, 1]. "latent": float32 CPU tensor, z_H of the
+                padded picture (B, C, h, w), neither decoded nor resampled. The last three are lists of arrays without the axis B
+                when sizes or channels differ.
+            return_dict: False for a plain tuple.
+            callback_on_step_end: called after every tile as callback(pipeline, step, timestep, callback_kwargs); what it returns
+                under "image", or "latents" where these are the result, replaces the tile. To cancel, raise an exception.
+            callback_on_step_end_tensor_inputs: what callback_kwargs holds: "image", the tile in [0, 1], (1, 3, h, w); "latents",
+                its z_H.
+
+        Returns:
+            `QArtSRPipelineOutput`, or a tuple with `images` as its only element.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described; the message names it.
+            FloatingPointError: the network's result is not finite, not even in float32.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_inputs(
+            upscale=upscale,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
+            color_fix=color_fix,
+            generator=generator,
+            sample_posterior=sample_posterior,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        pictures = to_pictures(image)
+        plans = [self.plan(picture, tile_size, tile_overlap) for picture in pictures]
+        decode = output_type != "latent"
+        settings = Settings(
+            self.config.scale, upscale, color_fix, decode, sample_posterior, generator, self.share_tile_statistics
+        )
+        self._num_timesteps = sum(len(plan.grid) for plan in plans)
+        try:
+            with self.progress_bar(total=self._num_timesteps) as bar:
+                reporter = StepReporter(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                network = self.network()
+                results = [upscale_picture(network, p, plan, settings, reporter) for p, plan in zip(pictures, plans, strict=True)]
+        finally:
+            self.maybe_free_model_hooks()
+        images = from_pictures(results, output_type) if decode else stack_if_equal([latents[0] for latents in results])
+        return QArtSRPipelineOutput(images=images) if return_dict else (images,)
+
+    def plan(self, picture: Picture, tile_size: int | None, tile_overlap: int | None) -> TilePlan:
+        """The tiles in which `picture` is enlarged; arguments as in `__call__`."""
+
+        def automatic(size: tuple[int, int]) -> int | None:
+            pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
+            return choose_tile_size(size, pixel_bytes, free_memory(self._execution_device))
+
+        size = enlarged_size(picture.size, self.config.scale)
+        return plan_tiles(size, tile_size, tile_overlap, self.multiple, self.vae_scale_factor, automatic)
+
+    def network(self) -> OneStepNetwork:
+        """The stages on tensors (encode, step, decode), for those who build on them."""
+        return OneStepNetwork(
+            unet=self.unet,
+            vae=self.vae,
+            prompt_embeds=self.prompt_embedding(1),
+            timestep=self.config.timestep,
+            alpha_bar=float(self.scheduler.alphas_cumprod[self.config.timestep]),
+            device=self._execution_device,
+        )

@@ -1,0 +1,1 @@
+"""What makes a stock diffusers model quantized: schemes, folding, calibrating and deployed layers, loading."""

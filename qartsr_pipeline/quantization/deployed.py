@@ -1,0 +1,94 @@
+"""Deployed layers: packed integers, scales and 16-bit branch in plain buffers; the forward goes to a kernel backend.
+
+Stored buffers (format version 1; N outputs, C inputs, r rank, b weight bits; absent where the scheme has no use for them)
+
+    weight_packed       uint8    (N, ceil(K b / 8))   codes of (kh, kw, C), C fastest; K = kh kw C. 8 bits: two's complement
+    weight_scale        float32  (N,)
+    weight_zero_point   uint8    (N,)                 b < 8 only
+    weight              float16  the float layer's    instead of the three above when weights are kept at 16 bits
+    input_scale         float32  ()                   activations below 16 bits only
+    input_zero_point    uint8    ()
+    smooth              float32  (C,)                 phi > 0
+    branch_down         float16  (r, C)               L2 / phi, acts on phi x
+    branch_up           float16  (N, r[, kh, kw])     L1
+    bias                float32  (N,)
+
+These dtypes stay whatever dtype the model is loaded in. The exact arithmetic is in `arithmetic.affine` and `kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qartsr_pipeline.arithmetic.packing import packed_width
+from qartsr_pipeline.kernels import LayerSpec, choose_backend
+from qartsr_pipeline.quantization.scheme import LayerScheme
+
+
+class DeployedLayer(nn.Module):
+    """Buffers common to both kinds of layer. Built empty: `freeze` or a checkpoint fills them."""
+
+    def __init__(self, spec: LayerSpec, bias: bool, device: torch.device | str | None = None):
+        super().__init__()
+        self.spec = spec
+        kernel = spec.kernel_size if spec.kind == "conv2d" else ()
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, present: bool) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device) if present else None)
+
+        outputs, inputs, rank = spec.out_channels, spec.in_channels, spec.rank
+        length = inputs * spec.kernel_size[0] * spec.kernel_size[1]
+        packed = spec.weight_bits < 16
+        buffer("weight_packed", (outputs, packed_width(length, min(spec.weight_bits, 8))), torch.uint8, packed)
+        buffer("weight_scale", (outputs,), torch.float32, packed)
+        buffer("weight_zero_point", (outputs,), torch.uint8, spec.weight_bits < 8)
+        buffer("weight", (outputs, inputs, *kernel), torch.float16, not packed)
+        buffer("input_scale", (), torch.float32, spec.activation_bits < 16)
+        buffer("input_zero_point", (), torch.uint8, spec.activation_bits < 16)
+        buffer("smooth", (inputs,), torch.float32, True)
+        buffer("branch_down", (rank, inputs), torch.float16, rank > 0)
+        buffer("branch_up", (outputs, rank, *kernel), torch.float16, rank > 0)
+        buffer("bias", (outputs,), torch.float32, bias)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of everything stored."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    @property
+    def weight_count(self) -> int:
+        """Parameters of the float layer that this one replaces."""
+        spec = self.spec
+        taps = spec.kernel_size[0] * spec.kernel_size[1]
+        return spec.out_channels * (spec.in_channels * taps + (self.bias is not None))
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        text = f"{spec.in_channels}, {spec.out_channels}, w{spec.weight_bits}a{spec.activation_bits}, rank={spec.rank}"
+        return text if spec.kind == "linear" else f"{text}, kernel_size={spec.kernel_size}, stride={spec.stride}"
+
+
+class DeployedLinear(DeployedLayer):
+    """y = L1 (L2 / phi) (phi x) + Q_W Q_A(phi x) + b, (..., C) -> (..., N)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return choose_backend(self.spec, x.device.type).linear(x, self)
+
+
+class DeployedConv2d(DeployedLayer):
+    """The same for a convolution, (B, C, H, W) -> (B, N, H', W'); L2 is a 1 x 1 and L1 the k x k convolution."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return choose_backend(self.spec, x.device.type).conv2d(x, self)
+
+
+def deployed_like(layer: nn.Module, scheme: LayerScheme, device: torch.device | str | None = None) -> DeployedLayer:
+    """An empty deployed layer for a linear or convolution layer."""
+    bits = (scheme.weight_bits, scheme.activation_bits, scheme.rank_for(layer))
+    if isinstance(layer, nn.Conv2d):
+        geometry = (tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.padding))
+        spec = LayerSpec("conv2d", *bits, layer.in_channels, layer.out_channels, *geometry)
+        return DeployedConv2d(spec, layer.bias is not None, device)
+    spec = LayerSpec("linear", *bits, layer.in_features, layer.out_features)
+    return DeployedLinear(spec, layer.bias is not None, device)

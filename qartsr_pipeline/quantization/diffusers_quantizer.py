@@ -1,0 +1,139 @@
+"""Makes stock diffusers load and save quantized models: config class, quantizer, registration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
+from qartsr_pipeline.quantization.fold import fold_structure
+from qartsr_pipeline.quantization.scheme import FORMAT_VERSION, QuantizationScheme, quantizable_layers, replace_module
+
+
+class QArtSRMethod(str, Enum):
+    """diffusers reads ``.value`` of the method's name."""
+
+    QARTSR = "qartsr"
+
+
+@dataclass
+class QArtSRConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a model: a `QuantizationScheme` in its JSON form. See `scheme` for the fields."""
+
+    format_version: int = FORMAT_VERSION
+    default: dict = field(default_factory=dict)
+    overrides: list = field(default_factory=list)
+    folding: dict | None = None
+    quant_method: str = QArtSRMethod.QARTSR
+
+    def __post_init__(self):
+        self.quant_method = QArtSRMethod(self.quant_method)
+        self.scheme()
+
+    def scheme(self) -> QuantizationScheme:
+        """Raises ValueError if this is not a scheme that this version reads."""
+        fields = ("format_version", "default", "overrides", "folding")
+        return QuantizationScheme.from_dict({name: getattr(self, name) for name in fields})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> QArtSRConfig:
+        """What diffusers calls with the JSON of ``config.json``; nothing in it is optional, nothing else may stand there.
+
+        Raises:
+            ValueError: for missing or unknown keys, a newer format, and whatever `QuantizationScheme` refuses.
+        """
+        data = {name: value for name, value in config_dict.items() if name != "quant_method"}
+        config = cls.from_scheme(QuantizationScheme.from_dict(data))
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def from_scheme(cls, scheme: QuantizationScheme) -> QArtSRConfig:
+        return cls(**scheme.to_dict())
+
+
+class QArtSRQuantizer(DiffusersQuantizer):
+    """Exchanges layers before the weights are loaded, and keeps the stored dtypes of what belongs to quantization."""
+
+    requires_calibration = True  # only folders that were quantized before can be loaded with it
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        scheme = self.quantization_config.scheme()
+        if scheme.folding is not None:
+            fold_structure(model, scheme.folding)
+        for name, (layer, layer_scheme) in quantizable_layers(model, scheme).items():
+            replace_module(model, name, deployed_like(layer, layer_scheme, layer.weight.device))
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """diffusers asks this before it loads, for all parts of a checkpoint together, and would initialize what is missing."""
+        if missing_keys:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing_keys)} tensors of this quantized model, the first is {min(missing_keys)!r}: "
+                "it is incomplete, or its quantization_config was edited. Download or make it again"
+            )
+        return missing_keys
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), DeployedLayer)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        parent, _, name = param_name.rpartition(".")
+        layer = model.get_submodule(parent)
+        stored = state_dict[param_name]  # param_value was cast to the model's dtype
+        expected = layer._buffers[name]
+        # diffusers drops what the model has no place for; a dropped branch would spoil the picture without a word
+        surplus = [n for n, buffer in layer._buffers.items() if buffer is None and f"{parent}.{n}" in state_dict]
+        if surplus:
+            raise ValueError(
+                f"the checkpoint holds {parent}.{surplus[0]}, for which quantization_config leaves no place: "
+                "the weights do not belong to this quantization_config"
+            )
+        if stored.dtype != expected.dtype or stored.shape != expected.shape:
+            raise ValueError(
+                f"{param_name} is {stored.dtype} {tuple(stored.shape)}, expected {expected.dtype} {tuple(expected.shape)}: "
+                "the weights do not belong to this quantization_config"
+            )
+        layer._buffers[name] = stored.to(target_device)
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def attach_quantizer(model: nn.Module, scheme: QuantizationScheme) -> None:
+    """Marks a model quantized in memory as such, so that `save_pretrained` records how."""
+    config = QArtSRConfig.from_scheme(scheme)
+    model.hf_quantizer = QArtSRQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.register_to_config(quantization_config=config)
+
+
+def register() -> None:
+    """Adds "qartsr" to the methods that diffusers knows. Doing it twice changes nothing."""
+    auto.AUTO_QUANTIZER_MAPPING[QArtSRMethod.QARTSR.value] = QArtSRQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QArtSRMethod.QARTSR.value] = QArtSRConfig

@@ -1,0 +1,85 @@
+"""What a model consists of: scheme, bits, parameters, bytes, and the kernel that each layer will run on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from qartsr_pipeline.kernels import choose_backend
+from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.fold import FoldedConstant
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One deployed layer. ``shape`` is the float weight's, ``packed_bytes`` counts everything that is stored for it."""
+
+    name: str
+    kind: str
+    weight_bits: int
+    activation_bits: int
+    rank: int
+    shape: tuple[int, ...]
+    packed_bytes: int
+    kernel: str
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """One component of a pipeline.
+
+    Attributes:
+        bits: such as "W4A4 x 84, W8A8 x 2, folded at T = 250", or "float16" when nothing is quantized.
+        parameters: of the float model; folded layers no longer count.
+        packed_bytes: of all stored tensors.
+        fp16_bytes: of the same parameters at 16 bits.
+    """
+
+    name: str
+    class_name: str
+    quantized: bool
+    bits: str
+    parameters: int
+    packed_bytes: int
+    fp16_bytes: int
+    layers: list[LayerReport] = field(default_factory=list)
+
+
+def describe_layer(name: str, layer: DeployedLayer, device: str) -> LayerReport:
+    """Report of one layer; arguments as in `describe_model`."""
+    spec = layer.spec
+    kernel = spec.kernel_size if spec.kind == "conv2d" else ()
+    return LayerReport(
+        name,
+        spec.kind,
+        spec.weight_bits,
+        spec.activation_bits,
+        spec.rank,
+        (spec.out_channels, spec.in_channels, *kernel),
+        layer.packed_bytes,
+        choose_backend(spec, device).NAME,
+    )
+
+
+def _bits(model: nn.Module, layers: list[LayerReport]) -> str:
+    if not layers:
+        return str(model.dtype).removeprefix("torch.")
+    counted = Counter(f"W{layer.weight_bits}A{layer.activation_bits}" for layer in layers)
+    parts = [f"{bits} x {count}" for bits, count in counted.most_common()]
+    folding = model.hf_quantizer.quantization_config.scheme().folding
+    return ", ".join(parts + ([f"folded at T = {folding.timestep}"] if folding else []))
+
+
+def describe_model(name: str, model: nn.Module, device: str = "cpu") -> ComponentReport:
+    """Report of one component; ``device`` is the type of device that kernels are chosen for."""
+    deployed = {n: m for n, m in model.named_modules() if isinstance(m, DeployedLayer)}
+    inside = {id(t) for layer in deployed.values() for t in layer.buffers()}
+    rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
+    layers = [describe_layer(n, m, device) for n, m in deployed.items()]
+    parameters = sum(m.weight_count for m in deployed.values()) + sum(p.numel() for p in model.parameters())
+    constants = sum(m.value.numel() for m in model.modules() if isinstance(m, FoldedConstant))
+    packed = sum(layer.packed_bytes for layer in layers) + sum(t.numel() * t.element_size() for t in rest)
+    fp16 = 2 * (parameters + constants)
+    return ComponentReport(name, type(model).__name__, bool(layers), _bits(model, layers), parameters, packed, fp16, layers)

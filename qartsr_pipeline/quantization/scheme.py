@@ -1,0 +1,134 @@
+"""What is quantized how: dataclasses, and their JSON in a model's ``config.json`` under ``quantization_config``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
+
+LAYER_BITS = (2, 3, 4, 6, 8, 16)
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one linear or convolution layer is quantized.
+
+    Attributes:
+        weight_bits: 2, 3, 4, 6, 8; 16 means that weights are kept in 16-bit floating point.
+        activation_bits: the same for the layer's input; 16 means no quantizer.
+        rank: rank of the 16-bit low-rank branch, 0 for none. Clamped to what the layer's shape admits.
+
+    The grid is one scale and zero point per output channel for weights, one static scale and zero point for the input.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    rank: int = 0
+
+    def __post_init__(self):
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) not in LAYER_BITS:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {LAYER_BITS}")
+        if not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(f"rank is {self.rank!r}, expected an integer >= 0")
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.weight_bits == 16 and self.activation_bits == 16 and self.rank == 0
+
+    def rank_for(self, layer: nn.Module) -> int:
+        """The rank that fits the layer: at most the smaller side of the weight's (outputs x taps, inputs) unfolding."""
+        weight = layer.weight
+        outputs = weight.shape[0] * (weight[0, 0].numel() if weight.dim() == 4 else 1)
+        return min(self.rank, outputs, weight.shape[1])
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Which constants were folded: those of this timestep, and of a prompt embedding of so many tokens (see `fold`)."""
+
+    timestep: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class QuantizationScheme:
+    """How a whole model is quantized.
+
+    Attributes:
+        default: for every linear and convolution layer that no override names.
+        overrides: shell-style pattern of qualified layer names -> its scheme, or None to leave the layer as it is. The first
+            matching pattern wins.
+        folding: set if the model is a UNet whose constants were folded.
+    """
+
+    default: LayerScheme = field(default_factory=LayerScheme)
+    overrides: dict[str, LayerScheme | None] = field(default_factory=dict)
+    folding: Folding | None = None
+
+    def for_layer(self, name: str) -> LayerScheme | None:
+        """The scheme of the layer with this qualified name, None if it stays as it is."""
+        for pattern, scheme in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                return None if scheme is None or scheme.changes_nothing else scheme
+        return None if self.default.changes_nothing else self.default
+
+    def to_dict(self) -> dict:
+        """JSON types only. Overrides become a list of pairs: their order counts, and diffusers sorts the keys of JSON objects."""
+        fields = asdict(self)
+        fields["overrides"] = [list(pair) for pair in fields["overrides"].items()]
+        return {"format_version": FORMAT_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> QuantizationScheme:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: for a newer format, unknown keys or values; the message names them.
+        """
+        data = dict(data)
+        version = data.pop("format_version", None)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"the quantized weights have format_version {version!r}; this qartsr reads versions 1 to {FORMAT_VERSION}. "
+                "Upgrade it with `pip install --upgrade qartsr`, or use weights made for this version."
+            )
+        unknown = set(data) - {"default", "overrides", "folding"}
+        if unknown:
+            raise ValueError(
+                f"quantization_config has unknown keys {sorted(unknown)}: it was written by something else, or by hand"
+            )
+        try:
+            overrides = {k: None if v is None else LayerScheme(**v) for k, v in data.get("overrides") or ()}
+            folding = data.get("folding")
+            return cls(LayerScheme(**data["default"]), overrides, None if folding is None else Folding(**folding))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"quantization_config cannot be read: {error}") from error
+
+
+def quantizable_layers(model: nn.Module, scheme: QuantizationScheme) -> dict[str, tuple[nn.Module, LayerScheme]]:
+    """Qualified name -> (layer, its scheme) of every plain linear or convolution layer that the scheme quantizes.
+
+    Grouped, dilated and not zero-padded convolutions have no quantized form and are left out.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d:
+            plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            if not plain or module.dilation != (1, 1):
+                continue
+        elif type(module) is not nn.Linear:
+            continue
+        layer_scheme = scheme.for_layer(name)
+        if layer_scheme is not None:
+            layers[name] = (module, layer_scheme)
+    return layers
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts ``new`` where the module of this qualified name is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

@@ -1,0 +1,59 @@
+"""Photographs to train on and a teacher small enough for a test."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from calibration import teacher
+from calibration.data.dead_leaves import DeadLeaves
+from tiny_models import build_tiny_unet, build_tiny_vae
+
+PHASES = ("--phases", "autoencoder:2:1e-3:32:4", "pixel:4:1e-3:32:4")
+OPTIONS = ("--held-out", "1", "--every", "10", "--seed", "3", "--fp32", "--degradation", "realesrgan", "--procedural", "0.5")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Folder of four pictures of 206 x 203 pixels."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for index, picture in enumerate(DeadLeaves().sample(4, 206, np.random.default_rng(5))):
+        pixels = (picture.permute(1, 2, 0).numpy()[:203] * 255).round().astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"picture_{index}.png")
+    return folder
+
+
+def build_tiny_models(seed: int):
+    """In the place of `calibration.teacher_model.build_models`: a few thousand weights instead of millions."""
+    torch.manual_seed(seed)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return build_tiny_vae(), build_tiny_unet(), scheduler, torch.randn(1, 4, 16)
+
+
+@pytest.fixture(scope="session")
+def training_arguments():
+    """What `trained` was trained with, beside data and output: six steps in two phases."""
+    return (*PHASES, *OPTIONS)
+
+
+@pytest.fixture(scope="session")
+def trained_once(photographs, training_arguments, tmp_path_factory):
+    """The output folder of a finished run; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibration.teacher_model.build_models", build_tiny_models)
+        teacher.main(["--data", str(photographs), "--output", str(folder), *training_arguments])
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path, monkeypatch):
+    """A copy of that folder, for a test in which `calibration.teacher` builds tiny models."""
+    monkeypatch.setattr("calibration.teacher_model.build_models", build_tiny_models)
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))

@@ -1,0 +1,39 @@
+"""Both alignments take the tone from the reference and the detail from the picture."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qartsr_pipeline.image.color_alignment import align_color, low_pass
+
+
+@pytest.mark.parametrize("color_fix", ["wavelet", "adain"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (120, 90)])
+def test_a_tone_shift_is_undone(color_fix, size):
+    picture = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    shifted = picture + torch.tensor([0.1, -0.2, 0.3]).view(1, 3, 1, 1)
+    assert torch.allclose(align_color(shifted, picture, color_fix), picture, atol=1e-5)
+
+
+def test_none_leaves_the_picture_alone():
+    picture = torch.rand(1, 3, 5, 5)
+    assert align_color(picture, torch.zeros_like(picture), None) is picture
+
+
+def test_wavelet_keeps_detail_of_one_and_tone_of_the_other():
+    stripes = torch.zeros(1, 3, 256, 256)
+    stripes[..., ::2] = 0.2  # far finer than the low-pass
+    reference = torch.linspace(0, 1, 256).view(1, 1, 256, 1).expand_as(stripes)
+    aligned = align_color(stripes, reference, "wavelet")
+    inner = aligned[..., 64:-64, 64:-64]
+    assert torch.allclose(inner[..., ::2] - inner[..., 1::2], torch.full_like(inner[..., ::2], 0.2), atol=1e-4)
+    assert torch.allclose(F.avg_pool2d(inner, (1, 2)), reference[..., 64:-64, 64:-64:2], atol=1e-4)
+
+
+def test_low_pass_is_the_composed_binomial_kernel():
+    impulse = torch.zeros(1, 1, 201, 201)
+    impulse[..., 100, 100] = 1
+    kernel = low_pass(impulse)[0, 0]
+    distance = torch.arange(201.0) - 100
+    assert kernel.sum().item() == pytest.approx(1, abs=1e-5)
+    assert (kernel.sum(0) * distance.square()).sum().item() == pytest.approx(0.5 * sum(4**i for i in range(5)), rel=1e-4)

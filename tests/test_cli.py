@@ -1,0 +1,186 @@
+"""The command line: what it writes, what it says, and that every bad input ends in one line and exit code 2."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from qartsr_pipeline.cli import main
+from qartsr_pipeline.picture_files import read_picture, write_picture
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def upscale(tiny_folder):
+    return lambda *arguments: main(["upscale", "--model", str(tiny_folder), *map(str, arguments)])
+
+
+def error_lines(capsys):
+    """The lines on stderr; none of them may come from a traceback."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return [line for line in text.splitlines() if line.startswith("qartsr: error: ")]
+
+
+def test_default_output_stands_beside_the_input(upscale, photo, capsys):
+    assert upscale(photo) == 0
+    with Image.open(photo.with_name("photo_x4.png")) as result:
+        assert result.size == (28, 36)
+    said = capsys.readouterr().out
+    assert "full-precision model" in said and "device: cpu (" in said and "dtype: float32 (" in said
+
+
+def test_any_factor_tiles_and_format(upscale, photo, tmp_path):
+    assert upscale(photo, "--upscale", 2.5, "--tile-size", 64, "--color-fix", "none", "-o", tmp_path / "out.jpg") == 0
+    with Image.open(tmp_path / "out.jpg") as result:
+        assert (result.format, result.size) == ("JPEG", (18, 22))
+
+
+def test_sixteen_bits_alpha_and_profile_go_through(upscale, tmp_path):
+    source = write_deep_picture(tmp_path / "deep.png", channels=4)
+    assert upscale(source) == 0
+    result = read_picture(tmp_path / "deep_x4.png")
+    assert result.pixels.shape == (32, 24, 4) and result.sixteen_bit and result.icc_profile
+    assert len(np.unique(result.pixels & 255)) > 200, "the low bytes carry something"
+
+
+def write_deep_picture(path, channels):
+    """A 16-bit picture file with a profile; returns its path."""
+    from qartsr_pipeline.picture_files import PictureFile
+
+    pixels = np.random.default_rng(0).integers(0, 65535, (8, 6, channels), dtype=np.uint16)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    write_picture(path, pixels / 65535, PictureFile(pixels, profile))
+    return path
+
+
+def test_a_folder_goes_into_a_new_folder_and_one_bad_picture_stops_nothing(upscale, photo, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a.png", "c.png"):
+        (pictures / name).write_bytes(photo.read_bytes())
+    (pictures / "b.png").write_text("no picture")
+    (pictures / "notes.txt").write_text("ignored")
+    assert upscale(pictures, "-o", tmp_path / "new" / "folder") == 2
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["a_x4.png", "c_x4.png"]
+    output = capsys.readouterr()
+    assert "3 pictures: 2 written, 1 failed" in output.out and output.err.count("qartsr: error:") == 1
+
+
+def test_a_second_run_over_a_folder_leaves_the_results_of_the_first_alone(upscale, photo):
+    assert upscale(photo.parent) == 0
+    assert upscale(photo.parent, "--overwrite") == 0
+    assert not photo.with_name("photo_x4_x4.png").exists()
+
+
+def test_nothing_is_overwritten_unasked(upscale, photo, capsys):
+    target = photo.with_name("photo_x4.png")
+    target.write_bytes(b"precious")
+    assert upscale(photo) == 2 and target.read_bytes() == b"precious"
+    assert "--overwrite" in error_lines(capsys)[0]
+    assert upscale(photo, "--overwrite") == 0 and target.read_bytes() != b"precious"
+    before = photo.read_bytes()
+    assert upscale(photo, "--overwrite", "-o", photo) == 2 and photo.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--upscale", "0"], "upscale"),
+        (["--upscale", "-2"], "upscale"),
+        (["--upscale", "100"], "upscale"),
+        (["--upscale", "nan"], "upscale"),
+        (["--tile-size", "1"], "tile_size"),
+        (["--tile-size", "64", "--tile-overlap", "64"], "tile_overlap"),
+        (["--device", "mps"], "has no such device here"),
+        (["-o", "out.xyz"], "no known picture format"),
+        (["-o", "photo.png/out.png"], "cannot be created"),
+        (["photo.png", "-o", "missing.png"], "several pictures"),
+        (["--model", "no/such/model"], "There is no folder"),
+        (["--model", "photo.png"], "is a file, but a checkpoint is a folder"),
+    ],
+)
+def test_bad_arguments(upscale, photo, capsys, monkeypatch, arguments, expected):
+    monkeypatch.chdir(photo.parent)
+    before = sorted(photo.parent.rglob("*"))
+    assert upscale("photo.png", *arguments) == 2
+    lines = error_lines(capsys)
+    assert len(lines) == 1 and expected in lines[0]
+    assert sorted(photo.parent.rglob("*")) == before
+
+
+def test_bad_pictures(upscale, photo, tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:60])
+    (tmp_path / "text.png").write_text("no picture")
+    assert upscale(tmp_path / "cut.png", tmp_path / "text.png", tmp_path / "none.png") == 2
+    lines = error_lines(capsys)
+    assert [word in line for word, line in zip(("damaged", "not a picture", "no file"), lines, strict=True)] == [True] * 3
+
+
+def test_empty_folder_and_damaged_checkpoint(upscale, photo, tiny_folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert upscale(tmp_path / "empty") == 2
+    (tiny_folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 20)
+    assert upscale(photo) == 2
+    first, second = error_lines(capsys)
+    assert "holds no pictures" in first and "not a safetensors file" in second
+
+
+def test_debug_shows_the_traceback(upscale, tmp_path, capsys):
+    assert upscale(tmp_path / "none.png", "--debug") == 2
+    text = capsys.readouterr().err
+    assert "Traceback" in text and text.splitlines()[-1].startswith("qartsr: error: ")
+
+
+def test_interruption_leaves_nothing_behind(upscale, photo, capsys, monkeypatch):
+    from qartsr_pipeline import pipeline_qartsr
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    before = sorted(photo.parent.iterdir())
+    monkeypatch.setattr(pipeline_qartsr.QArtSRPipeline, "__call__", interrupt)
+    assert upscale(photo) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert sorted(path for path in photo.parent.iterdir()) == before
+
+
+def test_out_of_memory_names_the_way_out(upscale, photo, capsys, monkeypatch):
+    from qartsr_pipeline import pipeline_qartsr
+
+    def exhaust(*arguments, **options):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(pipeline_qartsr.QArtSRPipeline, "__call__", exhaust)
+    assert upscale(photo) == 2
+    assert "--tile-size" in error_lines(capsys)[0]
+
+
+def test_device_and_dtype_are_chosen_with_a_reason(monkeypatch):
+    import torch
+
+    from qartsr_pipeline.command_line.device import choose_device, choose_dtype
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert choose_device("auto") == ("cuda", "found a GPU") and choose_device("cpu") == ("cpu", "as asked")
+    for capability, expected in {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert choose_dtype("auto", "cuda")[0] == expected
+    assert choose_dtype("auto", "cpu")[0] == torch.float32 and choose_dtype("float16", "cpu")[0] == torch.float16
+
+
+def test_help_and_usage_errors_are_quick():
+    """Neither imports torch: that alone would take seconds."""
+    program = "import sys; from qartsr_pipeline.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    for arguments, code in ((["--help"], 0), (["upscale"], 2), (["upscale", "x.png", "--model", "a/b/c"], 0)):
+        result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+        assert result.returncode == code and result.stdout.splitlines()[-1] == "False", result

@@ -1,0 +1,72 @@
+"""`qartsr info` and `qartsr demo`."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qartsr_pipeline import demo
+from qartsr_pipeline.cli import main
+from qartsr_pipeline.image.comparison import compare
+
+
+def test_info_names_every_component_and_says_that_nothing_is_quantized(tiny_folder, capsys):
+    assert main(["info", str(tiny_folder), "--layers"]) == 0
+    said = capsys.readouterr().out
+    assert "full precision: nothing in it is quantized" in said
+    for word in ("unet", "UNet2DConditionModel", "vae", "AutoencoderKL", "parameters", "kernels"):
+        assert word in said
+
+
+def test_info_as_json(tiny_folder, capsys):
+    assert main(["info", str(tiny_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["quantized"] is False
+    components = {component["name"]: component for component in report["components"]}
+    assert {"unet", "vae"} <= set(components) and components["unet"]["parameters"] > 1000
+
+
+def test_info_of_a_folder_that_is_no_checkpoint(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    assert "is not a checkpoint folder" in capsys.readouterr().err
+
+
+def test_demo_writes_its_pictures_and_ends_with_the_line_of_numbers(tiny_folder, tmp_path, capsys, monkeypatch):
+    folder, sample = tmp_path / "new" / "folder", tmp_path / "sample.png"
+    with Image.open(demo.SAMPLE) as photograph:
+        assert photograph.size == (512, 512)
+        photograph.crop((100, 100, 228, 228)).save(sample)
+    monkeypatch.setattr(demo, "SAMPLE", sample)
+    monkeypatch.setattr(demo, "DETAIL", (0, 0, 32, 32))
+    assert demo.run(folder, model=str(tiny_folder), full_precision=str(tiny_folder)) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    number = r"-?\d+\.\d\d"
+    pattern = rf"demo: psnr_y bicubic=({number}) full_precision={number} quantized={number} seconds={number} picture=(.+)"
+    match = re.fullmatch(pattern, last)
+    assert match and 15 < float(match[1]) < 40 and match[2] == str(folder / "comparison.png")
+    sizes = {path.name: Image.open(path).size for path in folder.iterdir()}
+    assert sizes["input.png"] == (32, 32) and sizes["upscaled.png"] == (128, 128) and len(sizes) == 3
+
+
+def test_comparison_holds_every_picture_and_its_detail():
+    pictures = {"black": np.zeros((16, 16, 3), np.uint8), "white": np.full((16, 16, 3), 255, np.uint8)}
+    pictures["black"][4:8, 4:8] = (200, 0, 0)
+    sheet = compare(pictures, detail=(4, 4, 8, 8))
+    assert sheet.shape == (32 + 16 + 8 + 16, 16 + 8 + 16, 3)
+    assert (sheet[32:48, 24:] == 255).all() and (sheet[56:, :16] == (200, 0, 0)).all()
+
+
+def test_demo_reports_a_folder_it_cannot_write_to(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "-o", str(tmp_path / "file")]) == 2
+    assert "cannot be created" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_shipped_models_beat_bicubic(tmp_path, capsys):
+    assert main(["demo", "-o", str(tmp_path)]) == 0
+    scores = dict(re.findall(r"(\w+)=(\d+\.\d+)", capsys.readouterr().out.splitlines()[-1]))
+    assert float(scores["full_precision"]) > float(scores["bicubic"]) + 1
+    assert float(scores["quantized"]) > float(scores["bicubic"])
