@@ -13,7 +13,7 @@ from numpy_reader import centred_weight_codes, compute, expected_tensors, read_s
 from safetensors.torch import load_file, save
 
 from qartsr_pipeline.kernels.reference import weight_codes
-from qartsr_pipeline.quantization.deployed import deployed_like
+from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
 from qartsr_pipeline.quantization.freeze import freeze_layer
 
