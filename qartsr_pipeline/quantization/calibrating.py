@@ -35,9 +35,13 @@ class CalibratingMixin:
     - adapter_up (N, a), adapter_down (a, K): F1, F2, for adapter_rank > 0; their product starts at 0.
 
     Layers that read the same tensor share the `log_smooth` and `input_*` objects (`prepare`).
+
+    Attributes:
+        quantizing: while False, the layer computes what it did before it was prepared.
     """
 
     layer_scheme: LayerScheme
+    quantizing: bool = True
 
     @classmethod
     def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
@@ -160,6 +164,8 @@ class CalibratingLinear(CalibratingMixin, QLinear):
     """(..., C) -> (..., N)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.quantizing:
+            return F.linear(x, self.weight, self.bias)
         smooth = self.smooth
         y = F.linear(self.quantized_input(x, smooth), self.qweight)
         if self.has_branch:
@@ -172,6 +178,8 @@ class CalibratingConv2d(CalibratingMixin, QConv2d):
     """(B, C, H, W) -> (B, N, H', W')."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.quantizing:
+            return self._conv_forward(x, self.weight, self.bias)
         smooth = self.smooth.view(-1, 1, 1)
         y = self._conv_forward(self.quantized_input(x, smooth), self.qweight, None)
         if self.has_branch:
@@ -196,12 +204,21 @@ def _share_input_parameters(model: nn.Module) -> None:
                     setattr(layer, name, getattr(first, name))
 
 
-def prepare(model: nn.Module, scheme: QuantizationScheme, adapter_rank: int = 0) -> nn.Module:
+Kinds = tuple[type[CalibratingMixin], type[CalibratingMixin]]
+
+
+def prepare(
+    model: nn.Module,
+    scheme: QuantizationScheme,
+    adapter_rank: int = 0,
+    kinds: Kinds = (CalibratingLinear, CalibratingConv2d),
+) -> nn.Module:
     """Exchanges every layer that the scheme quantizes for a calibrating one, in place, and returns the model.
 
     Args:
         model: a diffusers UNet or VAE (folded first, where that is wanted).
         adapter_rank: rank of the merged adapters F1 F2, 0 for none.
+        kinds: classes of the new linear and convolution layers.
 
     Raises:
         ValueError: if nothing in the model is quantized by the scheme.
@@ -211,7 +228,7 @@ def prepare(model: nn.Module, scheme: QuantizationScheme, adapter_rank: int = 0)
         raise ValueError("the scheme quantizes no layer of this model; is it already quantized?")
     model.requires_grad_(False)
     for name, (layer, layer_scheme) in layers.items():
-        kind = CalibratingConv2d if isinstance(layer, nn.Conv2d) else CalibratingLinear
+        kind = kinds[isinstance(layer, nn.Conv2d)]
         replace_module(model, name, kind.from_layer(layer, layer_scheme, adapter_rank))
     _share_input_parameters(model)
     return model

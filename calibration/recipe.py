@@ -1,0 +1,342 @@
+"""What a quantization method is, as data: which parameters exist, how they start, and in which stages they are trained.
+
+A recipe is a YAML file, `recipes/NAME.yaml`, one a method; bits are an argument. Its keys are the attributes of `Recipe`, `Layer` and
+`Stage`, which document them. The engine knows no method by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qartsr_pipeline.quantization.scheme import LayerScheme
+
+VERSION = 1
+FOLDER = Path(__file__).parent / "recipes"
+
+BOUNDS = ("minmax", "percentile", "mse")
+SMOOTHING = ("none", "ones", "search")
+OFFSETS = ("none", "zero", "mean", "centre")
+ROTATIONS = ("none", "hadamard")
+ACTIVATIONS = ("static", "dynamic")
+MODULES = ("blocks", "parts", "all")
+ORDERS = ("reversed", "forward", "distributed")
+OTHERS = ("quantized_so_far", "full_precision")
+TRAINED = ("smoothing", "offset", "branch", "adapter", "bounds", "step")
+LOSSES = ("module_l2", "noise_l2", "image_l2", "image_l1", "perceptual")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the file, the key and what is expected."""
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def _number(name: str, value: object, least: float, most: float = math.inf, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        limit = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+        raise RecipeError(f"{name} is {value!r}, expected a {'whole ' if whole else ''}number {limit}")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The quantization parameters that every layer has, and how they start.
+
+    Attributes:
+        smoothing: phi per input channel. "none", "ones" (to be trained) or "search" (SmoothQuant's formula, the exponent of least
+            output error among a few).
+        offset: per input channel, subtracted before quantization. "none", "zero" (to be trained), "mean" or "centre" (of the
+            extremes) of the calibration inputs.
+        branch_rank: rank of the 16-bit low-rank branch L1 L2, started from the SVD of the smoothed weight; 0 for none.
+        adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0; 0 for none.
+        bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
+        percentile: share of input values inside the bounds, for "percentile".
+        rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix.
+        activations: "static" bounds of the whole tensor, or "dynamic": symmetric, from the extremes of every pixel's or token's
+            group of channels at run time.
+        group_size: input channels that share a weight scale (and a dynamic activation scale); 0 for one scale a row.
+    """
+
+    smoothing: str = "none"
+    offset: str = "none"
+    branch_rank: int = 0
+    adapter_rank: int = 0
+    bounds: str = "minmax"
+    percentile: float = 99.9
+    rotation: str = "none"
+    activations: str = "static"
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("layer.smoothing", self.smoothing, SMOOTHING)
+        _one_of("layer.offset", self.offset, OFFSETS)
+        _one_of("layer.bounds", self.bounds, BOUNDS)
+        _one_of("layer.rotation", self.rotation, ROTATIONS)
+        _one_of("layer.activations", self.activations, ACTIVATIONS)
+        _number("layer.branch_rank", self.branch_rank, 0, whole=True)
+        _number("layer.adapter_rank", self.adapter_rank, 0, whole=True)
+        _number("layer.percentile", self.percentile, 50, 100)
+        _number("layer.group_size", self.group_size, 0, whole=True)
+        if self.activations == "dynamic" and self.offset != "none":
+            raise RecipeError("layer.offset needs static activations: dynamic ones are symmetric around 0")
+
+    @property
+    def deployable(self) -> bool:
+        """Whether a deployed form exists: other grids than the package's own exist in simulation, for comparison."""
+        return self.offset == "none" and self.rotation == "none" and self.activations == "static" and self.group_size == 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
+
+    Attributes:
+        name: for bars, plots and reports.
+        modules: what is quantized and trained at a time: "blocks" (each ResNet block, transformer block, sampler, first and last
+            layer), "parts" (encoder, UNet, decoder) or "all" (everything at once).
+        order: of the modules: "reversed" from the output to the input, "forward", or "distributed": the middle of the largest gap
+            next, so that the modules done so far are always spread over the network.
+        others: what the rest of the network is meanwhile: "quantized_so_far": modules that had their turn are quantized, and go on
+            being trained, the others are full precision; "full_precision": all but the module itself.
+        train: which parameters, of smoothing, offset, branch, adapter, bounds, step. "step" trains one factor for both bounds
+            (the step size, with the zero point kept), "bounds" each for itself.
+        loss: weight of each term, by name: module_l2 (the module's own output against full precision's, relative to its power),
+            noise_l2 (the UNet's output, relative to its power), image_l2, image_l1 and perceptual (the picture in [-1, 1]).
+        share: of the run's steps, in [0, 1]; divided evenly between the modules.
+        lr: step size relative to the size of what is trained, at its largest; it ends at 0 along a cosine.
+        patch: side of the high-resolution patches in pixels, a multiple of 16.
+        batch: patches a step.
+    """
+
+    name: str
+    modules: str = "all"
+    order: str = "reversed"
+    others: str = "quantized_so_far"
+    train: tuple[str, ...] = ("bounds",)
+    loss: dict[str, float] = field(default_factory=lambda: {"image_l2": 1.0})
+    share: float = 1.0
+    lr: float = 3e-3
+    patch: int = 96
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name!r}: "
+        _one_of(where + "modules", self.modules, MODULES)
+        _one_of(where + "order", self.order, ORDERS)
+        _one_of(where + "others", self.others, OTHERS)
+        if not isinstance(self.train, (list, tuple)) or not self.train:
+            raise RecipeError(f"{where}train is {self.train!r}, expected a list of {', '.join(TRAINED)}")
+        object.__setattr__(self, "train", tuple(self.train))
+        for part in self.train:
+            _one_of(where + "train", part, TRAINED)
+        if {"bounds", "step"} <= set(self.train):
+            raise RecipeError(f"{where}train has both bounds and step: the step is a factor of both bounds, train one of them")
+        if not isinstance(self.loss, dict) or not self.loss:
+            raise RecipeError(f"{where}loss is {self.loss!r}, expected weights of {', '.join(LOSSES)}")
+        for term, weight in self.loss.items():
+            _one_of(where + "loss", term, LOSSES)
+            _number(f"{where}loss.{term}", weight, 0)
+        if self.modules == "all" and "module_l2" in self.loss:
+            raise RecipeError(f"{where}loss.module_l2 needs modules: blocks or parts; with all at once no module has a turn")
+        _number(where + "share", self.share, 0, 1)
+        _number(where + "lr", self.lr, 1e-12)
+        _number(where + "patch", self.patch, 16, whole=True)
+        _number(where + "batch", self.batch, 1, whole=True)
+        if self.patch % 16:
+            raise RecipeError(f"{where}patch is {self.patch}, expected a multiple of 16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantization method.
+
+    Attributes:
+        method: its name in tables.
+        source: the publication.
+        reading: what of this recipe is our reading, where the publication is silent.
+        layer: the parameters of every layer.
+        stages: their training, in order; none for a method that does not train.
+        keep: pattern of "component.layer" names -> bits such as w8a8, or w16a16 to leave layers as they are. The first match wins.
+        steps: optimizer steps of the whole run.
+        images: calibration pictures that observers see.
+        image_size: their side in pixels, high resolution.
+        cached_batches: batches of patches whose module inputs are kept while a module has its turn.
+    """
+
+    method: str
+    source: str
+    reading: str = ""
+    layer: Layer = field(default_factory=Layer)
+    stages: tuple[Stage, ...] = ()
+    keep: dict[str, str] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("unet.conv_in", "unet.conv_out", "vae.encoder.conv_in", "vae.decoder.conv_out"), "w8a8"
+        )
+    )
+    steps: int = 0
+    images: int = 16
+    image_size: int = 256
+    cached_batches: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("method", "source", "reading"):
+            if not isinstance(getattr(self, name), str):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}, expected text")
+        if not isinstance(self.keep, dict):
+            raise RecipeError(f"keep is {self.keep!r}, expected layer patterns with bits, such as unet.conv_in: w8a8")
+        for pattern, bits in self.keep.items():
+            try:
+                LayerScheme(*parse_bits(bits))
+            except ValueError as error:
+                raise RecipeError(f"keep.{pattern}: {error}") from None
+        _number("steps", self.steps, 0, whole=True)
+        for name in ("images", "cached_batches"):
+            _number(name, getattr(self, name), 1, whole=True)
+        _number("image_size", self.image_size, 32, whole=True)
+        if sum(stage.share for stage in self.stages) > 1 + 1e-9:
+            raise RecipeError(f"the shares of the stages add up to {sum(s.share for s in self.stages):g}, expected at most 1")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise RecipeError(f"two stages have the same name: {', '.join(names)}")
+        if self.steps and not self.stages:
+            raise RecipeError(f"steps is {self.steps}, but the recipe has no stages to spend them on")
+        self._check_trained_exists()
+
+    def _check_trained_exists(self) -> None:
+        exists = {
+            "smoothing": self.layer.smoothing != "none",
+            "offset": self.layer.offset != "none",
+            "branch": self.layer.branch_rank > 0,
+            "adapter": self.layer.adapter_rank > 0,
+        }
+        for stage in self.stages:
+            for part in stage.train:
+                if not exists.get(part, True):
+                    raise RecipeError(f"stage {stage.name!r} trains {part}, which layer does not have: give it there or not here")
+
+    def steps_of(self, stage: Stage, modules: int) -> list[int]:
+        """Steps for each of the stage's modules, as even as whole numbers allow; they add up to the stage's share."""
+        total = round(self.steps * stage.share)
+        return [total * (i + 1) // modules - total * i // modules for i in range(modules)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types, readable by `from_dict`."""
+        return {"version": VERSION, **asdict(self), "stages": [asdict(s) | {"train": list(s.train)} for s in self.stages]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+        """From parsed YAML or JSON.
+
+        Raises:
+            RecipeError: unknown or missing keys, values out of range.
+        """
+        if not isinstance(data, dict):
+            raise RecipeError("expected keys and values, such as `version: 1`")
+        data = dict(data)
+        if data.pop("version", None) != VERSION:
+            raise RecipeError(f"version is missing or another one; this program reads `version: {VERSION}`")
+        layer = _build(Layer, data.pop("layer", None) or {}, "layer.")
+        stages = data.pop("stages", None) or []
+        if not isinstance(stages, list):
+            raise RecipeError(f"stages is {stages!r}, expected a list")
+        stages = tuple(_build(Stage, stage, f"stages[{index}].") for index, stage in enumerate(stages))
+        return _build(cls, data | {"layer": layer, "stages": stages}, "")
+
+
+def _build(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where[:-1]} is {data!r}, expected keys and values")
+    known = {part.name: part for part in fields(kind)}
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            raise RecipeError(f"unknown key {where}{key}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"))
+    try:
+        return kind(**data)
+    except TypeError as error:
+        raise RecipeError(f"{where[:-1] or 'recipe'}: {str(error).partition('() ')[2] or error}") from None
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """ "w4a4" -> (4, 4).
+
+    Raises:
+        ValueError: if it is not of that form.
+    """
+    match = re.fullmatch(r"w(\d+)a(\d+)", str(text).lower())
+    if not match:
+        raise ValueError(f"bits are {text!r}, expected a form such as w4a4 or w8a8")
+    return int(match[1]), int(match[2])
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the project."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A recipe by its name in `recipes/`, or a YAML file.
+
+    Raises:
+        RecipeError: none of that name, not YAML, or not valid; the message names the file.
+    """
+    path = FOLDER / f"{name}.yaml" if re.fullmatch(r"[\w-]+", str(name)) else Path(name)
+    if not path.is_file():
+        raise RecipeError(f"there is no recipe {str(name)!r}; there are {', '.join(recipe_names())}, or give a YAML file")
+    try:
+        return Recipe.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (RecipeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def with_values(recipe: Recipe, assignments: list[str]) -> Recipe:
+    """The recipe with some values changed.
+
+    Args:
+        assignments: "KEY=VALUE" with keys such as steps, layer.branch_rank or stages.0.lr, values in YAML.
+
+    Raises:
+        RecipeError: a key that does not exist or a value that it cannot have.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise RecipeError(f"{assignment!r} is not of the form KEY=VALUE, such as stages.0.lr=1e-2")
+        try:
+            recipe = _assigned(recipe, key.split("."), _value(text))
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            reason = str(error) if isinstance(error, RecipeError) else "no such key"
+            raise RecipeError(f"{assignment}: {reason}") from None
+    return recipe
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 takes 1e-2 for text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _assigned(node: Any, keys: list[str], value: Any) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, tuple):
+        index = int(key)
+        return (*node[:index], _assigned(node[index], rest, value), *node[index + 1 :])
+    if is_dataclass(node):
+        return replace(node, **{key: _assigned(getattr(node, key), rest, value)})
+    return {**node, ".".join(keys): value}  # layer patterns hold dots
