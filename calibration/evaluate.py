@@ -1,10 +1,12 @@
-"""Evaluates models on a folder of high-resolution photographs against bicubic enlargement and full precision.
+"""Evaluates models on a folder of pictures against bicubic enlargement and full precision.
 
     python calibration/evaluate.py tiny-fp tiny-w8a8 tiny-w4a4 --data PHOTOS --output report.json
+    python calibration/evaluate.py reproduce --ours report.json
 
-Every photograph is cut to multiples of 4, reduced 4 times with bicubic resampling and rounded to 8 bits; the models enlarge it
-again. Results are rounded to 8 bits, PSNR and SSIM are those of the BT.601 luma without a border of 4 pixels. When the first
-model is full precision, the others are compared with it as well.
+The folder holds high-resolution photographs, or pairs as DIV2K and RealSR lay them out (see calibration/data/paired_folders.py).
+A photograph alone is cut to multiples of 4, reduced 4 times with bicubic resampling and rounded to 8 bits; the models enlarge
+it again. Results are rounded to 8 bits, PSNR and SSIM are those of the BT.601 luma without a border of 4 pixels. When the
+first model is full precision, the others are compared with it as well. `reproduce` prints what the papers report, beside ours.
 """
 
 from __future__ import annotations
@@ -23,64 +25,131 @@ import torch
 from tqdm import tqdm
 
 from calibration.data.fingerprint import data_fingerprint, hardware, versions
-from calibration.data.photographs import list_photographs
-from calibration.evaluation import Evaluation, load_candidates, read_original
+from calibration.data.overlap import check_no_overlap
+from calibration.data.paired_folders import find_pairs
+from calibration.evaluation import evaluate_pipelines, load_candidates
 from calibration.evaluation_report import markdown, summarize
 from calibration.perceptual_metrics import NAMES, load_metrics
+from calibration.reported_results import reproduce
+from calibration.training_state import write_whole
+from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.image.comparison import compare
 from qartsr_pipeline.picture_files import PictureFile, make_folder, write_picture
+
+DEGRADATIONS = {"HR only": "bicubic, 8 bits"}
 
 
 def evaluate(args: argparse.Namespace) -> dict:
     """Runs what the command line asks for; returns the report that is written as JSON."""
     device, _ = choose_device(args.device)
-    paths = list_photographs(args.data)[: args.limit]
+    layout, pairs = find_pairs(args.data)
+    pairs = pairs[: args.limit]
+    originals, files = [pair.high for pair in pairs], [path for pair in pairs for path in pair.files]
     metrics = load_metrics(args.metrics, device)
     if args.output:
         check_output(Path(args.output))
     if args.pictures:
         make_folder(args.pictures)
+    unseen = {model: check_no_overlap(files, fetch(model)) for model in args.models}
     candidates = load_candidates(args.models, getattr(torch, args.dtype), device)
     color_fixes = [None] if args.no_color_fix else [args.color_fix, None]
-    evaluation = Evaluation(candidates, color_fixes, args.tile_size, args.bypass, metrics)
-    with tqdm(total=len(paths) * (1 + len(candidates)), unit="picture", mininterval=1) as bar:
-        for path in paths:
-            bar.set_postfix_str(path.name, refresh=False)
-            high = read_original(path)
-            made = {}
-            try:
-                for name, output in evaluation.picture(high):
-                    made[name] = output
-                    bar.update()
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+    made: dict[str, torch.Tensor] = {}
+    with tqdm(total=len(pairs) * (1 + len(candidates)), unit="picture", mininterval=1) as bar:
+
+        def collect(path: Path, name: str, output: torch.Tensor) -> None:
+            made[name] = output
+            if name != "original":
+                bar.set_postfix_str(path.name, refresh=False)
+                bar.update()
+                return
             if args.pictures:
-                name = "_".join(path.relative_to(args.data).with_suffix(".png").parts)  # sub-folders may hold the same name
-                write_comparison(Path(args.pictures) / name, made | {"original": high})
+                write_comparison(picture_path(args, path), made)
+            made.clear()
+
+        rows = evaluate_pipelines(candidates, pairs, color_fixes, args.tile_size, args.bypass, metrics, made=collect)
     return {
-        "data": {"folder": Path(args.data).name, **data_fingerprint(paths), "pictures": [path.name for path in paths]},
-        "settings": {"scale": 4, "degradation": "bicubic, 8 bits", "border": 4, "tile_size": args.tile_size, "dtype": args.dtype},
+        "data": {
+            "folder": Path(args.data).resolve().name,
+            "layout": layout,
+            **data_fingerprint(files),
+            "count": len(pairs),
+            "pictures": [path.name for path in originals],
+            "comparisons": [picture_path(args, path).name for path in originals] if args.pictures else [],
+            "unseen_by_record": {Path(model).name: checked for model, checked in unseen.items()},
+        },
+        "settings": {
+            "scale": 4,
+            "degradation": DEGRADATIONS.get(layout, f"as the {layout} folder gives it"),
+            "border": 4,
+            "tile_size": args.tile_size,
+            "dtype": args.dtype,
+        },
         "hardware": hardware(device),
         "versions": versions(),
-        "rows": summarize(list(evaluation.rows.values())),
+        "rows": summarize(rows),
     }
+
+
+def picture_path(args: argparse.Namespace, original: Path) -> Path:
+    """Where the comparison of an original goes; sub-folders may hold the same name."""
+    return Path(args.pictures) / "_".join(original.relative_to(args.data).with_suffix(".png").parts)
 
 
 def check_output(path: Path) -> None:
     """Says at the start, not after an hour, that the report cannot be written."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(f"--output {path}: not a file name in a folder that can be written to")
+    if path.suffix == ".md":
+        raise ValueError(f"--output {path}: name the JSON file; the Markdown one is written beside it")
 
 
-def write_report(path: Path, report: dict) -> None:
-    """Writes the report as JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_report(path: Path, report: dict, text: str) -> None:
+    """Writes the report as JSON and, beside it, as Markdown, each whole or not at all."""
+    content = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_whole(path, content.encode())
+    write_whole(path.with_suffix(".md"), text.encode())
+
+
+def report_text(report: dict, metrics: list[str], pictures: Path | None, beside: Path | None) -> str:
+    """The report as Markdown: what was measured, the table, and links to the comparison pictures.
+
+    Args:
+        pictures, beside: their folder and that of the report, when both are written.
+    """
+    data, settings = report["data"], report["settings"]
+    unchecked = [model for model, listed in data["unseen_by_record"].items() if not listed]
+    lines = [
+        f"{data['count']} pictures of {data['folder']}, low resolution: {settings['degradation']}. {report['hardware']},"
+        f" {settings['dtype']}, {'tiles of ' + str(settings['tile_size']) if settings['tile_size'] else 'no tiles'}.",
+        "",
+        markdown(report["rows"], tuple(metrics)),
+    ]
+    if unchecked:
+        lines += [
+            "",
+            f"The records of {', '.join(unchecked)} list no files: whether these pictures were trained on is not checked.",
+        ]
+    if pictures and beside:
+        folder = Path(os.path.relpath(pictures, beside))
+        lines += [f"\n![{name}](<{(folder / name).as_posix()}>)" for name in data["comparisons"]]
+    return "\n".join(lines) + "\n"
+
+
+def read_report(path: str) -> dict:
+    """A report that this program wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        complete = {"data", "settings", "rows"} <= report.keys()
+    except (ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"--ours {path}: not a report of calibration/evaluate.py; one is written with --output")
+    return report
 
 
 def write_comparison(path: Path, pictures: dict[str, torch.Tensor]) -> None:
@@ -100,11 +169,14 @@ def count(text: str) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="`evaluate.py reproduce [--ours REPORT.json ..]` prints what the papers report, beside ours.",
+    )
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="checkpoint folder, shipped name or Hub id; full precision first"
     )
-    parser.add_argument("--data", required=True, help="folder of high-resolution photographs")
+    parser.add_argument("--data", required=True, help="folder of high-resolution photographs, or of pairs")
     parser.add_argument(
         "--color-fix", choices=("wavelet", "adain"), default="wavelet", help="colour alignment (default: wavelet)"
     )
@@ -115,25 +187,41 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics", nargs="+", default=[], metavar="NAME", help=f"further ones, by pyiqa: {', '.join(NAMES)}, .."
     )
-    parser.add_argument("--output", help="the JSON report")
+    parser.add_argument("--output", help="the JSON report; the table is written beside it as .md")
     parser.add_argument("--pictures", metavar="FOLDER", help="write comparison pictures there")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     return parser
 
 
+def reproduce_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evaluate.py reproduce", description="Prints what the papers report, beside ours.")
+    parser.add_argument("--ours", nargs="+", default=[], metavar="REPORT.json", help="written by evaluate.py --output")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["reproduce"]:
+        parser = reproduce_arguments()
+        args = parser.parse_args(argv[1:])
+        try:
+            print(reproduce([read_report(path) for path in args.ours]))
+        except (OSError, ValueError) as error:
+            parser.error(" ".join(str(error).split()))
+        return
     parser = arguments()
     args = parser.parse_args(argv)
     try:
         report = evaluate(args)
-        if args.output:
-            write_report(Path(args.output), report)
+        output, pictures = (Path(path) if path else None for path in (args.output, args.pictures))
+        text = report_text(report, args.metrics, pictures, output.parent if output else None)
+        if output:
+            write_report(output, report, text)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         parser.error(" ".join(str(error).split()))
-    print(f"{report['data']['count']} pictures of {report['data']['folder']}, {report['hardware']}, {args.dtype}\n")
-    print(markdown(report["rows"], tuple(args.metrics)))
-    for written in filter(None, (args.output, args.pictures)):
+    print(report_text(report, args.metrics, None, None), end="")
+    for written in filter(None, (output, output and output.with_suffix(".md"), pictures)):
         print(f"\nwritten: {written}")
 
 

@@ -1,26 +1,33 @@
-"""Measures models on photographs: what the command line `calibration/evaluate.py` calls, on tensors."""
+"""Measures models on photographs: what the command line `calibration/evaluate.py` calls, on tensors.
+
+Within a program, with models in memory, simulated or deployed:
+
+    rows = evaluate_pipelines([Candidate.of("full", teacher), Candidate.of("w4a4", student)], find_pairs(folder)[1])
+    summary = summarize(rows)
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
 from calibration.data.degradations import as_bytes, bicubic_degradation
-from calibration.data.photographs import read_photograph
+from calibration.data.paired_folders import SCALE, PicturePair, read_pair
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.checkpoint_files import fetch, is_quantized
+from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.image.metrics import psnr_y, ssim_y
 from qartsr_pipeline.image.picture import Picture
 from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
 from qartsr_pipeline.image.tile_size import MINIMUM_SIDE
 from qartsr_pipeline.one_step import OneStepNetwork
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.upscaling import Settings, StepReporter, finish, run_tiles
 
-SCALE = 4
 Metric = Callable[[torch.Tensor, torch.Tensor], float]
 
 
@@ -32,6 +39,21 @@ class Candidate:
     pipeline: QArtSRPipeline
     full_precision: bool
 
+    @classmethod
+    def of(cls, name: str, pipeline: QArtSRPipeline) -> Candidate:
+        """A model in memory; one with a calibrating or deployed layer is quantized.
+
+        Raises:
+            ValueError: it enlarges by another factor.
+        """
+        if pipeline.config.scale != SCALE:
+            raise ValueError(
+                f"{name} enlarges {pipeline.config.scale} times; the evaluation is for models that enlarge {SCALE} times"
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        layers = [layer for model in (pipeline.unet, pipeline.vae) for layer in model.modules()]
+        return cls(name, pipeline, not any(isinstance(layer, (CalibratingMixin, DeployedLayer)) for layer in layers))
+
 
 @dataclass
 class Row:
@@ -40,7 +62,8 @@ class Row:
     Attributes:
         kind: "bicubic", "model", "bypass" (the UNet left out, z_H = z_L) or "autoencoder" (encoder and decoder on the original).
         color_fix: the alignment, None without.
-        values: metric -> one value a picture. "psnr_y_to_full_precision" is infinite for equal pictures.
+        values: metric -> one value a picture. "psnr_y_to_full_precision" is infinite for equal pictures;
+            "bicubic_to_full_precision" is the PSNR-Y of bicubic to the same full-precision output.
     """
 
     name: str
@@ -74,24 +97,11 @@ def load_candidates(models: list[str], dtype: torch.dtype, device: str) -> list[
     if len(set(models)) < len(models):
         raise ValueError("a model is given twice: name each one once")
     short = [Path(model).name for model in models]
-    candidates = []
-    for model, name in zip(models, short, strict=True):
-        folder = fetch(model)
-        pipeline = QArtSRPipeline.from_pretrained(folder, dtype=dtype).to(device)
-        if pipeline.config.scale != SCALE:
-            raise ValueError(
-                f"{model} enlarges {pipeline.config.scale} times; the evaluation is for models that enlarge {SCALE} times"
-            )
-        pipeline.set_progress_bar_config(disable=True)
-        candidates.append(Candidate(name if short.count(name) == 1 else model, pipeline, not is_quantized(folder)))
-    return candidates
-
-
-def read_original(path: Path) -> torch.Tensor:
-    """A photograph as (1, 3, H, W) float32 in [0, 1], cut at the right and bottom to multiples of the scale."""
-    pixels = torch.from_numpy(read_photograph(path).copy()).permute(2, 0, 1)[None].float() / 255
-    height, width = (side // SCALE * SCALE for side in pixels.shape[-2:])
-    return pixels[..., :height, :width]
+    names = [name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)]
+    return [
+        Candidate.of(name, QArtSRPipeline.from_pretrained(fetch(model), dtype=dtype).to(device))
+        for model, name in zip(models, names, strict=True)
+    ]
 
 
 def upscale(
@@ -148,11 +158,12 @@ class Evaluation:
     Attributes:
         color_fixes: alignments to measure, in the order of the rows; None is none.
         bypass: also measure full-precision models without their UNet, and their autoencoder on the original.
-        metrics: further metrics by name, each (output, original) -> value.
+        metrics: further metrics by name, each (output, original) -> value. Those with an attribute `needs_reference` that is
+            true are measured to the full-precision output as well.
     """
 
     candidates: list[Candidate]
-    color_fixes: list[str | None]
+    color_fixes: Sequence[str | None]
     tile_size: int | None = None
     bypass: bool = False
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -164,22 +175,34 @@ class Evaluation:
         return self.candidates[0] if self.candidates and self.candidates[0].full_precision else None
 
     @torch.no_grad()
-    def picture(self, high: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Measures one original, (1, 3, H, W) in [0, 1]; yields what each method made of it (first alignment) with its name."""
-        low = bicubic_degradation(high, SCALE)
+    def picture(
+        self, high: torch.Tensor, low: torch.Tensor | None = None, references: list[torch.Tensor] | None = None
+    ) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Measures one original.
+
+        Args:
+            high: (1, 3, H, W) in [0, 1].
+            low: (1, 3, H / 4, W / 4), multiples of 1/255 in [0, 1]; None: the original, reduced by bicubic resampling.
+            references: full-precision outputs from elsewhere, one for each alignment, for when no model here is the reference.
+
+        Yields:
+            Each method's name with what it made of the picture, (1, 3, H, W) for each alignment; one for "bicubic".
+        """
+        low = bicubic_degradation(high, SCALE) if low is None else low
         bicubic = as_bytes(resize(low, high.shape[-2:]))
         self._measure(Row("bicubic", "bicubic", None), bicubic, high)
-        yield "bicubic", bicubic
-        references: list[torch.Tensor | None] = [None] * len(self.color_fixes)
+        yield "bicubic", [bicubic]
         for candidate in self.candidates:
             network = candidate.pipeline.network()
             outputs, seconds = upscale(candidate.pipeline, network, low, self.color_fixes, self.tile_size)
-            for color_fix, output, reference in zip(self.color_fixes, outputs, references, strict=True):
+            compared = None if candidate is self.reference else references
+            for index, (color_fix, output) in enumerate(zip(self.color_fixes, outputs, strict=True)):
                 row = Row(candidate.name, "model", color_fix, candidate.full_precision)
-                self._measure(row, output, high, reference, seconds=seconds)
+                distances = {} if compared is None else self._distances(output, bicubic, compared[index])
+                self._measure(row, output, high, seconds=seconds, **distances)
             if candidate is self.reference:
-                references = list(outputs)
-            yield candidate.name, outputs[0]
+                references = outputs
+            yield candidate.name, outputs
             if self.bypass and candidate.full_precision:
                 self._measure_parts(candidate, network, low, high)
 
@@ -190,11 +213,67 @@ class Evaluation:
         output = reconstruct(network, high, candidate.pipeline.multiple)
         self._measure(Row(f"{candidate.name}, autoencoder on the original", "autoencoder", None, True), output, high)
 
-    def _measure(
-        self, row: Row, output: torch.Tensor, high: torch.Tensor, reference: torch.Tensor | None = None, **values: float
-    ) -> None:
+    def _distances(self, output: torch.Tensor, bicubic: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+        """How far an output, and bicubic, are from the full-precision output."""
+        further = {
+            f"{name}_to_full_precision": metric(output, reference)
+            for name, metric in self.metrics.items()
+            if getattr(metric, "needs_reference", False)
+        }
+        return {
+            "psnr_y_to_full_precision": psnr_y(output, reference),
+            "ssim_y_to_full_precision": ssim_y(output, reference),
+            "bicubic_to_full_precision": psnr_y(bicubic, reference),
+        } | further
+
+    def _measure(self, row: Row, output: torch.Tensor, high: torch.Tensor, **values: float) -> None:
         row = self.rows.setdefault((row.name, row.kind, row.color_fix), row)
-        if reference is not None:
-            values["psnr_y_to_full_precision"] = psnr_y(output, reference)
         further = {name: metric(output, high) for name, metric in self.metrics.items()}
         row.add(psnr_y=psnr_y(output, high), ssim_y=ssim_y(output, high), **values, **further)
+
+
+def evaluate_pipelines(
+    candidates: list[Candidate],
+    pairs: Sequence[PicturePair | Path],
+    color_fixes: Sequence[str | None] = ("wavelet", None),
+    tile_size: int | None = None,
+    bypass: bool = False,
+    metrics: dict[str, Metric] | None = None,
+    references: dict[Path, list[torch.Tensor]] | None = None,
+    made: Callable[[Path, str, torch.Tensor], None] | None = None,
+) -> list[Row]:
+    """Measures models on pictures: the rows that `calibration.evaluation_report.summarize` takes.
+
+    Args:
+        candidates: full precision first, for the others to be compared with it.
+        pairs: what `calibration.data.paired_folders.find_pairs` lists, or originals, which are reduced by bicubic resampling.
+        color_fixes, tile_size, bypass, metrics: see `Evaluation`.
+        references: the full-precision outputs by original, uint8, one for each alignment, kept from call to call: an empty
+            dictionary is filled when the first candidate is full precision, a filled one stands in when none is.
+        made: called as the work goes on with the original's path, a method's name and what it made of the picture,
+            (1, 3, H, W) in [0, 1] under the first alignment; at last with "original" and the original.
+
+    Raises:
+        ValueError: a picture that a model or a metric cannot take, by its path, or one that `references` lacks.
+    """
+    evaluation = Evaluation(candidates, color_fixes, tile_size, bypass, metrics or {})
+    for pair in (pair if isinstance(pair, PicturePair) else PicturePair(pair) for pair in pairs):
+        high, low = read_pair(pair)
+        known = _kept_outputs(references, pair.high) if references and evaluation.reference is None else None
+        try:
+            for name, outputs in evaluation.picture(high, low, known):
+                if references is not None and evaluation.reference and name == evaluation.reference.name:
+                    references[pair.high] = [(output * 255).round().byte() for output in outputs]
+                if made:
+                    made(pair.high, name, outputs[0])
+        except ValueError as error:
+            raise ValueError(f"{pair.high}: {error}") from error
+        if made:
+            made(pair.high, "original", high)
+    return list(evaluation.rows.values())
+
+
+def _kept_outputs(references: dict[Path, list[torch.Tensor]], path: Path) -> list[torch.Tensor]:
+    if path not in references:
+        raise ValueError(f"{path}: its full-precision output was not kept: measure full precision on the same pictures first")
+    return [kept.float() / 255 for kept in references[path]]

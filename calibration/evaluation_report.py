@@ -13,6 +13,8 @@ COLUMNS = {
     "gain": ("over bicubic", "{:+.2f}"),
     "share_of_gain": ("of full precision's gain", "{:.1%}"),
     "psnr_y_to_full_precision": ("PSNR-Y to full precision", "{:.2f}"),
+    "ssim_y_to_full_precision": ("SSIM-Y to full precision", "{:.4f}"),
+    "closer_than_bicubic": ("closer to it than bicubic", "{:+.2f}"),
     "seconds": ("s a picture", "{:.2f}"),
 }
 
@@ -23,9 +25,18 @@ def mean(values: list[float]) -> float:
     return sum(finite) / len(finite) if finite else math.inf
 
 
+def closer_than_bicubic(values: dict[str, list[float]]) -> float | None:
+    """Mean over pictures of how many dB an output is closer to the full-precision output than bicubic is; None if unknown."""
+    if "bicubic_to_full_precision" not in values:
+        return None
+    pairs = zip(values["psnr_y_to_full_precision"], values["bicubic_to_full_precision"], strict=True)
+    return mean([output - bicubic for output, bicubic in pairs])
+
+
 def summarize(rows: list[Row]) -> list[dict[str, Any]]:
     """One dictionary a row: name, kind, color_fix, full_precision, the mean of each metric, "gain" in PSNR-Y over bicubic,
-    "share_of_gain" of the first full-precision model's under the same alignment, and "per_picture"."""
+    "share_of_gain" of the first full-precision model's under the same alignment, "closer_than_bicubic" in dB, and "per_picture".
+    """
     bicubic = mean(next(row for row in rows if row.kind == "bicubic").values["psnr_y"])
     models = [row for row in rows if row.kind == "model"]
     reference = models[0].name if models and models[0].full_precision else None
@@ -43,6 +54,9 @@ def summarize(rows: list[Row]) -> list[dict[str, Any]]:
             line["gain"] = line["psnr_y"] - bicubic
         if row.kind == "model" and row.name != reference and full_gain.get(row.color_fix, 0) > 0:
             line["share_of_gain"] = line["gain"] / full_gain[row.color_fix]
+        distance = closer_than_bicubic(row.values)
+        if distance is not None:
+            line["closer_than_bicubic"] = distance
         summary.append(json_safe(line | {"per_picture": row.values}))
     return summary
 
@@ -63,6 +77,7 @@ def markdown(summary: list[dict[str, Any]], further: tuple[str, ...] = ()) -> st
         further: names of further metrics.
     """
     columns = COLUMNS | {name: (name.upper(), "{:.4f}") for name in further}
+    columns |= {f"{name}_to_full_precision": (f"{name.upper()} to full precision", "{:.4f}") for name in further}
     columns = {key: column for key, column in columns.items() if any(line.get(key) is not None for line in summary)}
     header = ["model", "colours", *(title for title, _ in columns.values())]
     lines = [header, [":--", ":--", *["--:"] * len(columns)]]

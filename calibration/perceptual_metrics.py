@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-NAMES = ("lpips", "dists", "niqe", "musiq")
+NAMES = ("lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa")  # as pyiqa.list_models() has them
 
 
-def load_metrics(names: list[str], device: str) -> dict[str, Callable[[torch.Tensor, torch.Tensor], float]]:
-    """Metrics by name, each (output, original) -> value, both (1, 3, H, W) in [0, 1]. Their weights are downloaded once.
+@dataclass(frozen=True)
+class PyiqaMetric:
+    """A metric of pyiqa as a function of two pictures.
+
+    Attributes:
+        needs_reference: False for one that looks at the output alone.
+    """
+
+    name: str
+    model: Any
+    needs_reference: bool
+    device: str
+
+    @torch.no_grad()
+    def __call__(self, output: torch.Tensor, original: torch.Tensor) -> float:
+        """The value of ``output``; both pictures are (1, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: the metric cannot take the picture; some need a minimum size.
+        """
+        pictures = (output, original) if self.needs_reference else (output,)
+        try:
+            return float(self.model(*(picture.to(self.device) for picture in pictures)))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            size = f"{output.shape[-1]} x {output.shape[-2]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(
+                f"the metric {self.name!r} failed on {size} pixels ({reason}): leave it out or the picture, or free memory"
+            ) from error
+
+
+def load_metrics(names: list[str], device: str) -> dict[str, PyiqaMetric]:
+    """Metrics by name. Their weights are downloaded once.
 
     Raises:
         ImportError: pyiqa is missing. ValueError: it knows no such metric, or cannot load it.
@@ -27,7 +59,7 @@ def load_metrics(names: list[str], device: str) -> dict[str, Callable[[torch.Ten
     return {name: _load(pyiqa, name, device) for name in names}
 
 
-def _load(pyiqa, name: str, device: str) -> Callable[[torch.Tensor, torch.Tensor], float]:
+def _load(pyiqa: Any, name: str, device: str) -> PyiqaMetric:
     try:
         model = pyiqa.create_metric(name, device=torch.device(device))
     except Exception as error:
@@ -35,10 +67,4 @@ def _load(pyiqa, name: str, device: str) -> Callable[[torch.Tensor, torch.Tensor
             f"the metric {name!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}): check its name"
             " with pyiqa.list_models() and, on first use, the network"
         ) from error
-
-    def measure(output: torch.Tensor, original: torch.Tensor) -> float:
-        pictures = (output, original) if model.metric_mode == "FR" else (output,)
-        with torch.no_grad():
-            return float(model(*(picture.to(device) for picture in pictures)))
-
-    return measure
+    return PyiqaMetric(name, model, model.metric_mode == "FR", device)

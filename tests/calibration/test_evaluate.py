@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -12,9 +14,14 @@ import torch
 from PIL import Image
 
 from calibration import evaluate
-from calibration.evaluation import Row
+from calibration.data.overlap import file_digests, overlap
+from calibration.data.paired_folders import find_pairs, read_pair
+from calibration.evaluation import Candidate, Row, evaluate_pipelines
 from calibration.evaluation_report import markdown, summarize
+from calibration.quantize import fold_and_make_schemes
+from calibration.reported_results import TABLES, method_and_bits
 from qartsr_pipeline.image.metrics import psnr_y, ssim_y
+from qartsr_pipeline.quantization.calibrating import prepare
 from tiny_models import build_tiny_pipeline
 
 
@@ -66,6 +73,13 @@ def test_report_agrees_with_the_pipeline(two_models, small_photographs, tmp_path
     second = rows["second", None]
     distance = psnr_y(unit(outputs["second", None]), unit(outputs["first", None]))
     assert second["per_picture"]["psnr_y_to_full_precision"][1] == pytest.approx(distance, abs=0.02)
+    likeness = ssim_y(unit(outputs["second", None]), unit(outputs["first", None]))
+    assert second["per_picture"]["ssim_y_to_full_precision"][1] == pytest.approx(likeness, abs=2e-3)
+    enlarged = unit(low.resize(high.size, Image.Resampling.BICUBIC))
+    bicubic_distance = psnr_y(enlarged, unit(outputs["first", None]))
+    assert second["per_picture"]["bicubic_to_full_precision"][1] == pytest.approx(bicubic_distance, abs=0.02)
+    differences = np.subtract(*(second["per_picture"][f"{of}_to_full_precision"] for of in ("psnr_y", "bicubic")))
+    assert second["closer_than_bicubic"] == pytest.approx(differences.mean())
     assert second["psnr_y"] == pytest.approx(np.mean(second["per_picture"]["psnr_y"]))
     assert second["gain"] == pytest.approx(second["psnr_y"] - bicubic["psnr_y"])
     kinds = [row["kind"] for row in report["rows"]]
@@ -74,6 +88,8 @@ def test_report_agrees_with_the_pipeline(two_models, small_photographs, tmp_path
         assert sheet.width > 4 * 72
     said = capsys.readouterr().out
     assert "| bicubic " in said and "second, UNet bypassed" in said and f"written: {report_path}" in said
+    text = (tmp_path / "report.md").read_text()
+    assert "closer to it than bicubic" in text and "(<pictures/picture_1.png>)" in text
 
 
 def test_share_of_gain_and_table():
@@ -104,13 +120,14 @@ def test_share_of_gain_and_table():
         (["MODEL", "--data", "PHOTOS", "--metrics", "lpips"], r"pip install 'qartsr[metrics]'"),
         (["MODEL", "--data", "PHOTOS", "--limit", "0"], "above 0"),
         (["MODEL", "--data", "PHOTOS", "--output", "nowhere/report.json"], "not a file name in a folder"),
+        (["MODEL", "--data", "PHOTOS", "--output", "report.md"], "name the JSON file"),
+        (["reproduce", "--ours", "PHOTOS/picture_0.png"], "not a report of calibration/evaluate.py"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message, tiny_folder, photographs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    named = {"MODEL": str(tiny_folder), "PHOTOS": str(photographs)}
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([named.get(argument, argument) for argument in arguments])
+        evaluate.main([argument.replace("PHOTOS", str(photographs)).replace("MODEL", str(tiny_folder)) for argument in arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -133,3 +150,116 @@ def test_further_metrics_get_pictures_in_order(tiny_folder, small_photographs, m
     )
     said = capsys.readouterr().out
     assert "LPIPS" in said and "NIQE" in said and "0.2500" in said and "wavelet" not in said
+
+
+LAYOUTS = {
+    "DIV2K": ("DIV2K_valid_HR/{}.png", "DIV2K_valid_LR_bicubic/X4/{}x4.png"),
+    "RealSR": ("Canon/Test/4/{}_HR.png", "Canon/Test/4/{}_LR4.png"),
+    "HR and LR": ("test_HR/{}.png", "test_LR/{}.png"),
+}
+
+
+def make_pairs(folder, high_name, low_name):
+    """Two pairs, of 67 x 61 and 16 x 15 pixels; what is low could not be made from what is high."""
+    random = np.random.default_rng(3)
+    for scene in ("Canon_001", "0802"):
+        for name, (width, height) in ((high_name, (67, 61)), (low_name, (16, 15))):
+            path = folder / name.format(scene)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_are_found_and_their_low_resolution_is_what_is_enlarged(layout, tiny_pipeline, tmp_path):
+    make_pairs(tmp_path, *LAYOUTS[layout])
+    found, pairs = find_pairs(tmp_path)
+    assert found == layout and [pair.high for pair in pairs] == [
+        tmp_path / LAYOUTS[layout][0].format(n) for n in ("0802", "Canon_001")
+    ]
+    assert [pair.low for pair in pairs] == [tmp_path / LAYOUTS[layout][1].format(name) for name in ("0802", "Canon_001")]
+    high, low = read_pair(pairs[0])
+    assert high.shape == (1, 3, 60, 64) and low.shape == (1, 3, 15, 16)
+    row = evaluate_pipelines([Candidate.of("tiny", tiny_pipeline)], pairs, [None])[1]
+    made = tiny_pipeline(Image.open(pairs[0].low), color_fix=None, tile_size=256).images[0]
+    assert row.values["psnr_y"][0] == pytest.approx(psnr_y(unit(made), high[0].permute(1, 2, 0).double().numpy()), abs=0.02)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_missing_partner_and_a_wrong_size_are_named(layout, lacking, tmp_path):
+    make_pairs(tmp_path, *LAYOUTS[layout])
+    high, low = (tmp_path / name.format("Canon_001") for name in LAYOUTS[layout])
+    Image.new("RGB", (67, 61)).save(low)
+    with pytest.raises(ValueError) as wrong:
+        find_pairs(tmp_path)
+    assert all(text in str(wrong.value) for text in (str(high), str(low), "67 x 61", "16 x 15"))
+    gone, left = (high, low) if lacking == 0 else (low, high)
+    gone.unlink()
+    with pytest.raises(FileNotFoundError) as missing:
+        find_pairs(tmp_path)
+    assert str(left) in str(missing.value) and gone.name in str(missing.value)
+
+
+def test_pictures_that_a_model_was_made_with_are_refused(tiny_folder, small_photographs, tmp_path, capsys):
+    seen = tmp_path / "renamed.png"
+    shutil.copy(small_photographs / "picture_1.png", seen)
+    recorded = file_digests([seen])
+    assert recorded == {"renamed.png": hashlib.sha256(seen.read_bytes()).hexdigest()}
+    assert overlap(sorted(small_photographs.iterdir()), recorded) == [small_photographs / "picture_1.png"]
+    record = tiny_folder / "quantization.json"
+    record.write_text(json.dumps({"data": {"files": recorded}}))
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tiny_folder), "--data", str(small_photographs)])
+    assert f"{small_photographs / 'picture_1.png'} is one of the photographs" in capsys.readouterr().err
+    evaluate.main([str(tiny_folder), "--data", str(small_photographs), "--limit", "1"])  # the other one was not seen
+    assert "not checked" not in capsys.readouterr().out
+
+
+def test_files_of_one_name_keep_their_own_digest(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "picture.png").write_text(folder)
+    assert list(file_digests(sorted(tmp_path.glob("*/*")))) == ["a/picture.png", "b/picture.png"]
+
+
+def test_models_in_memory_share_the_full_precision_outputs(small_photographs):
+    """The kept outputs give the rows that a full-precision model at the first place gives."""
+    full, simulated = build_tiny_pipeline(0), build_tiny_pipeline(1)
+    schemes = fold_and_make_schemes(simulated, (8, 8), rank=0)
+    for name, scheme in schemes.items():
+        prepare(getattr(simulated, name), scheme)
+    full, simulated = Candidate.of("full", full), Candidate.of("simulated", simulated)
+    assert full.full_precision and not simulated.full_precision
+    simulated = Candidate("other", build_tiny_pipeline(1), False)  # what is calibrated otherwise is not what this is about
+    pairs, references, made = find_pairs(small_photographs)[1], {}, []
+    together = evaluate_pipelines([full, simulated], pairs, references=references)
+    alone = evaluate_pipelines([simulated], pairs, references=references, made=lambda path, name, _: made.append((path, name)))
+    for ours, expected in zip(alone[1:], together[3:], strict=True):
+        assert ours.color_fix == expected.color_fix and ours.values.keys() == expected.values.keys()
+        for metric in ours.values.keys() - {"seconds"}:
+            assert ours.values[metric] == pytest.approx(expected.values[metric], abs=1e-6)
+    assert made == [(pair.high, name) for pair in pairs for name in ("bicubic", "other", "original")]
+    with pytest.raises(ValueError, match="was not kept"):
+        evaluate_pipelines([simulated], pairs, references={pairs[0].high: references[pairs[0].high]})
+
+
+def test_reproduce_puts_ours_beside_the_paper(tmp_path, capsys):
+    evaluate.main(["reproduce"])
+    assert "| QArtSR | W2A2 | 25.51 | 0.4124 | 50.04 |" in capsys.readouterr().out
+    rows = [
+        {"name": "bicubic", "kind": "bicubic", "full_precision": None, "psnr_y": 27.48},
+        {"name": "tiny-fp", "kind": "model", "full_precision": True, "psnr_y": 29.42},
+        {"name": "tiny-w4a4", "kind": "model", "full_precision": False, "psnr_y": 28.79, "lpips": 0.25},
+        {"name": "tiny-w4a4", "kind": "model", "full_precision": False, "psnr_y": 1.0},
+        {"name": "svdquant-w2a2", "kind": "model", "full_precision": False, "psnr_y": 28.0},
+    ]
+    report = {"data": {"folder": "set", "count": 2}, "settings": {"degradation": "bicubic, 8 bits"}, "rows": rows}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    evaluate.main(["reproduce", "--ours", str(path)])
+    said = capsys.readouterr().out
+    assert "| QArtSR | W4A4 | 24.93 | 0.2914 | 67.98 | tiny-w4a4 | 28.79 | 0.2500 |  |" in said and " 1.00 " not in said
+    assert "| SVDQuant | W2A2 | 18.99 | 0.4947 | 43.83 | svdquant-w2a2 | 28.00 |" in said
+    assert "tiny-fp" in said and "set, 2 pictures" in said and "Not measured by us: MUSIQ" in said
+    assert method_and_bits({"name": "q_dm w3a3", "kind": "model", "full_precision": False}) == ("Q-DM", "w3a3")
+    assert all(len(table.results) > 2 for table in TABLES)
