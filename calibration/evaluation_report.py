@@ -70,8 +70,15 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def markdown(summary: list[dict[str, Any]], further: tuple[str, ...] = ()) -> str:
-    """The table: a line a row. Columns that no row fills are left out.
+def further_metrics(summary: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Names of the metrics in the rows that are none of this project's own."""
+    known = {*COLUMNS, "name", "kind", "color_fix", "full_precision", "per_picture", "bicubic_to_full_precision"}
+    names = dict.fromkeys(key for line in summary for key in line if key not in known)
+    return tuple(name for name in names if not name.endswith("_to_full_precision"))
+
+
+def table(summary: list[dict[str, Any]], further: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, a line a row. Columns that no row fills are left out.
 
     Args:
         further: names of further metrics.
@@ -79,12 +86,18 @@ def markdown(summary: list[dict[str, Any]], further: tuple[str, ...] = ()) -> st
     columns = COLUMNS | {name: (name.upper(), "{:.4f}") for name in further}
     columns |= {f"{name}_to_full_precision": (f"{name.upper()} to full precision", "{:.4f}") for name in further}
     columns = {key: column for key, column in columns.items() if any(line.get(key) is not None for line in summary)}
-    header = ["model", "colours", *(title for title, _ in columns.values())]
-    lines = [header, [":--", ":--", *["--:"] * len(columns)]]
+    lines = []
     for line in summary:
         colours = "" if line["kind"] in ("bicubic", "autoencoder") else line["color_fix"] or "as they come"
         cells = [layout.format(line[key]) if line.get(key) is not None else "" for key, (_, layout) in columns.items()]
         lines.append([line["name"], colours, *cells])
+    return ["model", "colours", *(title for title, _ in columns.values())], lines
+
+
+def markdown(summary: list[dict[str, Any]], further: tuple[str, ...] = ()) -> str:
+    """`table` in Markdown, its columns aligned."""
+    header, rows = table(summary, further)
+    lines = [header, [":--", ":--", *["--:"] * (len(header) - 2)], *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
