@@ -104,6 +104,11 @@ def load_candidates(models: list[str], dtype: torch.dtype, device: str) -> list[
     ]
 
 
+def read_original(path: Path) -> torch.Tensor:
+    """A photograph as (1, 3, H, W) float32 in [0, 1], cut at the right and bottom to multiples of the scale."""
+    return read_pair(PicturePair(path))[0]
+
+
 def upscale(
     pipeline: QArtSRPipeline, network: OneStepNetwork, low: torch.Tensor, color_fixes: list[str | None], tile_size: int | None
 ) -> tuple[list[torch.Tensor], float]:
