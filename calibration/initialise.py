@@ -2,10 +2,13 @@
 
 In this order, each for one layer (or the layers that share an input) at a time
 
-1. smoothing phi_c = max|w_c|^(1 - a) / max|x_c|^a (SmoothQuant, arXiv 2211.10438, eq. 4, with phi = 1 / s), a from a small grid;
-2. low-rank branch: the leading singular vectors of the smoothed weight (SVDQuant, arXiv 2411.05007, sec. 4.2);
-3. weight bounds per output channel: extremes, or the shrunken extremes of least squared error;
-4. input bounds: the same, or percentiles.
+1. offset per input channel: the sample's mean, or the middle of its extremes;
+2. smoothing phi_c = max|w_c|^(1 - a) / max|x_c|^a (SmoothQuant, arXiv 2211.10438, eq. 4, with phi = 1 / s), a from a small grid;
+3. low-rank branch: the leading singular vectors of the smoothed weight (SVDQuant, arXiv 2411.05007, sec. 4.2);
+4. weight bounds per output channel: extremes, or the shrunken extremes of least squared error;
+5. input bounds: the same, or percentiles.
+
+Layers on other grids (`calibration.other_grids`) leave out what they do not have, and rotated ones are measured as rotated.
 
 The a that leaves the least error of the layer's output on the sample is kept. For a k x k convolution the output error is summed
 over the taps, as if their inputs were independent: positions are sampled, not neighbourhoods (our reading).
@@ -18,11 +21,12 @@ from dataclasses import dataclass
 import torch
 
 from calibration.observers import InputSample
+from calibration.recipe import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.arithmetic.affine import fake_quantize
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
-BOUNDS = ("minmax", "percentile", "mse")
 SHRINK = tuple(1 - 0.05 * i for i in range(15))  # of the extremes, 1.0 down to 0.3
+SEARCHED = (None, 0.25, 0.5, 0.75)  # exponents a
 SMALLEST_PHI = 1e-4  # of a channel that nobody reads, relative to the geometric mean of the others
 
 
@@ -33,18 +37,33 @@ class Initialisation:
     Attributes:
         bounds: "minmax", "percentile" or "mse", of inputs. Weights have the extremes of each row, or with "mse" shrunken ones.
         percentile: for "percentile": the share of values inside the bounds, in percent.
-        smoothing: exponents a that are tried; (None,) for no smoothing.
+        smoothing: exponents a that are tried, None among them for phi = 1 (next to 0 where nobody reads the channel); none at all
+            to leave phi at 1 everywhere.
+        offset: "none" or "zero" to leave it alone, "mean" of the inputs, or "centre" of their extremes.
     """
 
     bounds: str = "mse"
     percentile: float = 99.9
-    smoothing: tuple[float | None, ...] = (None, 0.25, 0.5, 0.75)
+    smoothing: tuple[float | None, ...] = SEARCHED
+    offset: str = "none"
 
     def __post_init__(self):
         if self.bounds not in BOUNDS:
             raise ValueError(f"bounds is {self.bounds!r}, expected one of {BOUNDS}")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile is {self.percentile!r}, expected more than 50 and at most 100")
+        if self.offset not in OFFSETS:
+            raise ValueError(f"offset is {self.offset!r}, expected one of {OFFSETS}")
+
+    @classmethod
+    def of(cls, layer: Layer) -> Initialisation:
+        """What a recipe says of its layers."""
+        smoothing = {"none": (), "ones": (None,), "search": SEARCHED}[layer.smoothing]
+        return cls(layer.bounds, layer.percentile, smoothing, layer.offset)
+
+
+def _has(layer: CalibratingMixin, parameter: str) -> bool:
+    return parameter in layer._parameters
 
 
 def _unfolded(weight: torch.Tensor) -> torch.Tensor:
@@ -77,10 +96,10 @@ def _set_branch(layer: CalibratingMixin) -> None:
 
 
 def _weight_bounds(layer: CalibratingMixin, energy: torch.Tensor, options: Initialisation) -> None:
-    """Per output channel; ``energy`` (C,) is the mean square of the smoothed input, which weighs the error."""
+    """Per output channel; ``energy`` (C,) is the mean square of what the weight meets, which weighs the error."""
     layer.set_weight_bounds_to_extremes()
     bits = layer.layer_scheme.weight_bits
-    if bits == 16 or options.bounds != "mse":
+    if not _has(layer, "weight_lower") or options.bounds != "mse":
         return
     weight = layer.residual_weight()
     rows = weight.flatten(1)
@@ -131,37 +150,86 @@ def input_bounds(
     return lower * factors[0], upper * factors[1]
 
 
-def _set_for(
-    layers: list[CalibratingMixin], sample: InputSample, rows: torch.Tensor, phi: torch.Tensor, options: Initialisation
-) -> float:
+@dataclass(frozen=True)
+class _Inputs:
+    """What layers that share an input are set from, less the offset: rows (positions, C), and extremes (C,) of all that was seen."""
+
+    rows: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+
+    @property
+    def largest(self) -> torch.Tensor:
+        return torch.maximum(-self.lower, self.upper)
+
+
+def _set_offset(layers: list[CalibratingMixin], sample: InputSample, options: Initialisation) -> _Inputs:
+    """Sets the offset of layers that have one; returns the inputs without it."""
+    rows, lower, upper = sample.rows, sample.lower, sample.upper
+    for layer in layers:
+        if hasattr(layer, "set_input_range"):
+            layer.set_input_range(float(lower.min()))
+        elif _has(layer, "input_offset") and options.offset in ("mean", "centre"):
+            layer.input_offset.copy_(rows.mean(0) if options.offset == "mean" else (lower + upper) / 2)
+    offset = getattr(layers[0], "input_offset", None)
+    if offset is None:
+        return _Inputs(rows, lower, upper)
+    if any(getattr(layer, "padding", None) not in (None, (0, 0)) for layer in layers):  # it sees zeros as well
+        lower, upper = lower.clamp(max=0), upper.clamp(min=0)
+    return _Inputs(rows - offset, lower - offset, upper - offset)
+
+
+def _set_input_bounds(layers: list[CalibratingMixin], inputs: _Inputs, seen: torch.Tensor, options: Initialisation) -> None:
+    """``seen`` (positions, C) are the rows as the quantizer sees them: smoothed, and rotated where that is wanted."""
+    first = layers[0]
+    importance = sum(_unfolded(layer.residual_weight()).square().sum(0) for layer in layers)
+    read = importance > 0  # bounds need not hold channels that nobody reads
+    if hasattr(first, "transform_rows"):
+        ends = torch.stack([seen.amin(0), seen.amax(0)])
+    else:
+        ends = torch.stack([inputs.lower, inputs.upper]) * first.smooth
+    ends = ends[:, read] if read.any() else torch.zeros(2, 1)
+    bits = first.layer_scheme.activation_bits
+    lower, upper = input_bounds(seen[:, read], ends.min(), ends.max(), importance[read], bits, options)
+    first.input_lower.copy_(lower)
+    first.input_upper.copy_(upper)
+
+
+def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor, options: Initialisation) -> float:
     """Sets everything for one phi; returns the squared error of the outputs on the sample."""
     first = layers[0]
     first.log_smooth.copy_(phi.log())
-    phi = first.smooth
-    smoothed = rows * phi
-    energy = smoothed.square().mean(0)
+    smoothed = inputs.rows * first.smooth
+    seen = first.transform_rows(smoothed) if hasattr(first, "transform_rows") else smoothed
+    energy = seen.square().mean(0)
     for layer in layers:
         _set_branch(layer)
         _weight_bounds(layer, energy, options)
-    if first.layer_scheme.activation_bits < 16:
-        importance = sum(_unfolded(layer.residual_weight()).square().sum(0) for layer in layers)
-        read = importance > 0  # bounds need not hold channels that nobody reads
-        ends = torch.stack([sample.lower * phi, sample.upper * phi])[:, read] if read.any() else torch.zeros(2, 1)
-        bounds = input_bounds(
-            smoothed[:, read], ends.min(), ends.max(), importance[read], first.layer_scheme.activation_bits, options
-        )
-        first.input_lower.copy_(bounds[0])
-        first.input_upper.copy_(bounds[1])
-    return sum(_output_error(layer, rows) for layer in layers)
+    if _has(first, "input_lower"):
+        _set_input_bounds(layers, inputs, seen, options)
+    return sum(_output_error(layer, inputs.rows) for layer in layers)
 
 
 def _output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:
+    """Squared error of the output on inputs from which the offset is taken already, (positions, C)."""
     wanted = rows @ _unfolded(layer.weight.float()).T
     got = layer.quantized_input(rows, layer.smooth) @ _unfolded(layer.qweight).T
     if layer.has_branch:
         up, down = layer.stored_branch()
         got = got + (rows * layer.smooth @ down.T) @ _unfolded(up).T
     return float((got - wanted).square().sum())
+
+
+def _output_power(layer: CalibratingMixin, rows: torch.Tensor) -> float:
+    return float((rows @ _unfolded(layer.weight.float()).T).square().sum())
+
+
+@torch.no_grad()
+def relative_output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:
+    """|y_q - y|^2 / |y|^2 of the layer's output, without bias, on a sample (positions, C) of its input."""
+    offset = getattr(layer, "input_offset", None)
+    error = _output_error(layer, rows if offset is None else rows - offset)
+    return error / max(_output_power(layer, rows), 1e-12)
 
 
 @torch.no_grad()
@@ -177,13 +245,13 @@ def initialise(layers: dict[str, CalibratingMixin], samples: dict[str, InputSamp
     errors = {}
     for names in groups.values():
         group, sample = [layers[name] for name in names], samples[names[0]]
-        rows = sample.rows
-        x_largest = torch.maximum(-sample.lower, sample.upper)
+        inputs = _set_offset(group, sample, options)
         w_largest = torch.stack([_unfolded(layer.weight.float()).abs().amax(0) for layer in group]).amax(0)
-        candidates = [smoothing_factor(x_largest, w_largest, exponent) for exponent in options.smoothing]
-        scores = [_set_for(group, sample, rows, phi, options) for phi in candidates]
+        candidates = [smoothing_factor(inputs.largest, w_largest, exponent) for exponent in options.smoothing]
+        candidates = candidates or [torch.ones_like(w_largest)]
+        scores = [_set_for(group, inputs, phi, options) for phi in candidates]
         best = min(range(len(scores)), key=scores.__getitem__)
-        error = scores[best] if best == len(scores) - 1 else _set_for(group, sample, rows, candidates[best], options)
-        power = sum(float((rows @ _unfolded(layer.weight.float()).T).square().sum()) for layer in group)
+        error = scores[best] if best == len(scores) - 1 else _set_for(group, inputs, candidates[best], options)
+        power = sum(_output_power(layer, sample.rows) for layer in group)
         errors.update(dict.fromkeys(names, error / max(power, 1e-12)))
     return errors

@@ -1,0 +1,62 @@
+"""The recipes that come with the project: each is what its publication says, as far as a recipe can say it."""
+
+from __future__ import annotations
+
+import pytest
+
+from calibration.initialise import Initialisation
+from calibration.other_grids import layer_kinds
+from calibration.recipe import Recipe, load_recipe, recipe_names
+
+METHODS = {
+    "maxmin": "MaxMin",
+    "lsq": "LSQ",
+    "q_dm": "Q-DM",
+    "efficientdm": "EfficientDM",
+    "passionsr": "PassionSR",
+    "svdquant": "SVDQuant",
+    "qartsr": "QArtSR",
+}
+TRAINED = {
+    "maxmin": set(),
+    "lsq": {"step"},
+    "q_dm": {"step"},
+    "efficientdm": {"adapter", "step"},
+    "passionsr": {"smoothing", "offset", "bounds"},
+    "svdquant": set(),
+    "qartsr": {"smoothing", "branch", "adapter", "bounds"},
+}
+DEPLOYABLE = {"maxmin", "lsq", "efficientdm", "qartsr"}
+
+
+def test_every_method_has_a_recipe():
+    assert set(METHODS) <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recipe_says_what_it_is_and_can_be_carried_out(name):
+    recipe = load_recipe(name)
+    assert recipe.method == METHODS[name]
+    assert recipe.source and len(recipe.reading) > 40
+    assert {part for stage in recipe.stages for part in stage.train} == TRAINED[name]
+    assert recipe.layer.deployable == (name in DEPLOYABLE)
+    assert recipe.steps == (400 if recipe.stages else 0)
+    assert sum(stage.share for stage in recipe.stages) == pytest.approx(1 if recipe.stages else 0)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
+    Initialisation.of(recipe.layer)
+
+
+def test_what_is_the_same_for_all_is_the_same():
+    """Data, layers kept at 8 bits, patches a step: the comparison is fair or worthless."""
+    recipes = [load_recipe(name) for name in METHODS]
+    assert len({str((r.keep, r.images, r.image_size)) for r in recipes}) == 1
+    assert len({(s.patch, s.batch) for r in recipes for s in r.stages}) == 1
+
+
+def test_the_baselines_are_on_their_own_grids():
+    svdquant = load_recipe("svdquant").layer
+    assert (svdquant.group_size, svdquant.activations, svdquant.branch_rank, svdquant.smoothing) == (64, "dynamic", 32, "search")
+    first, second = load_recipe("passionsr").stages
+    assert first.modules == second.modules == "parts" and first.others == second.others == "full_precision"
+    assert set(first.train) == {"smoothing", "offset"} and set(second.train) == {"bounds"}
