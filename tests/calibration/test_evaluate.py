@@ -18,10 +18,12 @@ from calibration.data.overlap import file_digests, overlap
 from calibration.data.paired_folders import find_pairs, read_pair
 from calibration.evaluation import Candidate, Row, evaluate_pipelines
 from calibration.evaluation_report import markdown, summarize
-from calibration.quantize import fold_and_make_schemes
 from calibration.reported_results import TABLES, method_and_bits
 from qartsr_pipeline.image.metrics import psnr_y, ssim_y
 from qartsr_pipeline.quantization.calibrating import prepare
+from qartsr_pipeline.quantization.fold import fold
+from qartsr_pipeline.quantization.freeze import freeze
+from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 from tiny_models import build_tiny_pipeline
 
 
@@ -224,23 +226,33 @@ def test_files_of_one_name_keep_their_own_digest(tmp_path):
 
 def test_models_in_memory_share_the_full_precision_outputs(small_photographs):
     """The kept outputs give the rows that a full-precision model at the first place gives."""
-    full, simulated = build_tiny_pipeline(0), build_tiny_pipeline(1)
-    schemes = fold_and_make_schemes(simulated, (8, 8), rank=0)
-    for name, scheme in schemes.items():
-        prepare(getattr(simulated, name), scheme)
-    full, simulated = Candidate.of("full", full), Candidate.of("simulated", simulated)
-    assert full.full_precision and not simulated.full_precision
-    simulated = Candidate("other", build_tiny_pipeline(1), False)  # what is calibrated otherwise is not what this is about
     pairs, references, made = find_pairs(small_photographs)[1], {}, []
-    together = evaluate_pipelines([full, simulated], pairs, references=references)
-    alone = evaluate_pipelines([simulated], pairs, references=references, made=lambda path, name, _: made.append((path, name)))
+    other = Candidate("other", build_tiny_pipeline(1), full_precision=False)
+    together = evaluate_pipelines([Candidate.of("full", build_tiny_pipeline(0)), other], pairs, references=references)
+    alone = evaluate_pipelines([other], pairs, references=references, made=lambda path, name, _: made.append((path, name)))
     for ours, expected in zip(alone[1:], together[3:], strict=True):
         assert ours.color_fix == expected.color_fix and ours.values.keys() == expected.values.keys()
         for metric in ours.values.keys() - {"seconds"}:
             assert ours.values[metric] == pytest.approx(expected.values[metric], abs=1e-6)
     assert made == [(pair.high, name) for pair in pairs for name in ("bicubic", "other", "original")]
     with pytest.raises(ValueError, match="was not kept"):
-        evaluate_pipelines([simulated], pairs, references={pairs[0].high: references[pairs[0].high]})
+        evaluate_pipelines([other], pairs, references={pairs[0].high: references[pairs[0].high]})
+
+
+def test_a_simulated_model_measures_as_the_deployed_one(small_photographs):
+    pipeline, pairs = build_tiny_pipeline(0), find_pairs(small_photographs)[1][:1]
+    assert Candidate.of("full", pipeline).full_precision
+    folding = fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))
+    schemes = {"unet": QuantizationScheme(LayerScheme(8, 8), folding=folding), "vae": QuantizationScheme(LayerScheme(8, 8))}
+
+    def measured(change):
+        for name, scheme in schemes.items():
+            change(getattr(pipeline, name), scheme)
+        candidate = Candidate.of("w8a8", pipeline)
+        assert not candidate.full_precision
+        return evaluate_pipelines([candidate], pairs, [None])[1].values["psnr_y"][0]
+
+    assert measured(prepare) == pytest.approx(measured(freeze), abs=0.05)
 
 
 def test_reproduce_puts_ours_beside_the_paper(tmp_path, capsys):
