@@ -152,7 +152,7 @@ def input_bounds(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What layers that share an input are set from, less the offset: rows (positions, C), and extremes (C,) of all that is seen."""
+    """What layers that share an input are set from, less the offset: rows (positions, C), and extremes (C,) of all seen."""
 
     rows: torch.Tensor
     lower: torch.Tensor
