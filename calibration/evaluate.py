@@ -206,9 +206,10 @@ def main(argv: list[str] | None = None) -> None:
         parser = reproduce_arguments()
         args = parser.parse_args(argv[1:])
         try:
-            print(reproduce([read_report(path) for path in args.ours]))
+            reports = [read_report(path) for path in args.ours]
         except (OSError, ValueError) as error:
             parser.error(" ".join(str(error).split()))
+        print(reproduce(reports))
         return
     parser = arguments()
     args = parser.parse_args(argv)

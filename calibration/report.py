@@ -32,7 +32,8 @@ p, figcaption, summary { color: var(--soft); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child, .text td { text-align: left; }
+td:first-child { white-space: nowrap; } h1, figcaption, .text td:last-child { overflow-wrap: anywhere; }
 tr:nth-child(even) td { background: var(--stripe); }
 figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; border-radius: 6px; }
 """
