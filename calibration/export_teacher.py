@@ -22,6 +22,7 @@ from calibration.data.pairs import choose_held_out
 from calibration.data.photographs import list_photographs
 from calibration.pipeline_folder import save_pipeline
 from calibration.teacher_model import SCALE, TIMESTEP, Teacher
+from calibration.teacher_start import teacher_from_folder
 from calibration.training_state import load_state
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
@@ -58,15 +59,22 @@ def build_pipeline(
     """The averaged weights of a training state as a pipeline on the CPU; arguments as in `export`."""
     recorded = {**(record or {}), **(state.get("record") or {})}
     timestep = recorded.get("timestep", TIMESTEP)
+    start = (recorded.get("arguments") or {}).get("start")
     with torch.random.fork_rng(devices=[]):
-        teacher = Teacher(seed=recorded.get("seed") or 0, timestep=timestep)
+        teacher = teacher_from_folder(start) if start else Teacher(seed=recorded.get("seed") or 0, timestep=timestep)
+    teacher.timestep = timestep
     try:
         teacher.load_state_dict(state["average"])
     except RuntimeError as error:
         raise ValueError(
-            "the training state is of a model of another shape than calibration/teacher_model.py builds:"
+            f"the training state is of a model of another shape than {start or 'calibration/teacher_model.py builds'}:"
             f" export it with the code that trained it. {' '.join(str(error).split())[:300]}"
         ) from error
+    return pipeline_of(teacher, dtype)
+
+
+def pipeline_of(teacher: Teacher, dtype: torch.dtype = torch.float16) -> QArtSRPipeline:
+    """A pipeline around the model's components, which are converted in place."""
     teacher.requires_grad_(False).eval()
     teacher.vae.register_to_config(scaling_factor=float(teacher.scaling_factor))
     return QArtSRPipeline(
@@ -74,7 +82,7 @@ def build_pipeline(
         vae=torch.nn.Module.to(teacher.vae, dtype),
         scheduler=teacher.scheduler,
         prompt_embedding=PromptEmbedding.from_tensor(teacher.prompt_embeds.to(dtype)),
-        timestep=timestep,
+        timestep=teacher.timestep,
         scale=SCALE,
     )
 
@@ -83,8 +91,10 @@ def training_record(state: dict[str, Any], record: dict[str, Any] | None = None)
     """What `training.json` says: how far training went, seed, versions, data. Unknown entries are None."""
     recorded = {**(record or {}), **(state.get("record") or {})}
     arguments = {
-        name: value for name, value in (recorded.get("arguments") or {}).items() if name != "data"
-    }  # a path of its own machine
+        name: Path(value).name if name == "start" and value else value
+        for name, value in (recorded.get("arguments") or {}).items()
+        if name != "data"
+    }  # no paths of its own machine
     return {
         "phases": state["phases"],
         "phases_finished": state["phase_index"],

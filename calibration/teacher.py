@@ -1,8 +1,9 @@
-"""Trains the small full-precision model from scratch, in OSEDiff's structure and with stock diffusers classes.
+"""Trains the small full-precision model, in OSEDiff's structure and with stock diffusers classes.
 
     python calibration/teacher.py --data PHOTOS --output runs/teacher
     python calibration/teacher.py --procedural 1 --output runs/teacher          without any photograph
     python calibration/teacher.py --resume --output runs/teacher                after Ctrl-C, or with more --phases
+    python calibration/teacher.py --start MODEL --timestep 999 --data PHOTOS    an existing model, moved to another timestep
 
 Four phases, each with its own steps and learning rate (`training_settings.Phase`):
 
@@ -35,7 +36,9 @@ from calibration.data.degradations import DEGRADATIONS
 from calibration.data.fingerprint import data_fingerprint, versions
 from calibration.data.pairs import MixedPatches, Pair, Patches, choose_held_out, held_out_pairs, procedural_pairs
 from calibration.data.photographs import PhotographPatches, list_photographs
+from calibration.teacher_losses import DISTANCES
 from calibration.teacher_model import TIMESTEP, Teacher, build_models
+from calibration.teacher_start import latents_for_fit, move_timestep, teacher_from_folder
 from calibration.trainer import Trainer
 from calibration.training_settings import Phase, Settings, parse_phase
 from calibration.training_state import STATE_NAME, load_state
@@ -43,6 +46,7 @@ from calibration.training_state import STATE_NAME, load_state
 __all__ = ["Phase", "Settings", "Teacher", "Trainer", "build_models", "main"]
 
 DEFAULT_PHASES = ("autoencoder:4000:1e-3:96:8", "latent:4000:1e-3:128:8", "pixel:20000:5e-4:128:8")
+PHASES_HELP = f"default: {' '.join(DEFAULT_PHASES)}; with --start without the first"
 PLACE = ("output", "device", "resume", "phases")  # arguments that are not part of what is trained
 
 
@@ -52,9 +56,11 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--procedural", type=float, default=0.0, metavar="SHARE", help="share of dead-leaves pictures, 0 to 1")
     parser.add_argument("--degradation", choices=tuple(DEGRADATIONS), default="bicubic")
     parser.add_argument("--output", type=Path, default=Path("runs/teacher"))
-    parser.add_argument("--timestep", type=int, default=TIMESTEP)
-    parser.add_argument("--phases", nargs="+", metavar="NAME:STEPS:LR:PATCH:BATCH", help=f"default: {' '.join(DEFAULT_PHASES)}")
+    parser.add_argument("--start", metavar="MODEL", help="full-precision pipeline folder to begin at, instead of fresh weights")
+    parser.add_argument("--timestep", type=int, help=f"T (default: {TIMESTEP}, or that of --start)")
+    parser.add_argument("--phases", nargs="+", metavar="NAME:STEPS:LR:PATCH:BATCH", help=PHASES_HELP)
     parser.add_argument("--train-encoder", action="store_true", help="train the VAE encoder in the pixel phase, as OSEDiff does")
+    parser.add_argument("--loss", choices=tuple(DISTANCES), default="l1", help="distance of latents and pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--every", type=int, default=500, help="validate and save every so many steps")
@@ -80,12 +86,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     elif path.exists():
         raise ValueError(f"{path} is there already: continue that run with --resume, or choose another --output")
-    args.phases = [parse_phase(text) for text in args.phases or DEFAULT_PHASES]
+    args.phases = [parse_phase(text) for text in args.phases or DEFAULT_PHASES[1 if args.start else 0 :]]
+    if args.timestep is None and args.start is None:
+        args.timestep = TIMESTEP
     if not 0 <= args.procedural <= 1:
         raise ValueError(f"--procedural {args.procedural:g}: the share of procedural pictures is a number from 0 to 1")
     if args.data is None and args.procedural < 1:
         raise ValueError("nothing to train on: give a folder of photographs with --data, or --procedural 1 to do without")
-    if args.every < 1 or args.held_out < 1 or not 0 <= args.ema < 1 or not 0 <= args.timestep < 1000:
+    if args.every < 1 or args.held_out < 1 or not 0 <= args.ema < 1 or not 0 <= (args.timestep or 0) < 1000:
         raise ValueError("--every and --held-out must be above 0, --ema at least 0 and below 1, --timestep from 0 to 999")
     return args
 
@@ -107,13 +115,25 @@ def pictures(args: argparse.Namespace) -> tuple[Patches, list[Pair], dict[str, A
     return patches, held_out_pairs(held, args.degradation), record
 
 
+def build_model(args: argparse.Namespace, patches: Patches) -> Teacher:
+    """Fresh weights, or those of ``--start``, moved to ``--timestep``."""
+    if args.start is None:
+        return Teacher(args.seed, args.timestep)
+    model = teacher_from_folder(args.start)
+    if args.timestep is not None:
+        move_timestep(model, args.timestep, latents_for_fit(model, patches, args.degradation))
+    return model
+
+
 def build_trainer(args: argparse.Namespace) -> Trainer:
     """The run that the arguments describe, at its beginning or, with ``--resume``, where it was left."""
     patches, held_out, record = pictures(args)
+    model = build_model(args, patches)
+    args.timestep = model.timestep
     args.output.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in vars(args).items() if name not in PLACE}
     record |= {"seed": args.seed, "timestep": args.timestep, "arguments": kept, "versions": versions()}
-    model = Teacher(args.seed, args.timestep).to(device=args.device, memory_format=torch.channels_last)
+    model = model.to(device=args.device, memory_format=torch.channels_last)
     settings = Settings(**{part.name: getattr(args, part.name) for part in fields(Settings)})
     trainer = Trainer(model, args.phases, patches, held_out, settings, record)
     if args.resume:

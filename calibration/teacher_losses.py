@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ import torch.nn.functional as F
 from calibration.data.pairs import MARGIN, Pair, Patches, degraded_pair
 from calibration.teacher_model import Teacher
 from qartsr_pipeline.image.metrics import psnr_y
+
+DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss}
+Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def autoencoder_loss(model: Teacher, up: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -20,22 +25,36 @@ def autoencoder_loss(model: Teacher, up: torch.Tensor, high: torch.Tensor) -> to
     return F.l1_loss(model.vae.decode(posterior.sample()).sample.float(), x) + 1e-5 * kl.float()
 
 
-def loss_of(phase: str, model: Teacher, up: torch.Tensor, high: torch.Tensor, train_encoder: bool) -> torch.Tensor:
+def loss_of(
+    phase: str,
+    model: Teacher,
+    up: torch.Tensor,
+    high: torch.Tensor,
+    train_encoder: bool,
+    distance: str = "l1",
+    perceptual: Perceptual | None = None,
+) -> torch.Tensor:
     """The loss of one batch, a scalar.
 
     Args:
         phase: one of `training_settings.PHASES`.
         up, high: input and target, (B, 3, P, P) in [-1, 1].
+        distance: one of `DISTANCES`, between latents in the phase "latent" and between pictures in "pixel" and "joint".
+        perceptual: (picture, target) -> scalar, added to the distance between pictures as it is.
     """
+    distance_of = DISTANCES[distance]
     if phase == "autoencoder":
         return autoencoder_loss(model, up, high)
     if phase == "latent":
         with torch.no_grad():
             source, target = model.encode(up), model.encode(high).float()
-        return F.l1_loss(model.step(source).float(), target)
+        return distance_of(model.step(source).float(), target)
     with torch.set_grad_enabled(train_encoder or phase == "joint"):
         source = model.encode(up)
-    loss = F.l1_loss(model.decode(model.step(source)).float(), high)
+    picture = model.decode(model.step(source)).float()
+    loss = distance_of(picture, high)
+    if perceptual is not None:
+        loss = loss + perceptual(picture, high)
     if phase == "joint":
         half = max(1, high.shape[0] // 2)  # keeps the autoencoder good, and an identity for the input: the UNet goes on restoring
         loss = loss + autoencoder_loss(model, up[:half], high[:half])
@@ -69,8 +88,13 @@ def validate(model: Teacher, pairs: list[Pair]) -> dict[str, float]:
             "bypass": model.decode(z),
             "autoencoder": model.decode(model.encode(high.to(device))),
         }
-        rows.append({name: psnr_y(_unit(result), _unit(high)) for name, result in results.items()})
+        rows.append({name: picture_quality(result, high) for name, result in results.items()})
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+
+
+def picture_quality(picture: torch.Tensor, target: torch.Tensor) -> float:
+    """PSNR-Y in dB of (B, 3, H, W), both in [-1, 1] and clamped to it."""
+    return psnr_y(_unit(picture), _unit(target))
 
 
 def _unit(picture: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,10 @@ from calibration.anchored_init import start_near_linear
 
 TIMESTEP = 250  # the default T
 SCALE = 4  # enlargement
+Models = tuple[AutoencoderKL, UNet2DConditionModel, DDPMScheduler, torch.Tensor]
 
 
-def build_models(seed: int) -> tuple[AutoencoderKL, UNet2DConditionModel, DDPMScheduler, torch.Tensor]:
+def build_models(seed: int) -> Models:
     """Fresh models and the fixed prompt embedding, shape (1, 8, 64), standard normal."""
     torch.manual_seed(seed)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -51,11 +52,17 @@ def build_models(seed: int) -> tuple[AutoencoderKL, UNet2DConditionModel, DDPMSc
 
 
 class Teacher(torch.nn.Module):
-    """The one-step model as trained: latents are scaled, pictures are in [-1, 1]."""
+    """The one-step model as trained: latents are scaled, pictures are in [-1, 1].
 
-    def __init__(self, seed: int, timestep: int):
+    Args:
+        seed: of fresh weights.
+        timestep: T.
+        models: what `build_models` returns, in its place.
+    """
+
+    def __init__(self, seed: int, timestep: int, models: Models | None = None):
         super().__init__()
-        self.vae, self.unet, self.scheduler, prompt = build_models(seed)
+        self.vae, self.unet, self.scheduler, prompt = models or build_models(seed)
         self.register_buffer("prompt_embeds", prompt)
         self.register_buffer("scaling_factor", torch.ones(()))
         self.timestep = timestep

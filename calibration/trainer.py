@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from calibration.data.pairs import MARGIN, Pair, Patches, degraded_pair
-from calibration.teacher_losses import loss_of, set_scaling_factor, trained_modules, validate
+from calibration.teacher_adapters import trained_parameters
+from calibration.teacher_losses import Perceptual, loss_of, set_scaling_factor, trained_modules, validate
 from calibration.teacher_model import Teacher
 from calibration.training_plots import plot_if_possible
 from calibration.training_settings import Phase, Settings
@@ -27,6 +28,7 @@ class Trainer:
 
     Attributes:
         record: what the state shall say about the data and versions; see `calibration/export_teacher.py`.
+        perceptual: see `teacher_losses.loss_of`.
         average: moving average of the weights; what is validated and exported.
     """
 
@@ -36,6 +38,7 @@ class Trainer:
     held_out: list[Pair]
     settings: Settings
     record: dict[str, Any] = field(default_factory=dict)
+    perceptual: Perceptual | None = None
 
     def __post_init__(self) -> None:
         self.phase_index, self.step = 0, 0
@@ -115,10 +118,9 @@ class Trainer:
 
     def _start_phase(self, phase: Phase) -> None:
         self.model.requires_grad_(False)
-        parameters = []
-        for module in trained_modules(phase.name, self.model, self.settings.train_encoder):
-            module.requires_grad_(True)
-            parameters += module.parameters()
+        parameters = trained_parameters(trained_modules(phase.name, self.model, self.settings.train_encoder))
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(parameters, lr=phase.lr, betas=(0.9, 0.99), weight_decay=1e-4)
 
     def _train(self, phase: Phase, stop: StopSignals) -> None:
@@ -143,7 +145,7 @@ class Trainer:
         device = self.model.scaling_factor.device
         up, high = (picture.to(device) for picture in degraded_pair(high, self.settings.degradation, rng))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
-            loss = loss_of(phase.name, self.model, up, high, self.settings.train_encoder)
+            loss = loss_of(phase.name, self.model, up, high, self.settings.train_encoder, self.settings.loss, self.perceptual)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -51,6 +51,39 @@ def plot_training(history: list[dict[str, Any]], path: Path) -> None:
     write_whole(path, content.getvalue())
 
 
+def plot_sweep(rows: list[dict[str, Any]], chosen: int | None, path: Path) -> None:
+    """Draws what TRQ measured over the timesteps into a PNG.
+
+    Args:
+        rows: the rows of sweep.json; see `trq.Candidate`.
+        chosen: the timestep that is marked.
+
+    Raises:
+        ImportError: no matplotlib. SavingError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    rows = sorted(rows, key=lambda row: row["timestep"])
+    timesteps = [row["timestep"] for row in rows]
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    quality, error = figure.subplots(2, 1, sharex=True)
+    for key, label in (("full_precision", "full precision"), ("quantized", "plainly quantized"), ("bypass", "UNet bypassed")):
+        quality.plot(timesteps, [row[key] for row in rows], marker="o", label=label)
+    quality.axhline(rows[0]["bicubic"], linestyle="--", color="0.5", label="bicubic")
+    curves = (("amplification", "amplification"), ("z_error", "relative error of z_H"), ("eps_error", "relative error of eps"))
+    for key, label in curves:
+        error.plot(timesteps, [row[key] for row in rows], marker="o", label=label)
+    for axes in (quality, error):
+        if chosen is not None:
+            axes.axvline(chosen, color="0.7", zorder=0, label="chosen")
+        axes.legend()
+    quality.set(ylabel="PSNR-Y of held-out pictures, dB")
+    error.set(xlabel="timestep T", yscale="log")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    write_whole(path, content.getvalue())
+
+
 def running_steps(history: list[dict[str, Any]]) -> tuple[list[int], list[tuple[str, int]]]:
     """Each row's step counted through all phases, and the phases with the count at their end.
 

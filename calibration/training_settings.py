@@ -50,6 +50,7 @@ class Settings:
         ema: decay of the moving average of the weights.
         every: validate and save every so many steps.
         bf16: compute in bfloat16 where PyTorch holds it to be safe.
+        loss: the distance, "l1" or "l2"; see `teacher_losses.loss_of`.
     """
 
     output: Path
@@ -59,3 +60,4 @@ class Settings:
     every: int = 500
     bf16: bool = True
     degradation: str = "bicubic"
+    loss: str = "l1"
