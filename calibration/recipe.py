@@ -1,7 +1,7 @@
 """What a quantization method is, as data: which parameters exist, how they start, and in which stages they are trained.
 
-A recipe is a YAML file, `recipes/NAME.yaml`, one a method; bits are an argument. Its keys are the attributes of `Recipe`, `Layer` and
-`Stage`, which document them. The engine knows no method by name.
+A recipe is a YAML file, `recipes/NAME.yaml`, one a method; bits are an argument. Its keys are the attributes of `Recipe`,
+`Layer` and `Stage`, which document them. The engine knows no method by name.
 """
 
 from __future__ import annotations
@@ -106,14 +106,16 @@ class Stage:
             layer), "parts" (encoder, UNet, decoder) or "all" (everything at once).
         order: of the modules: "reversed" from the output to the input, "forward", or "distributed": the middle of the largest gap
             next, so that the modules done so far are always spread over the network.
-        others: what the rest of the network is meanwhile: "quantized_so_far": modules that had their turn are quantized, and go on
-            being trained, the others are full precision; "full_precision": all but the module itself.
+        others: what the rest of the network is meanwhile: "quantized_so_far": modules that had their turn are quantized, and go
+            on being trained, the others are full precision; "full_precision": all but the module itself.
         train: which parameters, of smoothing, offset, branch, adapter, bounds, step. "step" trains one factor for both bounds
             (the step size, with the zero point kept), "bounds" each for itself.
-        loss: weight of each term, by name: module_l2 (the module's own output against full precision's, relative to its power),
-            noise_l2 (the UNet's output, relative to its power), image_l2, image_l1 and perceptual (the picture in [-1, 1]).
-        share: of the run's steps, in [0, 1]; divided evenly between the modules.
-        lr: step size relative to the size of what is trained, at its largest; it ends at 0 along a cosine.
+        loss: weight of each term, by name: module_l2 (norm of the error of the module's own output, relative to that of the
+            output), noise_l2 (the same of the UNet's output), image_l2 (root mean square of the picture's error, values in
+            [-1, 1]), image_l1 (its mean) and perceptual.
+        share: of the run's steps, relative to the shares of the other stages; divided evenly between the modules.
+        lr: step size relative to the size of what is trained. It ends at 0 along a cosine, of every turn; but it is constant
+            while modules have their turns in a network that is quantized so far.
         patch: side of the high-resolution patches in pixels, a multiple of 16.
         batch: patches a step.
     """
@@ -148,7 +150,7 @@ class Stage:
             _number(f"{where}loss.{term}", weight, 0)
         if self.modules == "all" and "module_l2" in self.loss:
             raise RecipeError(f"{where}loss.module_l2 needs modules: blocks or parts; with all at once no module has a turn")
-        _number(where + "share", self.share, 0, 1)
+        _number(where + "share", self.share, 0)
         _number(where + "lr", self.lr, 1e-12)
         _number(where + "patch", self.patch, 16, whole=True)
         _number(where + "batch", self.batch, 1, whole=True)
@@ -166,7 +168,8 @@ class Recipe:
         reading: what of this recipe is our reading, where the publication is silent.
         layer: the parameters of every layer.
         stages: their training, in order; none for a method that does not train.
-        keep: pattern of "component.layer" names -> bits such as w8a8, or w16a16 to leave layers as they are. The first match wins.
+        keep: pattern of "component.layer" names -> bits such as w8a8, or w16a16 to leave layers as they are. The first match
+            wins.
         steps: optimizer steps of the whole run.
         images: calibration pictures that observers see.
         image_size: their side in pixels, high resolution.
@@ -203,8 +206,6 @@ class Recipe:
         for name in ("images", "cached_batches"):
             _number(name, getattr(self, name), 1, whole=True)
         _number("image_size", self.image_size, 32, whole=True)
-        if sum(stage.share for stage in self.stages) > 1 + 1e-9:
-            raise RecipeError(f"the shares of the stages add up to {sum(s.share for s in self.stages):g}, expected at most 1")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise RecipeError(f"two stages have the same name: {', '.join(names)}")
@@ -226,7 +227,10 @@ class Recipe:
 
     def steps_of(self, stage: Stage, modules: int) -> list[int]:
         """Steps for each of the stage's modules, as even as whole numbers allow; they add up to the stage's share."""
-        total = round(self.steps * stage.share)
+        shares = [each.share for each in self.stages]
+        before = sum(shares[: self.stages.index(stage)])
+        start, end = (round(self.steps * part / (sum(shares) or 1)) for part in (before, before + stage.share))
+        total = end - start
         return [total * (i + 1) // modules - total * i // modules for i in range(modules)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -260,7 +264,9 @@ def _build(kind: type, data: Any, where: str) -> Any:
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1)
-            raise RecipeError(f"unknown key {where}{key}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"))
+            raise RecipeError(
+                f"unknown key {where}{key}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+            )
     try:
         return kind(**data)
     except TypeError as error:

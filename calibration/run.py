@@ -1,0 +1,213 @@
+"""Makes new weights: quantizes a full-precision one-step model as a recipe says, and reports on what came out.
+
+    python calibration/run.py                                        the small model to W4A4, on procedural pictures
+    python calibration/run.py MODEL --bits w2a2 --data PHOTOS --steps 2000 --output runs/mine
+    python calibration/run.py --resume --output runs/mine            after Ctrl-C, a crash or a full disk
+
+The run's folder gets `model/` (a complete pipeline folder, with `quantization.json` that records how it was made),
+`report/index.html`, and `state.pt` while it goes on. Budgets are counted in steps; a resumed run ends bit for bit as if it had
+never stopped, on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from calibration.calibration_state import STATE_NAME
+from calibration.data.dead_leaves import DeadLeaves
+from calibration.data.degradations import DEGRADATIONS
+from calibration.data.fingerprint import data_fingerprint, hardware, versions
+from calibration.data.overlap import file_digests, overlap
+from calibration.data.pairs import Patches
+from calibration.data.photographs import PhotographPatches, list_photographs
+from calibration.engine import Calibrated, quantize
+from calibration.losses import PERCEPTUAL, load_perceptual
+from calibration.pipeline_folder import save_pipeline
+from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
+from calibration.run_report import make_report
+from calibration.training_state import write_whole
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.command_line.device import choose_device
+from qartsr_pipeline.quantization.freeze import freeze
+
+RECORD_NAME = "quantization.json"
+ARGUMENTS_NAME = "run.json"
+SAMPLE = Path(__file__).resolve().parents[1] / "qartsr_pipeline" / "samples" / "rider.jpg"
+PLACE = ("output", "resume", "device")  # arguments that are not part of what is made
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", nargs="?", default="tiny-fp", help="full-precision checkpoint: folder, shipped name or Hub id")
+    parser.add_argument("--recipe", default="qartsr", help=f"{', '.join(recipe_names())}, or a YAML file")
+    parser.add_argument("--bits", default="w4a4", help="of weights and activations: 2, 3, 4, 6, 8, or 16 for none")
+    parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the recipe's)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="anything else in the recipe: layer.branch_rank=4 stages.1.lr=0.003",
+    )
+    parser.add_argument("--data", help="folder of photographs to calibrate on (default: procedural pictures)")
+    parser.add_argument("--degradation", choices=tuple(DEGRADATIONS), default="bicubic")
+    parser.add_argument(
+        "--perceptual", choices=PERCEPTUAL, default="encoder", help="features of the model's own encoder, or LPIPS"
+    )
+    parser.add_argument("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS, torchvision's, as a local file")
+    parser.add_argument("--evaluate", metavar="FOLDER", help="photographs for the report (default: the sample that comes along)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/calibration"), help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output, with its arguments")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; those of the run itself where ``--resume`` continues it.
+
+    Raises:
+        ValueError, OSError: nothing to resume, or the folder holds another run.
+    """
+    parser = arguments()
+    args = parser.parse_args(argv)
+    path = args.output / ARGUMENTS_NAME
+    if args.resume:
+        try:
+            parser.set_defaults(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"nothing to resume: {path} cannot be read ({error})") from error
+        return parser.parse_args(argv)
+    if path.exists():
+        raise ValueError(f"{args.output} holds a run already: continue it with --resume, or choose another --output")
+    if args.output.exists() and any(args.output.iterdir()):
+        raise FileExistsError(f"{args.output} exists and holds something else: choose another --output")
+    return args
+
+
+@dataclass
+class Job:
+    """What a run works on: checked arguments, loaded models and data."""
+
+    args: argparse.Namespace
+    recipe: Recipe
+    bits: tuple[int, int]
+    model: str
+    pipeline: QArtSRPipeline
+    full_precision: QArtSRPipeline
+    patches: Patches
+    data: dict[str, Any]
+    evaluation: list[Path]
+
+
+def load_job(args: argparse.Namespace) -> Job:
+    """Checks everything that can be checked before the first step.
+
+    Raises:
+        ValueError, OSError, ImportError: bad arguments, recipe, model or data; pictures to evaluate among those to calibrate on.
+    """
+    changes = [] if args.steps is None else [f"steps={args.steps}"]
+    recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
+    evaluation = list_photographs(args.evaluate) if args.evaluate else [SAMPLE]
+    patches, data = DeadLeaves(), {"procedural": "dead leaves"}
+    if args.data:
+        paths = list_photographs(args.data)
+        patches, data = PhotographPatches(paths), data_fingerprint(paths) | {"files": file_digests(paths)}
+        seen = overlap(evaluation, data["files"])
+        if seen:
+            raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
+    device, _ = choose_device(args.device)
+    folder = fetch(args.model)
+    pipeline, full_precision = (QArtSRPipeline.from_pretrained(folder).to(device) for _ in range(2))
+    for each in (pipeline, full_precision):
+        each.set_progress_bar_config(disable=True)
+    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation)
+
+
+def start_folder(args: argparse.Namespace) -> None:
+    """Makes the run's folder and writes its arguments into it, for `--resume`."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    kept = {name: value for name, value in vars(args).items() if name not in PLACE}
+    write_whole(args.output / ARGUMENTS_NAME, json.dumps(kept, indent=1).encode())
+
+
+def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[str, Any]:
+    """What `quantization.json` says."""
+    return {
+        "model": job.model,
+        "bits": job.args.bits,
+        "recipe": job.recipe.to_dict(),
+        "seed": job.args.seed,
+        "degradation": job.args.degradation,
+        "perceptual": perceptual,
+        "data": job.data,
+        "versions": versions(),
+        "hardware": hardware(job.pipeline.vae.device.type),
+        "loss": {stage: [float(f"{loss:.4g}") for loss in losses] for stage, losses in calibrated.losses.items()},
+        "modules": calibrated.turns,
+        "relative_error_of_each_layer_alone": {
+            "before_training": {name: round(error, 6) for name, error in calibrated.errors_before.items()},
+            "after_training": {name: round(error, 6) for name, error in calibrated.layer_errors.items()},
+        },
+    }
+
+
+def run(args: argparse.Namespace) -> bool:
+    """What the command does, once its arguments are parsed; False if it was stopped before the end."""
+    start = time.perf_counter()
+    job = load_job(args)
+    start_folder(args)
+    wanted = any(stage.loss.get("perceptual") for stage in job.recipe.stages)
+    weights = Path(args.perceptual_weights) if args.perceptual_weights else None
+    perceptual = load_perceptual(args.perceptual, job.full_precision.vae, weights) if wanted else None
+    calibrated = quantize(
+        job.pipeline,
+        job.full_precision,
+        job.recipe,
+        job.bits,
+        job.patches,
+        args.seed,
+        args.output / STATE_NAME,
+        args.degradation,
+        perceptual,
+    )
+    if calibrated.stopped:
+        return False
+    record = record_of(job, calibrated, perceptual.name if perceptual else None)
+    if job.recipe.layer.deployable:
+        for name, scheme in calibrated.schemes.items():
+            freeze(getattr(job.pipeline, name), scheme)
+        sizes = save_pipeline(job.pipeline, args.output / "model", RECORD_NAME, record)
+        print(f"written: {args.output / 'model'}, {sizes['total'] / 1e6:.2f} MB")
+    else:
+        print(f"{job.recipe.method} is on a grid that exists in simulation only: no model is written, the report is")
+    report = make_report(job, calibrated, record, args.output / "report", time.perf_counter() - start)
+    print(f"written: {report}")
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments()
+    try:
+        args = parse(argv)
+        finished = run(args)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped at once; continue from what was saved last with --resume\n")
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+        parser.error(" ".join(str(error).split()))
+    if not finished:
+        parser.exit(130, f"\nstopped and saved. Continue with: python calibration/run.py --resume --output {args.output}\n")
+
+
+if __name__ == "__main__":
+    main()

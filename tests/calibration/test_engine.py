@@ -1,0 +1,238 @@
+"""Quantization of a whole tiny pipeline as recipes say: what training changes, in which order, and that it can be stopped."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from recipes_for_tests import SmoothPatches, small_recipe
+
+from calibration import engine
+from calibration.blocks import distributed, find_blocks, turns
+from calibration.data.pairs import degraded_pair
+from calibration.engine import COMPONENTS, all_layers, quantize, weights_digest
+from calibration.losses import EncoderFeatures
+from calibration.network_run import picture_of
+from calibration.optimization import keep_zero_inside
+from calibration.recipe import RecipeError
+from calibration.replay import Recording
+from calibration.rpq import record
+from calibration.tensor_store import TensorStore
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.image.metrics import psnr_y
+from qartsr_pipeline.quantization.calibrating import prepare
+from qartsr_pipeline.quantization.fold import fold
+from qartsr_pipeline.quantization.freeze import freeze
+from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
+from tiny_models import build_tiny_pipeline
+
+
+def picture(pipeline):
+    low = SmoothPatches().sample(1, 24, np.random.default_rng(5))
+    return pipeline(low, output_type="pt", color_fix=None).images
+
+
+def calibrated(recipe, bits=(4, 4), **kwargs):
+    pipeline, full_precision = build_tiny_pipeline(), build_tiny_pipeline()
+    return pipeline, quantize(pipeline, full_precision, recipe, bits, SmoothPatches(), **kwargs)
+
+
+def prepared():
+    """A pipeline with calibrating layers, nothing set."""
+    pipeline = build_tiny_pipeline()
+    for component in COMPONENTS:
+        prepare(getattr(pipeline, component), QuantizationScheme(LayerScheme(4, 4)))
+    return pipeline
+
+
+@pytest.mark.parametrize("bounds", ["minmax", "percentile", "mse"])
+def test_eight_bits_keep_the_picture_and_fewer_bits_lose_more(bounds):
+    wanted = picture(build_tiny_pipeline())
+    recipe = small_recipe("steps=0", f"layer.bounds={bounds}")
+    eight, four = (picture(calibrated(recipe, bits)[0]) for bits in ((8, 8), (4, 4)))
+    assert psnr_y(eight[0], wanted[0]) > 32  # random weights amplify errors more than trained ones
+    assert psnr_y(eight[0], wanted[0]) > psnr_y(four[0], wanted[0]) + 3
+
+
+def test_training_comes_closer_and_leaves_the_original_weights_alone():
+    full_precision = build_tiny_pipeline()
+    fold(full_precision.unet, full_precision.config.timestep, full_precision.prompt_embedding(1))
+    pipeline, result = calibrated(small_recipe("steps=50", "stages.0.share=0.5", "stages.1.share=0.5"), (3, 4))
+    assert weights_digest(pipeline) == weights_digest(full_precision) == result.weights
+    assert len(result.losses["RPQ"]) == len(result.losses["ET"]) == 25
+    untrained = calibrated(small_recipe("steps=0"), (3, 4))[0]
+    wanted = picture(build_tiny_pipeline())[0]
+    assert psnr_y(picture(pipeline)[0], wanted) > psnr_y(picture(untrained)[0], wanted) + 1
+
+
+def test_what_is_simulated_is_what_is_deployed(tmp_path):
+    pipeline, result = calibrated(small_recipe("steps=4"), (4, 4))
+    simulated = picture(pipeline)
+    for name in COMPONENTS:
+        freeze(getattr(pipeline, name), result.schemes[name])
+    assert (picture(pipeline) - simulated).abs().max() < 2e-3  # a code at the border of two may fall the other way
+    pipeline.save_pretrained(tmp_path / "model")
+    loaded = QArtSRPipeline.from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(picture(loaded), picture(pipeline))
+
+
+def test_only_what_a_stage_names_is_trained():
+    recipe = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1", "stages.1.train=[adapter]")
+    start = dict(engine.all_layers(calibrated(small_recipe("steps=0"))[0]))
+    end = all_layers(calibrated(recipe)[0])
+    changed = {
+        name
+        for layer_name, layer in end.items()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if not torch.equal(parameter, start[layer_name].get_parameter(name))
+    }
+    assert changed == {"adapter_up", "adapter_down"}
+
+
+class Interrupting(SmoothPatches):
+    """Asks the run to stop while it draws the patches of a given call."""
+
+    def __init__(self, call: int):
+        self.left = call
+
+    def sample(self, *arguments):
+        self.left -= 1
+        if self.left == 0:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().sample(*arguments)
+
+
+@pytest.mark.parametrize("call", [2, 6])  # while module inputs are recorded, in the end-to-end stage
+def test_a_stopped_run_continues_to_the_same_parameters_bit_for_bit(tmp_path, call):
+    recipe = small_recipe("steps=40", "stages.0.share=0.7", "stages.1.share=0.3")
+    straight, whole = calibrated(recipe)
+    state = tmp_path / "state.pt"
+    arguments = build_tiny_pipeline(), build_tiny_pipeline(), recipe, (4, 4)
+    assert quantize(*arguments, Interrupting(call), state=state).stopped
+    resumed, result = calibrated(recipe, state=state)
+    assert not result.stopped and result.losses == whole.losses and result.turns == whole.turns
+    for (name, a), b in zip(all_layers(straight).items(), all_layers(resumed).values(), strict=True):
+        for (key, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+            assert torch.equal(x, y), f"{name}.{key}"
+
+
+def test_a_kill_between_two_saves_loses_only_the_steps_since(tmp_path):
+    recipe = small_recipe("steps=30", "stages.0.share=0.8", "stages.1.share=0.2")
+    state = tmp_path / "state.pt"
+    straight = calibrated(recipe)[1]
+
+    class Killed(SmoothPatches):
+        calls = itertools.count(1)
+
+        def sample(self, *arguments):
+            if next(self.calls) == 6:
+                raise SystemExit("killed")
+            return super().sample(*arguments)
+
+    with pytest.raises(SystemExit):
+        quantize(build_tiny_pipeline(), build_tiny_pipeline(), recipe, (4, 4), Killed(), state=state, every=7)
+    assert calibrated(recipe, state=state, every=7)[1].losses == straight.losses
+
+
+def test_a_state_of_another_run_is_refused_by_name(tmp_path):
+    state = tmp_path / "state.pt"
+    calibrated(small_recipe("steps=0"), state=state)
+    with pytest.raises(ValueError, match="with other bits"):
+        calibrated(small_recipe("steps=0"), (3, 3), state=state)
+    state.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="state.pt cannot be read"):
+        calibrated(small_recipe("steps=0"), state=state)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path):
+    recipe = small_recipe("steps=4", "stages.0.share=0", "stages.1.share=1")
+
+    class Broken(SmoothPatches):
+        calls = itertools.count(1)
+
+        def sample(self, *arguments):
+            patches = super().sample(*arguments)
+            return patches * float("nan") if next(self.calls) == 4 else patches
+
+    with pytest.raises(FloatingPointError, match="smaller learning rate than 0.01"):
+        quantize(build_tiny_pipeline(), build_tiny_pipeline(), recipe, (4, 4), Broken(), state=tmp_path / "state.pt")
+
+
+def test_orders_of_modules():
+    blocks = find_blocks(prepared())
+    names = [turn.name for turn in turns(blocks, "blocks", "forward")]
+    assert names[0] == "vae.encoder.conv_in" and names[-1] == "vae.decoder.conv_out"
+    assert [turn.name for turn in turns(blocks, "blocks", "reversed")] == names[::-1]
+    assert [turn.name for turn in turns(blocks, "parts", "reversed")] == ["decoder", "unet", "encoder"]
+    assert distributed(7) == [3, 1, 5, 0, 2, 4, 6]
+
+
+def test_every_quantized_layer_is_in_one_block():
+    pipeline = prepared()
+    inside = [id(layer) for block in find_blocks(pipeline) for layer in block.layers]
+    running = {id(layer) for name, layer in all_layers(pipeline).items() if "time_emb" not in name}
+    assert len(set(inside)) == len(inside) and running <= set(inside)
+
+
+def test_replayed_blocks_give_the_same_picture_and_gradient_as_running_them():
+    pipeline = prepared()
+    blocks = find_blocks(pipeline)
+    up = degraded_pair(SmoothPatches().sample(2, 64, np.random.default_rng(0)))[0]
+    stage = small_recipe().stages[0]
+    with TensorStore(limit=20_000) as store:  # most of it goes to disk
+        recording = record(pipeline, blocks, stage, SmoothPatches(), [0], 1, store)
+        assert store.folder is not None and any(store.folder.iterdir())
+        up = recording.inputs[0]
+        for turn in turns(blocks, "blocks", "reversed")[::5]:
+            for block in blocks:
+                block.quantize(False)
+            turn.blocks[0].quantize(True)
+            parameter = turn.blocks[0].layers[0].log_smooth.requires_grad_(True)
+            wanted = picture_of(pipeline, up)
+            (gradient,) = torch.autograd.grad(wanted.square().sum(), parameter)
+            with recording.replayed(0, turn.blocks[0]):
+                got = picture_of(pipeline, up)
+                (replayed,) = torch.autograd.grad(got.square().sum(), parameter)
+            torch.testing.assert_close(got, wanted)
+            torch.testing.assert_close(replayed, gradient)
+            assert isinstance(recording, Recording) and "forward" not in vars(blocks[0].module)
+    assert store.folder is None or not store.folder.exists()
+
+
+def test_perceptual_loss_is_required_by_name_and_sees_differences():
+    with pytest.raises(ValueError, match="perceptual loss"):
+        calibrated(small_recipe("steps=2", "stages.1.loss={perceptual: 1.0}"))
+    loss = EncoderFeatures(build_tiny_pipeline().vae)
+    a = SmoothPatches().sample(2, 32, np.random.default_rng(0)) * 2 - 1
+    assert float(loss(a, a)) == 0
+    near, far = (float(loss(a + torch.randn_like(a) * size, a)) for size in (0.01, 0.2))
+    assert 0 < near < far
+
+
+def test_bounds_that_crossed_zero_are_put_back():
+    layers = list(all_layers(prepared()).values())
+    with torch.no_grad():
+        layers[0].input_lower.fill_(0.5)
+        layers[0].weight_upper.fill_(-0.5)
+    keep_zero_inside(layers)
+    assert layers[0].input_lower == 0 and (layers[0].weight_upper == 0).all() and layers[0].input_upper == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("stages.0.lr=fast", "lr is 'fast'"),
+        ("layer.bounds=min", "layer.bounds is 'min', expected one of minmax"),
+        ("layer.branch_rank=0", "trains branch, which layer does not have"),
+        ("stages.0.rate=1", "no such key"),
+        ("keep.unet.conv_in=w5a8", "keep.unet.conv_in: weight_bits is 5"),
+        ("stages.0.share=-1", "share is -1"),
+    ],
+)
+def test_recipe_values_that_cannot_be_are_named(change, said):
+    with pytest.raises(RecipeError, match=said):
+        small_recipe(change)
