@@ -1,0 +1,290 @@
+"""The comparison with a stand-in for the engine: what is made, what is kept, who is first; and once with the engine itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from calibration import compare, comparison_table
+from calibration.compare import Cell, make_method, method_names
+from calibration.data.dead_leaves import DeadLeaves
+from calibration.engine import Calibrated
+from calibration.other_grids import layer_kinds
+from calibration.recipe import Layer, load_recipe
+from qartsr_pipeline.quantization.calibrating import prepare
+from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
+from tiny_models import build_tiny_pipeline
+
+BEST_RATE = {"LSQ": 3.0, "QArtSR": 0.3}  # of the stand-in, as a factor
+ERROR = {"MaxMin": 0.3, "LSQ": 0.2, "SVDQuant": 0.1, "QArtSR": 0.05}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with calibration photographs, one with others, the model and the model before TRQ."""
+    folder = tmp_path_factory.mktemp("comparison")
+    for number, picture in enumerate(DeadLeaves().sample(4, 64, np.random.default_rng(1))):
+        path = folder / ("data" if number < 3 else "evaluate") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(path)
+    build_tiny_pipeline().save_pretrained(folder / "model")
+    build_tiny_pipeline(timestep=999).save_pretrained(folder / "model-t999")
+    return folder
+
+
+class Engine:
+    """In the place of `calibration.engine.quantize`: spoils the last layer, less so with the right learning rate."""
+
+    def __init__(self):
+        self.calls: list[tuple[str, int, int]] = []
+        self.stop_at: int | None = None
+        self.diverges_at: float | None = None
+
+    def __call__(self, pipeline, full_precision, recipe, bits, patches, seed, state, perceptual=None) -> Calibrated:
+        self.calls.append((recipe.method, recipe.steps, seed))
+        state.write_text("in between")
+        if len(self.calls) == self.stop_at:
+            return Calibrated({}, stopped=True)
+        error = ERROR[recipe.method] * (1 + 0.1 * seed) * 4 / bits[0]
+        if recipe.stages:
+            factor = recipe.stages[-1].lr / load_recipe(recipe.method.lower()).stages[-1].lr
+            if factor == pytest.approx(self.diverges_at):
+                raise FloatingPointError("the loss is nan")
+            error *= 1 + abs(np.log(factor / BEST_RATE[recipe.method]))
+        with torch.no_grad():
+            pipeline.vae.decoder.conv_out.weight.mul_(1 + error)
+        prepare(pipeline.vae, QuantizationScheme(LayerScheme(16, 16, 1)))
+        for layer in compare.all_layers(pipeline).values():
+            layer.quantizing = False
+        return Calibrated({}, {"stage": [error]}, layer_errors={"vae.x": error})
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr(compare, "HELD_OUT", 1)
+    monkeypatch.setattr(compare, "quantize", Engine())
+    return compare.quantize
+
+
+@pytest.fixture
+def command(pictures, tmp_path):
+    """Calls the command; the output folder is its attribute."""
+
+    def call(*further: str, methods: str = "maxmin lsq qartsr", bits: str = "w4a4") -> None:
+        paths = [pictures / "model", "--data", pictures / "data", "--evaluate", pictures / "evaluate"]
+        chosen = ["--methods", *methods.split(), "--bits", *bits.split(), "--output", call.output]
+        compare.main([str(a) for a in (*paths, *chosen, "--steps", "6", *further)])
+
+    call.output = tmp_path / "out"
+    return call
+
+
+def cells(folder) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "cells").iterdir()}
+
+
+def test_the_best_is_printed_first_and_finished_cells_are_not_made_again(command, engine, capsys):
+    command(methods="maxmin lsq qartsr qartsr-forward", bits="w4a4 w2a2")
+    made, printed = cells(command.output), capsys.readouterr().out
+    assert set(made) == {
+        f"{method}-{bits}-seed0" for method in ("maxmin", "lsq", "qartsr", "qartsr-forward") for bits in ("w4a4", "w2a2")
+    }
+    first = "Closest to full precision: **QArtSR**"
+    assert printed.count(first) == 2 and printed.index("## W4A4") < printed.index("## W2A2")
+    lines = [line.split("|") for line in printed[printed.index("## W4A4") :].splitlines() if line.startswith("| ")][2:5]
+    assert [(line[1].strip(), line[2].strip()) for line in lines] == [("1", "QArtSR"), ("2", "LSQ"), ("3", "MaxMin")]
+    values = [float(line[3]) for line in lines]
+    assert values == sorted(values, reverse=True) and "forward order" in printed
+    assert made["maxmin-w2a2-seed0"]["settings"]["recipe"]["method"] == "MaxMin"
+    assert (command.output / "comparison.md").read_text() == printed[printed.index("# Quant") :].rstrip("\n") + "\n"
+    ranking = json.loads((command.output / "comparison.json").read_text())["ranking"]["w4a4"]
+    assert [line["method"] for line in ranking] == ["qartsr", "qartsr-forward", "lsq", "maxmin"] or ranking[0]["mean"][
+        "psnr_y"
+    ] == pytest.approx(ranking[1]["mean"]["psnr_y"])
+    assert Image.open(command.output / "comparison-w4a4.png").size[0] == 6 * (64 + 8) - 8
+    assert not (command.output / "states").exists()
+    engine.calls.clear()
+    command(methods="maxmin lsq qartsr qartsr-forward", bits="w4a4 w2a2")
+    command("--table-only", methods="maxmin")
+    assert not engine.calls and cells(command.output) == made
+
+
+def test_the_learning_rate_is_chosen_on_held_out_patches_with_a_third_of_the_steps(command, engine, monkeypatch):
+    measured = []
+    real = compare.held_out_loss
+    monkeypatch.setattr(compare, "held_out_loss", lambda *args: measured.append(real(*args)) or measured[-1])
+    engine.diverges_at = 1.0
+    command(methods="lsq qartsr maxmin")
+    made = cells(command.output)
+    assert made["lsq-w4a4-seed0"]["learning_rate"]["factor"] == 3.0
+    assert made["qartsr-w4a4-seed0"]["learning_rate"]["factor"] == 0.3
+    assert made["lsq-w4a4-seed0"]["learning_rate"]["held_out_losses"]["1"] is None
+    assert made["maxmin-w4a4-seed0"]["learning_rate"]["factor"] is None
+    assert [steps for method, steps, _ in engine.calls if method == "LSQ"] == [2, 2, 2, 6]
+    assert len(measured) == 4
+
+
+def test_held_out_photographs_are_neither_calibrated_nor_evaluated_on(pictures, engine):
+    arguments = ["--data", str(pictures / "data"), "--evaluate", str(pictures / "evaluate"), "--output", "x"]
+    comparison = compare.prepare(compare.arguments().parse_args([str(pictures / "model"), *arguments]))
+    assert len(comparison.held_out) == 1 and len(comparison.patches.pictures) == 2
+    held_out = np.asarray(Image.open(comparison.held_out[0]))
+    assert not any(np.array_equal(held_out, picture) for picture in comparison.patches.pictures)
+
+
+def test_the_best_are_repeated_and_measured_on_the_model_before_trq(command, engine, pictures, capsys):
+    command("--seeds", "2", "--model-t999", pictures / "model-t999", methods="maxmin lsq svdquant qartsr")
+    made, printed = cells(command.output), capsys.readouterr().out
+    repeated = {name for name, cell in made.items() if cell["seed"] == 1}
+    assert repeated == {"qartsr-w4a4-seed1", "svdquant-w4a4-seed1", "lsq-w4a4-seed1"}
+    before = {name for name, cell in made.items() if cell["model"]}
+    assert before == {"qartsr-w4a4-t999-seed0", "svdquant-w4a4-t999-seed0", "lsq-w4a4-t999-seed0"}
+    assert "(2)" in printed and "| no TRQ" in printed and "T = 999" in printed
+    ranking = json.loads((command.output / "comparison.json").read_text())["ranking"]["w4a4"]
+    main = next(line for line in ranking if line["method"] == "qartsr" and not line["model"])
+    assert main["seeds"] == [0, 1] and main["spread"]["psnr_y"] > 0
+
+
+def test_a_cell_of_other_settings_is_an_error_that_names_it(command, engine, capsys):
+    command(methods="lsq")
+    engine.calls.clear()
+    with pytest.raises(SystemExit, match="2"):
+        command("--steps", "12", methods="lsq")
+    said = capsys.readouterr().err
+    assert "lsq-w4a4-seed0.json was made with other settings, recipe.steps is 6 there and 12 here" in said
+    assert not engine.calls
+    command("--steps", "12", methods="maxmin")  # which does not train
+    path = command.output / "cells" / "maxmin-w4a4-seed0.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(SystemExit, match="2"):
+        command(methods="maxmin")
+    assert "maxmin-w4a4-seed0.json cannot be read as a cell" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_state_of_what_is_not(command, engine, capsys):
+    engine.stop_at = 3
+    with pytest.raises(SystemExit, match="130"):
+        command(methods="maxmin lsq")
+    assert set(cells(command.output)) == {"maxmin-w4a4-seed0"}
+    assert [path.name for path in (command.output / "states").iterdir()] == ["sweep-lsq-w4a4-x1.pt"]
+    assert "Continue with the same command" in capsys.readouterr().err
+    command(methods="maxmin lsq")
+    assert set(cells(command.output)) == {"maxmin-w4a4-seed0", "lsq-w4a4-seed0"}
+
+
+def test_each_ablation_leaves_out_one_thing():
+    main = load_recipe("qartsr")
+    recipe = {name: make_method(name, main.steps).recipe for name in compare.ABLATIONS}
+    assert len({str(each.to_dict()) for each in [main, *recipe.values()]}) == 1 + len(compare.ABLATIONS)
+    assert all(sum(s.share for s in each.stages) == pytest.approx(1) and each.steps == main.steps for each in recipe.values())
+    assert [s.order for s in recipe["qartsr-forward"].stages][0] == "forward"
+    joint = recipe["qartsr-joint"].stages
+    assert {s.modules for s in joint} == {"all"} and not any("module_l2" in s.loss for s in joint)
+    assert {s.modules for s in recipe["qartsr-no-et"].stages} == {"blocks"}
+    for part, layer in (("branch", "branch_rank"), ("adapter", "adapter_rank"), ("smoothing", "smoothing")):
+        changed = recipe[f"qartsr-no-{part}"]
+        assert getattr(changed.layer, layer) in (0, "none") and all(part not in s.train for s in changed.stages)
+        assert replace(changed.layer, **{layer: getattr(main.layer, layer)}) == main.layer
+
+
+def test_passionsr_is_also_measured_at_the_bits_of_its_publication():
+    methods = [make_method(name, 6) for name in ("maxmin", "passionsr")]
+    assert [cell.key for cell in compare.first_cells(methods, ["w4a4"])] == [
+        "maxmin-w4a4-seed0", "passionsr-w4a4-seed0", "passionsr-w8a8-seed0",
+    ]  # fmt: skip
+    assert len(compare.first_cells(methods, ["w8a8"])) == 2
+    assert make_method(compare.SAME_RANK, 6).recipe.layer.branch_rank == load_recipe("qartsr").layer.branch_rank
+    assert make_method("maxmin", 6).recipe.steps == 0 and make_method("lsq", 6).recipe.steps == 6
+    assert all(make_method(name, 6).name == name for name in method_names())
+
+
+def test_sizes_count_codes_branches_and_the_scales_of_groups():
+    def size(layer: Layer, scheme: LayerScheme) -> float:
+        pipeline = build_tiny_pipeline()
+        for name in [n for n, _ in pipeline.vae.named_children()]:
+            if name != "quant_conv":
+                setattr(pipeline.vae, name, torch.nn.Identity())
+        prepare(pipeline.vae, QuantizationScheme(scheme), kinds=layer_kinds(layer, False))
+        return compare.stored_megabytes(pipeline) * 8e6
+
+    assert size(Layer(), LayerScheme(4, 4)) == 8 * 8 * 4 + 8 * 16
+    assert size(Layer(), LayerScheme(2, 2, 3)) == 8 * 8 * 2 + 8 * 16 + 16 * (8 * 3 + 3 * 8)
+    assert size(Layer(group_size=3, activations="dynamic"), LayerScheme(4, 4)) == 8 * 8 * 4 + 8 * 3 * 16
+
+
+def test_what_is_shown_is_where_the_model_does_most():
+    bicubic = torch.zeros(1, 3, 300, 400)
+    restored = bicubic.clone()
+    restored[..., 180:260, 240:300] = 1
+    difference, (left, top, side) = compare.most_restored(bicubic, restored)
+    assert side == compare.CROP and left <= 240 <= 300 <= left + side and top <= 180 <= 260 <= top + side
+    assert difference == pytest.approx(80 * 60 / side**2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "0"], "--steps is 0"),
+        (["--methods", "gptq"], "invalid choice: 'gptq'"),
+        (["--bits", "four"], "'four', expected a form such as w4a4"),
+        (["--table-only"], "no finished cells"),
+        (["--evaluate", "DATA"], "is among the photographs of --data"),
+        (["--data", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_bad_arguments_are_errors_of_one_line(command, engine, pictures, capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        command(*(str(pictures / "data") if argument == "DATA" else argument for argument in arguments))
+    assert said in capsys.readouterr().err and not engine.calls
+
+
+def test_too_few_photographs_to_hold_some_out(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command()
+    assert "has 3 photographs; more than 8 are needed" in capsys.readouterr().err
+
+
+def test_cells_are_told_apart_by_everything_but_the_recipes_values():
+    method = make_method("lsq", 6)
+    assert len({Cell(method, "w4a4"), Cell(method, "w2a2"), Cell(method, "w4a4", 1), Cell(method, "w4a4", 0, "t999")}) == 4
+    assert Cell(method, "w4a4", 1, "t999").key == "lsq-w4a4-t999-seed1"
+
+
+def test_a_tables_ranks_by_truth_stand_beside_those_to_full_precision():
+    def entry(label: str, to_full: float, truth: float) -> comparison_table.Entry:
+        values = {"psnr_y_to_full_precision": [to_full, to_full + 0.2], "psnr_y": [truth, truth]}
+        cell = {"learning_rate": {"factor": None}, "megabytes": 1.0, "seconds": 2.0}
+        return comparison_table.Entry(label, label, "method", "w4a4", "", values, [cell, cell])
+
+    entries = [entry("A", 30.0, 28.0), entry("B", 29.0, 28.5)]
+    lines = comparison_table.table(entries).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["A", "B"]
+    assert [line.split("|")[5].strip() for line in lines[2:]] == ["2", "1"]
+    assert "30.10 ± 0.14 (2)" in lines[2]
+    assert comparison_table.first_places(entries) == (
+        "Closest to full precision: **A** (30.10 dB, 1.00 dB before B);"
+        " closest to the originals: **B** (28.50 dB, 0.50 dB before A)."
+    )
+
+
+def test_with_the_engine_itself(command, monkeypatch, pictures, capsys):
+    """Two methods, one of them in simulation only and one that trains, end to end."""
+    monkeypatch.setattr(compare, "HELD_OUT", 1)
+
+    def small(name: str):
+        recipe = load_recipe(name)
+        stages = tuple(replace(stage, patch=16, batch=1) for stage in recipe.stages)
+        return replace(recipe, images=2, image_size=32, cached_batches=1, stages=stages)
+
+    monkeypatch.setattr(compare, "load_recipe", small)
+    command(methods="svdquant q_dm")
+    made = cells(command.output)
+    assert made["q_dm-w4a4-seed0"]["losses"]["mimicking"] and not made["svdquant-w4a4-seed0"]["losses"]
+    assert all(cell["metrics"]["wavelet"]["psnr_y_to_full_precision"] > 10 for cell in made.values())
+    shutil.rmtree(command.output)
