@@ -10,6 +10,7 @@ sheet of pictures for each bit width. Nothing is ever chosen on the photographs 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -159,7 +160,6 @@ class Cell:
 class Model:
     """A full-precision model, its outputs on the evaluation pictures, and its pictures of the held-out patches."""
 
-    folder: Path
     pipeline: QArtSRPipeline
     device: str
     digest: str
@@ -169,23 +169,16 @@ class Model:
 
     def fresh(self) -> QArtSRPipeline:
         """Another instance, to be quantized."""
-        return load_pipeline(self.folder, self.device)
-
-
-def load_pipeline(folder: Path, device: str) -> QArtSRPipeline:
-    """A pipeline without progress bars."""
-    pipeline = QArtSRPipeline.from_pretrained(folder).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        return copy.deepcopy(self.pipeline)
 
 
 def load_model(name: str, device: str) -> Model:
     """Raises ValueError if the model is quantized already, and see `QArtSRPipeline.from_pretrained`."""
-    folder = Path(fetch(name))
-    pipeline = load_pipeline(folder, device)
+    pipeline = QArtSRPipeline.from_pretrained(fetch(name)).to(device)
+    pipeline.set_progress_bar_config(disable=True)
     if any(getattr(model, "is_quantized", False) for model in (pipeline.unet, pipeline.vae)):
         raise ValueError(f"{name} is quantized already: compare on the full-precision model")
-    return Model(folder, pipeline, device, weights_digest(pipeline), load_perceptual("encoder", pipeline.vae))
+    return Model(pipeline, device, weights_digest(pipeline), load_perceptual("encoder", pipeline.vae))
 
 
 @dataclass

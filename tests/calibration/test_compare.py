@@ -276,6 +276,7 @@ def test_a_tables_ranks_by_truth_stand_beside_those_to_full_precision():
 def test_with_the_engine_itself(command, monkeypatch, pictures, capsys):
     """Two methods, one of them in simulation only and one that trains, end to end."""
     monkeypatch.setattr(compare, "HELD_OUT", 1)
+    monkeypatch.setattr(compare, "SWEPT", (1.0,))
 
     def small(name: str):
         recipe = load_recipe(name)
