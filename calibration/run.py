@@ -22,6 +22,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from calibration import trq
 from calibration.calibration_state import STATE_NAME
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
@@ -34,11 +35,13 @@ from calibration.losses import PERCEPTUAL, load_perceptual
 from calibration.pipeline_folder import save_pipeline
 from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
 from calibration.run_report import make_report
+from calibration.teacher import pictures as training_pictures
 from calibration.training_state import write_whole
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.quantization.freeze import freeze
+from qartsr_pipeline.quantization.scheme import LayerScheme
 
 RECORD_NAME = "quantization.json"
 ARGUMENTS_NAME = "run.json"
@@ -49,6 +52,12 @@ PLACE = ("output", "resume", "device")  # arguments that are not part of what is
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", default="tiny-fp", help="full-precision checkpoint: folder, shipped name or Hub id")
+    parser.add_argument(
+        "--timestep",
+        default="keep",
+        help="QArtSR's first stage: a timestep to retrain the model at before quantizing it, `search` to find one"
+        " (calibration/trq.py), or `keep` (default)",
+    )
     parser.add_argument("--recipe", default="qartsr", help=f"{', '.join(recipe_names())}, or a YAML file")
     parser.add_argument("--bits", default="w4a4", help="of weights and activations: 2, 3, 4, 6, 8, or 16 for none")
     parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the recipe's)")
@@ -108,6 +117,32 @@ class Job:
     patches: Patches
     data: dict[str, Any]
     evaluation: list[Path]
+    sweep: list[dict[str, Any]] | None = None
+
+
+def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | None]:
+    """The full-precision pipeline folder, retrained at another timestep if asked for, and the sweep's rows if there was one.
+
+    Raises:
+        ValueError: no such timestep, or none fits the rule of the search. trq.Stopped: call it again to go on.
+    """
+    if args.timestep == "keep":
+        return fetch(args.model), None
+    searched = args.timestep == "search"
+    if not searched and not args.timestep.isdecimal():
+        raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
+    options = trq.Options(
+        timesteps=trq.TIMESTEPS if searched else (int(args.timestep),), degradation=args.degradation, seed=args.seed
+    )
+    pictures = argparse.Namespace(data=args.data, procedural=0.0 if args.data else 1.0, held_out=8, degradation=args.degradation)
+    patches, held_out, record = training_pictures(pictures)
+    folder = args.output / "timestep"
+    search = trq.Search(args.model, patches, held_out, options, folder, record, device=choose_device(args.device)[0])
+    if not searched:
+        return search.retrain(args.model, options.timesteps[0], options.full_phases, folder), None
+    model = search.run()
+    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    return model, [row | {"chosen": row["timestep"] == sweep["chosen"]} for row in sweep["rows"]]
 
 
 def load_job(args: argparse.Namespace) -> Job:
@@ -118,6 +153,7 @@ def load_job(args: argparse.Namespace) -> Job:
     """
     changes = [] if args.steps is None else [f"steps={args.steps}"]
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
+    LayerScheme(*bits)  # is there such a quantizer?
     evaluation = list_photographs(args.evaluate) if args.evaluate else [SAMPLE]
     patches, data = DeadLeaves(), {"procedural": "dead leaves"}
     if args.data:
@@ -127,11 +163,13 @@ def load_job(args: argparse.Namespace) -> Job:
         if seen:
             raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
     device, _ = choose_device(args.device)
-    folder = fetch(args.model)
+    fetch(args.model)
+    start_folder(args)
+    folder, sweep = at_timestep(args)
     pipeline, full_precision = (QArtSRPipeline.from_pretrained(folder).to(device) for _ in range(2))
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
-    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation)
+    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation, sweep)
 
 
 def start_folder(args: argparse.Namespace) -> None:
@@ -145,6 +183,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
     """What `quantization.json` says."""
     return {
         "model": job.model,
+        "timestep": job.pipeline.config.timestep,
         "bits": job.args.bits,
         "recipe": job.recipe.to_dict(),
         "seed": job.args.seed,
@@ -166,7 +205,6 @@ def run(args: argparse.Namespace) -> bool:
     """What the command does, once its arguments are parsed; False if it was stopped before the end."""
     start = time.perf_counter()
     job = load_job(args)
-    start_folder(args)
     wanted = any(stage.loss.get("perceptual") for stage in job.recipe.stages)
     weights = Path(args.perceptual_weights) if args.perceptual_weights else None
     perceptual = load_perceptual(args.perceptual, job.full_precision.vae, weights) if wanted else None
@@ -201,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse(argv)
         finished = run(args)
+    except trq.Stopped:
+        finished = False
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped at once; continue from what was saved last with --resume\n")
     except (OSError, ValueError, ImportError, FloatingPointError) as error:

@@ -60,7 +60,7 @@ def make_report(job: Job, calibrated: Calibrated, record: dict[str, Any], folder
     print(markdown(metrics))
     data = {name: value for name, value in job.data.items() if name != "files"}
     facts = {
-        "model": job.model,
+        "model": f"{job.model}, timestep {job.pipeline.config.timestep}",
         "method": f"{job.recipe.method} ({job.recipe.source})",
         "our reading": job.recipe.reading,
         "bits": job.args.bits,
@@ -80,6 +80,7 @@ def make_report(job: Job, calibrated: Calibrated, record: dict[str, Any], folder
         module_losses=[(turn["module"], turn["first"], turn["last"]) for turn in calibrated.turns],
         layer_errors=calibrated.layer_errors,
         bounds=calibrated.histograms,
+        sweep=job.sweep,
         metrics=metrics,
         pictures=pictures,
     )

@@ -1,13 +1,17 @@
 """Quantization of a whole tiny pipeline as recipes say: what training changes, in which order, and that it can be stopped."""
 
 import itertools
+import os
+import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from recipes_for_tests import SmoothPatches, small_recipe
 
-from calibration import engine
+from calibration import engine, losses
 from calibration.blocks import distributed, find_blocks, turns
 from calibration.data.pairs import degraded_pair
 from calibration.engine import COMPONENTS, all_layers, quantize, weights_digest
@@ -99,9 +103,6 @@ class Interrupting(SmoothPatches):
     def sample(self, *arguments):
         self.left -= 1
         if self.left == 0:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
         return super().sample(*arguments)
 
@@ -236,3 +237,43 @@ def test_bounds_that_crossed_zero_are_put_back():
 def test_recipe_values_that_cannot_be_are_named(change, said):
     with pytest.raises(RecipeError, match=said):
         small_recipe(change)
+
+
+class FakeBackbone(torch.nn.Module):
+    """torchvision's layer numbers in slices, as the lpips package has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.slice1 = torch.nn.Sequential()
+        self.slice1.add_module("0", torch.nn.Conv2d(3, 4, 3))
+
+
+class FakeLpips(torch.nn.Module):
+    def __init__(self, net, pnet_rand, verbose):
+        super().__init__()
+        self.net, self.random = FakeBackbone(), pnet_rand
+
+    def forward(self, a, b):
+        return (self.net.slice1(a) - self.net.slice1(b)).square().mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_takes_a_local_backbone_and_is_never_exchanged_silently(monkeypatch, tmp_path):
+    vae = build_tiny_pipeline().vae
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs the lpips package"):
+        losses.load_perceptual("lpips", vae)
+    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=FakeLpips))
+    backbone = {
+        "features.0.weight": torch.ones(4, 3, 3, 3),
+        "features.0.bias": torch.zeros(4),
+        "classifier.0.weight": torch.ones(1),
+    }
+    torch.save(backbone, tmp_path / "vgg16.pth")
+    loss = losses.load_perceptual("lpips", vae, tmp_path / "vgg16.pth")
+    assert loss.name == "LPIPS (vgg)" and loss.model.random
+    assert torch.equal(loss.model.net.slice1[0].weight, backbone["features.0.weight"])
+    torch.save({"features.0.weight": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth holds no features.0.weight of shape"):
+        losses.load_perceptual("lpips", vae, tmp_path / "other.pth")

@@ -54,6 +54,8 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--bits", "w5a4"], "weight_bits is 5"),
+        (["--timestep", "soon"], "expected keep, search, or a number"),
         (["--bits", "4bit"], "'4bit', expected a form such as w4a4"),
         (["--recipe", "nonesuch"], "no recipe 'nonesuch'; there are"),
         (["--set", "layer.rank=4"], "layer.rank=4: no such key"),
