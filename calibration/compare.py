@@ -49,7 +49,8 @@ from qartsr_pipeline.command_line.device import choose_device
 
 METHODS = ("maxmin", "lsq", "q_dm", "efficientdm", "passionsr", "svdquant", "qartsr")
 EXTRA_BITS = {"passionsr": "w8a8"}  # what its publication is about
-SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates
+SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it
+FURTHER = {0.3: (0.1, 0.03), 3.0: (10.0, 30.0)}
 SWEEP_SHARE = 1 / 3  # of the steps
 HELD_OUT = 8  # photographs of --data that are not calibrated on: they choose the learning rate
 REPEATED = 3  # so many of the best methods are repeated with further seeds
@@ -303,35 +304,48 @@ def sweep(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     known = comparison.finished(path, settings)
     if known:
         return known
-    losses = {}
-    for factor in SWEPT:
-        recipe = with_rate(cell.method.recipe, factor, SWEEP_SHARE)
-        try:
-            pipeline, _ = calibrate(comparison, first, recipe, f"sweep-{cell.group}-x{factor:g}")
-            losses[factor] = held_out_loss(comparison, comparison.models[cell.model], pipeline)
-        except FloatingPointError:
-            losses[factor] = math.inf
+    losses = {factor: _short_run(comparison, first, factor) for factor in SWEPT}
     best = min(losses, key=losses.__getitem__)
+    for factor in FURTHER.get(best, ()) if losses[best] < math.inf else ():
+        losses[factor] = _short_run(comparison, first, factor)
+        if losses[factor] >= losses[best]:
+            break
+        best = factor
     if losses[best] == math.inf:
         raise ValueError(f"{cell.group}: training diverges with the recipe's learning rates times {', '.join(map(str, SWEPT))}")
-    shown = {f"{factor:g}": loss if math.isfinite(loss) else None for factor, loss in losses.items()}
+    shown = {f"{factor:g}": losses[factor] if math.isfinite(losses[factor]) else None for factor in sorted(losses)}
     chosen = {"settings": settings, "factor": best, "losses": shown}
     write_json(path, chosen)
     return chosen
 
 
-def stored_megabytes(pipeline: QArtSRPipeline) -> float:
-    """Codes, 16-bit branches and one 16-bit number a weight scale, of the quantized layers, in 10^6 bytes."""
-    bits = 0
+def _short_run(comparison: Comparison, cell: Cell, factor: float) -> float:
+    """Loss on held-out patches after a part of the steps with learning rates times ``factor``; infinite if training diverges."""
+    recipe = with_rate(cell.method.recipe, factor, SWEEP_SHARE)
+    try:
+        pipeline, _ = calibrate(comparison, cell, recipe, f"sweep-{cell.group}-x{factor:g}")
+    except FloatingPointError:
+        return math.inf
+    return held_out_loss(comparison, comparison.models[cell.model], pipeline)
+
+
+def stored_size(pipeline: QArtSRPipeline) -> dict[str, float]:
+    """What the quantized layers take: codes, 16-bit branches and one 16-bit number a weight scale.
+
+    Returns:
+        "megabytes" (10^6 bytes) and "bits_a_weight".
+    """
+    bits = weights = 0
     for layer in all_layers(pipeline).values():
         weight, scheme = layer.weight, layer.layer_scheme
         channels = weight.shape[1]
         size = getattr(layer, "group_size", 0)
         scales = weight.numel() // channels * -(-channels // size) if size else weight.shape[0]
+        weights += weight.numel()
         bits += weight.numel() * scheme.weight_bits + (16 * scales if scheme.weight_bits < 16 else 0)
         if layer.has_branch:
             bits += 16 * (layer.branch_up.numel() + layer.branch_down.numel())
-    return bits / 8e6
+    return {"megabytes": round(bits / 8e6, 4), "bits_a_weight": round(bits / weights, 3)}
 
 
 def measured(rows: list, name: str) -> dict[str, dict[str, Any]]:
@@ -459,7 +473,7 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
         "losses": {stage: [float(f"{loss:.4g}") for loss in losses] for stage, losses in calibrated.losses.items()},
         "layer_errors": {name: float(f"{error:.4g}") for name, error in calibrated.layer_errors.items()},
         "metrics": measured(rows, cell.method.label),
-        "megabytes": round(stored_megabytes(pipeline), 4),
+        **stored_size(pipeline),
         "seconds": round(time.perf_counter() - start, 1),
         "environment": {"versions": versions(), "hardware": hardware(comparison.device)},
     }

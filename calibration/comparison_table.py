@@ -47,6 +47,11 @@ class Entry:
     values: dict[str, list[float]]
     cells: list[dict[str, Any]]
 
+    @property
+    def bits_a_weight(self) -> float:
+        """Codes, scales and 16-bit branches of the quantized layers."""
+        return self.cells[0]["bits_a_weight"]
+
     def mean(self, metric: str) -> float:
         return statistics.fmean(self.values[metric])
 
@@ -67,7 +72,7 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
             cell["key"] = path.stem
-            cell["metrics"][COLOR_FIX][TO_FULL_PRECISION], cell["label"], cell["kind"], cell["seconds"]
+            cell["metrics"][COLOR_FIX][TO_FULL_PRECISION], cell["bits_a_weight"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as a cell ({type(error).__name__}): remove it to make it again") from error
         cells.append(cell)
@@ -120,7 +125,16 @@ def table(entries: list[Entry]) -> str:
     further = [metric for metric in shared if metric not in COLUMNS and metric not in NOT_SHOWN]
     columns = {metric: column for metric, column in COLUMNS.items() if metric in shared}
     columns |= {metric: (metric.replace("_", " "), "{:.4f}") for metric in further}
-    header = ["#", "method", *(heading for heading, _ in columns.values()), "# by truth", "MB", "learning rate", "s"]
+    header = [
+        "#",
+        "method",
+        *(heading for heading, _ in columns.values()),
+        "# by truth",
+        "bits a weight",
+        "MB",
+        "learning rate",
+        "s",
+    ]
     lines = [header, ["--:", ":--", *["--:"] * (len(header) - 2)]]
     for rank, entry in enumerate(ranked(entries), 1):
         first = entry.cells[0]
@@ -128,7 +142,8 @@ def table(entries: list[Entry]) -> str:
         values = [_with_spread(entry, metric, layout) for metric, (_, layout) in columns.items()]
         seconds = f"{statistics.fmean(cell['seconds'] for cell in entry.cells):.0f}"
         rate = "" if factor is None else f"x{factor:g}"
-        lines.append([str(rank), entry.label, *values, str(truth[id(entry)]), f"{first['megabytes']:.2f}", rate, seconds])
+        size = [f"{entry.bits_a_weight:.1f}", f"{first['megabytes']:.2f}"]
+        lines.append([str(rank), entry.label, *values, str(truth[id(entry)]), *size, rate, seconds])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
@@ -145,7 +160,10 @@ def first_places(entries: list[Entry]) -> str:
     for metric, where in ((TO_FULL_PRECISION, "closest to full precision"), (TRUTH, "closest to the originals")):
         order = ranked(entries, metric)
         lead = f", {order[0].mean(metric) - order[1].mean(metric):.2f} dB before {order[1].label}" if len(order) > 1 else ""
-        places.append(f"{where}: **{order[0].label}** ({order[0].mean(metric):.2f} dB{lead})")
+        first = order[0]
+        places.append(
+            f"{where}: **{first.label}** ({first.mean(metric):.2f} dB at {first.bits_a_weight:.1f} bits a weight{lead})"
+        )
     text = "; ".join(places)
     return text[0].upper() + text[1:] + "."
 
@@ -191,11 +209,11 @@ def heading(cells: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> str
             "",
             f"{settings['evaluation']['count']} photographs, enlarged 4 times after bicubic reduction; calibrated on"
             f" {settings['calibration']['count']} others, {', '.join(map(str, steps)) or 'no'} steps where a method trains,"
-            " its learning rate chosen from three on held-out patches of those others.",
+            " its learning rate chosen on held-out patches of those others.",
             f"Full precision (T = {model['timestep']}): PSNR-Y {metrics[TRUTH]:.2f}, SSIM-Y {metrics['ssim_y']:.4f};"
             f" bicubic {bicubic[TRUTH]:.2f} and {bicubic['ssim_y']:.4f}. Colours aligned ({COLOR_FIX}), the pipeline's default.",
-            "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. MB: codes, 16-bit branches and"
-            " scales of the quantized layers. s: the time of a cell, learning-rate search and measuring included.",
+            "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a weight, MB: codes,"
+            " 16-bit branches and scales of the quantized layers. s: the time of a cell, searching and measuring included.",
             f"{'; '.join(hardware)}; {', '.join(f'{k} {v}' for k, v in first['environment']['versions'].items())}.",
         ]
     )
@@ -213,6 +231,7 @@ def as_json(entries: list[Entry], full: dict[str, dict[str, Any]]) -> dict[str, 
             "seeds": [cell["seed"] for cell in entry.cells],
             "learning_rate_factor": entry.cells[0]["learning_rate"]["factor"],
             "megabytes": entry.cells[0]["megabytes"],
+            "bits_a_weight": entry.bits_a_weight,
             "mean": {metric: round(entry.mean(metric), 5) for metric in entry.values},
             "spread": {m: round(s, 5) for m in entry.values if (s := entry.spread(m)) is not None},
             "mean_without_colour_alignment": _means(entry, "none"),

@@ -21,7 +21,7 @@ from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 from tiny_models import build_tiny_pipeline
 
-BEST_RATE = {"LSQ": 3.0, "QArtSR": 0.3}  # of the stand-in, as a factor
+BEST_RATE = {"LSQ": 12.0, "QArtSR": 1.1}  # of the stand-in, as a factor
 ERROR = {"MaxMin": 0.3, "LSQ": 0.2, "SVDQuant": 0.1, "QArtSR": 0.05}
 
 
@@ -119,15 +119,16 @@ def test_the_learning_rate_is_chosen_on_held_out_patches_with_a_third_of_the_ste
     measured = []
     real = compare.held_out_loss
     monkeypatch.setattr(compare, "held_out_loss", lambda *args: measured.append(real(*args)) or measured[-1])
-    engine.diverges_at = 1.0
+    engine.diverges_at = 30.0
     command(methods="lsq qartsr maxmin")
     made = cells(command.output)
-    assert made["lsq-w4a4-seed0"]["learning_rate"]["factor"] == 3.0
-    assert made["qartsr-w4a4-seed0"]["learning_rate"]["factor"] == 0.3
-    assert made["lsq-w4a4-seed0"]["learning_rate"]["held_out_losses"]["1"] is None
+    losses = made["lsq-w4a4-seed0"]["learning_rate"]["held_out_losses"]
+    assert list(losses) == ["0.3", "1", "3", "10", "30"] and losses["30"] is None  # beyond the end as long as it helps
+    assert made["lsq-w4a4-seed0"]["learning_rate"]["factor"] == 10.0
+    assert made["qartsr-w4a4-seed0"]["learning_rate"]["factor"] == 1.0
     assert made["maxmin-w4a4-seed0"]["learning_rate"]["factor"] is None
-    assert [steps for method, steps, _ in engine.calls if method == "LSQ"] == [2, 2, 2, 6]
-    assert len(measured) == 4
+    assert [steps for method, steps, _ in engine.calls if method == "LSQ"] == [2, 2, 2, 2, 2, 6]
+    assert len(measured) == 7
 
 
 def test_held_out_photographs_are_neither_calibrated_nor_evaluated_on(pictures, engine):
@@ -211,7 +212,9 @@ def test_sizes_count_codes_branches_and_the_scales_of_groups():
             if name != "quant_conv":
                 setattr(pipeline.vae, name, torch.nn.Identity())
         prepare(pipeline.vae, QuantizationScheme(scheme), kinds=layer_kinds(layer, False))
-        return compare.stored_megabytes(pipeline) * 8e6
+        found = compare.stored_size(pipeline)
+        assert found["megabytes"] == pytest.approx(found["bits_a_weight"] * 8 * 8 / 8e6, abs=1e-4)
+        return found["bits_a_weight"] * 8 * 8
 
     assert size(Layer(), LayerScheme(4, 4)) == 8 * 8 * 4 + 8 * 16
     assert size(Layer(), LayerScheme(2, 2, 3)) == 8 * 8 * 2 + 8 * 16 + 16 * (8 * 3 + 3 * 8)
@@ -259,7 +262,7 @@ def test_cells_are_told_apart_by_everything_but_the_recipes_values():
 def test_a_tables_ranks_by_truth_stand_beside_those_to_full_precision():
     def entry(label: str, to_full: float, truth: float) -> comparison_table.Entry:
         values = {"psnr_y_to_full_precision": [to_full, to_full + 0.2], "psnr_y": [truth, truth]}
-        cell = {"learning_rate": {"factor": None}, "megabytes": 1.0, "seconds": 2.0}
+        cell = {"learning_rate": {"factor": None}, "megabytes": 1.0, "bits_a_weight": 4.5, "seconds": 2.0}
         return comparison_table.Entry(label, label, "method", "w4a4", "", values, [cell, cell])
 
     entries = [entry("A", 30.0, 28.0), entry("B", 29.0, 28.5)]
@@ -268,8 +271,8 @@ def test_a_tables_ranks_by_truth_stand_beside_those_to_full_precision():
     assert [line.split("|")[5].strip() for line in lines[2:]] == ["2", "1"]
     assert "30.10 ± 0.14 (2)" in lines[2]
     assert comparison_table.first_places(entries) == (
-        "Closest to full precision: **A** (30.10 dB, 1.00 dB before B);"
-        " closest to the originals: **B** (28.50 dB, 0.50 dB before A)."
+        "Closest to full precision: **A** (30.10 dB at 4.5 bits a weight, 1.00 dB before B);"
+        " closest to the originals: **B** (28.50 dB at 4.5 bits a weight, 0.50 dB before A)."
     )
 
 
