@@ -51,7 +51,10 @@ def test_what_is_the_same_for_all_is_the_same():
     """Data, layers kept at 8 bits, patches a step: the comparison is fair or worthless."""
     recipes = [load_recipe(name) for name in METHODS]
     assert len({str((r.keep, r.images, r.image_size)) for r in recipes}) == 1
-    assert len({(s.patch, s.batch) for r in recipes for s in r.stages}) == 1
+    for end_to_end in (True, False):
+        stages = [s for r in recipes for s in r.stages if (s.modules == "all") == end_to_end]
+        assert len({(s.patch, s.batch) for s in stages}) == 1
+    assert len({r.layer.adapter_rank for r in recipes} - {0}) == 1
 
 
 def test_the_baselines_are_on_their_own_grids():
