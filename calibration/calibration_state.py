@@ -29,6 +29,42 @@ def save_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
     save_state(path, {"identity": identity, "parameters": quantization_parameters(layers), **entries})
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: it is missing, damaged or of another kind"
+        raise ValueError(f"{path} cannot be read as a calibration state ({reason})") from error
+    if not isinstance(state, dict) or ENTRIES - state.keys():
+        raise ValueError(f"{path} is no calibration state: choose another --output, or remove it")
+    return state
+
+
+def started_from(path: Path) -> dict[str, Any]:
+    """What is recorded of the run whose parameters another one starts from: recipe, bits, seed, and what it started from."""
+    return _read(path)["identity"]
+
+
+@torch.no_grad()
+def load_parameters(path: Path, layers: dict[str, CalibratingMixin], weights: str) -> None:
+    """Sets the layers' parameters to those of another run's state, where they have the same name.
+
+    Raises:
+        ValueError: the state is of another model, or of other ranks; the message says which.
+    """
+    state = _read(path)
+    if state["identity"]["weights"] != weights:
+        raise ValueError(f"{path} is of a run with another model: start from one with the same weights and timestep")
+    for name, parameter in quantization_parameters(layers).items():
+        before = state["parameters"].get(name)
+        if before is not None and before.shape != parameter.shape:
+            raise ValueError(
+                f"{path} has {name} of shape {tuple(before.shape)}, not {tuple(parameter.shape)}: use that run's ranks"
+            )
+        if before is not None:
+            parameter.copy_(before)
+
+
 @torch.no_grad()
 def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: dict[str, Any]) -> dict[str, Any]:
     """Reads the state, sets the layers' parameters, and returns the other entries.
@@ -36,14 +72,7 @@ def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
     Raises:
         ValueError: damaged, of another kind, or of a run with another recipe, bits, seed, data or model; the message says what.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a calibration state ({type(error).__name__}): remove it to start anew"
-        ) from error
-    if not isinstance(state, dict) or ENTRIES - state.keys():
-        raise ValueError(f"{path} is no calibration state: choose another --output, or remove it")
+    state = _read(path)
     different = [name for name, value in identity.items() if state["identity"].get(name) != value]
     if different:
         raise ValueError(

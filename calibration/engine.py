@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from calibration.blocks import Block, Turn, find_blocks, turns
-from calibration.calibration_state import load_calibration, save_calibration
+from calibration.calibration_state import load_calibration, load_parameters, save_calibration, started_from
 from calibration.data.degradations import DEGRADATIONS
 from calibration.data.pairs import SCALE, Patches
 from calibration.extended import end_to_end_loss
@@ -56,6 +56,7 @@ class Calibrated:
             inputs, |y_q - y|^2 / |y|^2, before and after training.
         histograms: "component.layer" -> histogram of its smoothed input, and the bounds: counts, edges, lower, upper.
         weights: SHA-256 of the original weights, the same before and after.
+        start: what is recorded of the run that it started from.
         stopped: whether it was asked to stop before the end.
     """
 
@@ -66,6 +67,7 @@ class Calibrated:
     layer_errors: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: str = ""
+    start: dict[str, Any] | None = None
     stopped: bool = False
 
 
@@ -313,6 +315,7 @@ def quantize(
     degradation: str = "bicubic",
     perceptual: Perceptual | None = None,
     every: int = 20,
+    start: Path | None = None,
 ) -> Calibrated:
     """Quantizes UNet and VAE in place; afterwards their layers are calibrating ones, to be frozen or measured.
 
@@ -324,6 +327,7 @@ def quantize(
         state: file of the run's state: continued from if it is there, written to every ``every`` steps.
         degradation: a name in `DEGRADATIONS`.
         perceptual: needed if a stage has such a loss.
+        start: state of a finished run of the same model, of any bits: its parameters are started from.
 
     Raises:
         ValueError: already quantized; the recipe needs a perceptual loss and there is none; or ``state`` is of another run.
@@ -339,6 +343,7 @@ def quantize(
         "degradation": degradation,
         "weights": weights_digest(pipeline),
         "perceptual": perceptual.name if perceptual else None,
+        "start": started_from(start) if start else None,
     }
     samples = observe_full_precision(pipeline, schemes, recipe, patches, seed, degradation)
     kinds = layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
@@ -352,6 +357,8 @@ def quantize(
         run.restore()
     else:
         run.result.errors_before = initialise(run.layers, samples, Initialisation.of(recipe.layer))
+        if start:
+            load_parameters(start, run.layers, identity["weights"])
         run.save()
     try:
         run.train()
@@ -359,7 +366,7 @@ def quantize(
         run.result.stopped = True
     run.result.layer_errors = {name: relative_output_error(layer, samples[name].rows) for name, layer in run.layers.items()}
     run.result.histograms = histograms(run.layers, samples)
-    run.result.weights = weights_digest(pipeline)
+    run.result.weights, run.result.start = weights_digest(pipeline), identity["start"]
     for layer in run.layers.values():
         layer.requires_grad_(False)
     return run.result

@@ -5,8 +5,8 @@
     python calibration/run.py --resume --output runs/mine            after Ctrl-C, a crash or a full disk
 
 The run's folder gets `model/` (a complete pipeline folder, with `quantization.json` that records how it was made),
-`report/index.html`, and `state.pt` while it goes on. Budgets are counted in steps; a resumed run ends bit for bit as if it had
-never stopped, on the same machine with the same number of threads.
+`report/index.html`, and `state.pt`, which `--resume` and `--start` read. Budgets are counted in steps; a resumed run ends bit for
+bit as if it had never stopped, on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def arguments() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="anything else in the recipe: layer.branch_rank=4 stages.1.lr=0.003",
     )
+    parser.add_argument(
+        "--start", type=Path, metavar="RUN", help="start from the parameters of that finished run, of the same or of other bits"
+    )
     parser.add_argument("--data", help="folder of photographs to calibrate on (default: procedural pictures)")
     parser.add_argument("--degradation", choices=tuple(DEGRADATIONS), default="bicubic")
     parser.add_argument(
@@ -124,13 +127,11 @@ def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | 
     """The full-precision pipeline folder, retrained at another timestep if asked for, and the sweep's rows if there was one.
 
     Raises:
-        ValueError: no such timestep, or none fits the rule of the search. trq.Stopped: call it again to go on.
+        ValueError: none fits the rule of the search. trq.Stopped: call it again to go on.
     """
     if args.timestep == "keep":
         return fetch(args.model), None
     searched = args.timestep == "search"
-    if not searched and not args.timestep.isdecimal():
-        raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
     options = trq.Options(
         timesteps=trq.TIMESTEPS if searched else (int(args.timestep),), degradation=args.degradation, seed=args.seed
     )
@@ -154,6 +155,8 @@ def load_job(args: argparse.Namespace) -> Job:
     changes = [] if args.steps is None else [f"steps={args.steps}"]
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
     LayerScheme(*bits)  # is there such a quantizer?
+    if args.timestep not in ("keep", "search") and not args.timestep.isdecimal():
+        raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
     evaluation = list_photographs(args.evaluate) if args.evaluate else [SAMPLE]
     patches, data = DeadLeaves(), {"procedural": "dead leaves"}
     if args.data:
@@ -176,7 +179,7 @@ def start_folder(args: argparse.Namespace) -> None:
     """Makes the run's folder and writes its arguments into it, for `--resume`."""
     args.output.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in vars(args).items() if name not in PLACE}
-    write_whole(args.output / ARGUMENTS_NAME, json.dumps(kept, indent=1).encode())
+    write_whole(args.output / ARGUMENTS_NAME, json.dumps(kept, indent=1, default=str).encode())
 
 
 def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[str, Any]:
@@ -187,6 +190,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
         "bits": job.args.bits,
         "recipe": job.recipe.to_dict(),
         "seed": job.args.seed,
+        "start": calibrated.start,
         "degradation": job.args.degradation,
         "perceptual": perceptual,
         "data": job.data,
@@ -218,6 +222,7 @@ def run(args: argparse.Namespace) -> bool:
         args.output / STATE_NAME,
         args.degradation,
         perceptual,
+        start=args.start and Path(args.start) / STATE_NAME,
     )
     if calibrated.stopped:
         return False

