@@ -275,7 +275,7 @@ class Run:
         if not torch.isfinite(loss):
             kept = f"{self.state} has the state before it: " if self.state and self.state.exists() else ""
             raise FloatingPointError(
-                f"the loss of step {self.step} of {stage.name}, {self.bar.desc}, is {float(loss)}: {kept}"
+                f"the loss of step {self.step} of {stage.name}, {self.bar.desc}, is {float(loss.detach())}: {kept}"
                 f"start again with a smaller learning rate than {stage.lr:g}"
             )
         for group in self.optimizer.param_groups:

@@ -73,7 +73,7 @@ def test_what_is_simulated_is_what_is_deployed(tmp_path):
     pipeline, result = calibrated(small_recipe("steps=4"), (4, 4))
     seen = {}
     for name, layer in all_layers(pipeline).items():
-        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.setdefault(name, (inputs[0], output)))
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
     picture(pipeline)
     for component in COMPONENTS:
         freeze(getattr(pipeline, component), result.schemes[component])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 from recipes_for_tests import SMALL
 
 from calibration import run as command
@@ -11,9 +12,20 @@ from qartsr_pipeline import QArtSRPipeline
 TINY = ["--steps", "6", "--set", *SMALL]
 
 
-def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, tmp_path, capsys):
+@pytest.fixture
+def small_picture(tmp_path):
+    """Arguments: a folder of one small photograph for the report."""
+    folder = tmp_path / "evaluated"
+    folder.mkdir()
+    Image.open(command.SAMPLE).crop((0, 0, 64, 64)).save(folder / "crop.png")
+    return ["--evaluate", str(folder)]
+
+
+def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, small_picture, tmp_path, capsys):
     output = tmp_path / "run"
-    command.main([str(tiny_folder), "--bits", "w3a4", "--output", str(output), *TINY, "keep={unet.mid_block*: w16a16}"])
+    command.main(
+        [str(tiny_folder), "--bits", "w3a4", "--output", str(output), *small_picture, *TINY, "keep={unet.mid_block*: w16a16}"]
+    )
     loaded = QArtSRPipeline.from_pretrained(output / "model")
     assert "DeployedConv2d" not in repr(loaded.unet.mid_block)
     assert loaded.vae.encoder.mid_block.resnets[0].conv1.spec.weight_bits == 3
@@ -31,7 +43,7 @@ def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, t
     assert "quantized already" in capsys.readouterr().err
 
 
-def test_resuming_takes_the_arguments_of_the_run(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     real = command.quantize
 
@@ -42,7 +54,7 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(command, "quantize", stopped)
     with pytest.raises(SystemExit, match="130"):
-        command.main([str(tiny_folder), "--bits", "w8a8", "--output", str(output), *TINY])
+        command.main([str(tiny_folder), "--bits", "w8a8", "--output", str(output), *small_picture, *TINY])
     assert f"--resume --output {output}" in capsys.readouterr().err
     assert (output / "state.pt").exists() and not (output / "model").exists()
     monkeypatch.setattr(command, "quantize", real)
