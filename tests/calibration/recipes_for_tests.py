@@ -12,6 +12,8 @@ SMALL = [
     "image_size=64",
     "cached_batches=2",
     *(f"stages.{i}.{key}" for i in (0, 1) for key in ("patch=32", "batch=2")),
+    "layer.smoothing=ones",  # the search for smoothing and bounds has tests of its own, and takes seconds
+    "layer.bounds=minmax",
     "layer.branch_rank=2",
     "layer.adapter_rank=2",
 ]

@@ -230,8 +230,8 @@ def test_perceptual_loss_is_required_by_name_and_sees_differences():
         calibrated(small_recipe("steps=2", "stages.1.loss={perceptual: 1.0}"))
     loss = EncoderFeatures(build_tiny_pipeline().vae)
     a = SmoothPatches().sample(2, 32, np.random.default_rng(0)) * 2 - 1
-    assert float(loss(a, a)) == 0
-    near, far = (float(loss(a + torch.randn_like(a) * size, a)) for size in (0.01, 0.2))
+    assert float(loss(a, a).detach()) == 0
+    near, far = (float(loss(a + torch.randn_like(a) * size, a).detach()) for size in (0.01, 0.2))
     assert 0 < near < far
 
 
