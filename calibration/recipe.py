@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -314,16 +314,16 @@ def with_values(recipe: Recipe, assignments: list[str]) -> Recipe:
     Raises:
         RecipeError: a key that does not exist or a value that it cannot have.
     """
+    data = recipe.to_dict()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise RecipeError(f"{assignment!r} is not of the form KEY=VALUE, such as stages.0.lr=1e-2")
         try:
-            recipe = _assigned(recipe, key.split("."), _value(text))
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-            reason = str(error) if isinstance(error, RecipeError) else "no such key"
-            raise RecipeError(f"{assignment}: {reason}") from None
-    return recipe
+            _assign(data, key.split("."), _value(text))
+        except (KeyError, IndexError, ValueError, TypeError, yaml.YAMLError):
+            raise RecipeError(f"{assignment}: no such key") from None
+    return Recipe.from_dict(data)  # checked once all values are there: they may need each other
 
 
 def _value(text: str) -> Any:
@@ -336,13 +336,14 @@ def _value(text: str) -> Any:
     return value
 
 
-def _assigned(node: Any, keys: list[str], value: Any) -> Any:
-    if not keys:
-        return value
-    key, rest = keys[0], keys[1:]
-    if isinstance(node, tuple):
-        index = int(key)
-        return (*node[:index], _assigned(node[index], rest, value), *node[index + 1 :])
-    if is_dataclass(node):
-        return replace(node, **{key: _assigned(getattr(node, key), rest, value)})
-    return {**node, ".".join(keys): value}  # layer patterns hold dots
+def _assign(node: dict | list, keys: list[str], value: Any) -> None:
+    """Sets ``node[keys[0]][keys[1]]..``; raises KeyError, IndexError, TypeError or ValueError where there is no such place."""
+    if keys[0] == "keep" and len(keys) > 1:
+        node["keep"][".".join(keys[1:])] = value  # layer patterns hold dots
+        return
+    key = int(keys[0]) if isinstance(node, list) else keys[0]
+    if len(keys) > 1:
+        _assign(node[key], keys[1:], value)
+    else:
+        node[key]  # noqa: B018 - must be there already
+        node[key] = value
