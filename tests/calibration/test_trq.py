@@ -168,7 +168,7 @@ def test_plain_quantization_errs_more_where_it_is_amplified(model, patches):
     model.timestep, model.alpha_bar = 999, float(model.scheduler.alphas_cumprod[999])
     high = search.measure(model)
     assert low.amplification == pytest.approx(0.3443, abs=1e-3) and high.amplification == pytest.approx(14.6, abs=0.05)
-    assert high.eps_error == pytest.approx(low.eps_error, rel=1e-3) and high.z_error > 1.5 * low.z_error > 0
+    assert high.eps_error == pytest.approx(low.eps_error, rel=1e-3) and high.z_error > 1.2 * low.z_error > 0
     assert search.measure(copy.deepcopy(model)) == high
     eight = trq.Search("", patches, held_out, trq.Options(bits=(8, 8)), None).measure(model)
     assert eight.z_error < high.z_error / 4 and eight.quantized_to_full_precision > high.quantized_to_full_precision + 10
