@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calibration.training_state import save_state
+from calibration.training_state import load_tensors, save_state
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 STATE_NAME = "state.pt"
@@ -30,11 +30,7 @@ def save_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = f"{type(error).__name__}: it is missing, damaged or of another kind"
-        raise ValueError(f"{path} cannot be read as a calibration state ({reason})") from error
+    state = load_tensors(path, "a calibration state")
     if not isinstance(state, dict) or ENTRIES - state.keys():
         raise ValueError(f"{path} is no calibration state: choose another --output, or remove it")
     return state
@@ -70,7 +66,7 @@ def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
     """Reads the state, sets the layers' parameters, and returns the other entries.
 
     Raises:
-        ValueError: damaged, of another kind, or of a run with another recipe, bits, seed, data or model; the message says what.
+        ValueError: damaged, of another kind, or of a run with another recipe, bits, seed, degradation or model.
     """
     state = _read(path)
     different = [name for name, value in identity.items() if state["identity"].get(name) != value]

@@ -333,7 +333,7 @@ def quantize(
         ValueError: already quantized; the recipe needs a perceptual loss and there is none; or ``state`` is of another run.
         FloatingPointError: the loss is no number any more. OSError: disk full.
     """
-    if perceptual is None and any(stage.loss.get("perceptual") for stage in recipe.stages):
+    if perceptual is None and recipe.is_perceptual:
         raise ValueError(f"the recipe of {recipe.method} has a perceptual loss: give one, see calibration.losses.load_perceptual")
     schemes = fold_and_make_schemes(pipeline, recipe, bits)
     identity = {
@@ -364,6 +364,7 @@ def quantize(
         run.train()
     except Stopped:
         run.result.stopped = True
+        return run.result
     run.result.layer_errors = {name: relative_output_error(layer, samples[name].rows) for name, layer in run.layers.items()}
     run.result.histograms = histograms(run.layers, samples)
     run.result.weights, run.result.start = weights_digest(pipeline), identity["start"]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from calibration.data.fingerprint import data_fingerprint, hardware, versions
 from calibration.data.overlap import check_no_overlap
 from calibration.data.paired_folders import find_pairs
+from calibration.data.photographs import as_pixels
 from calibration.evaluation import evaluate_pipelines, load_candidates
 from calibration.evaluation_report import markdown, summarize
 from calibration.perceptual_metrics import NAMES, load_metrics
@@ -156,7 +157,7 @@ def write_comparison(path: Path, pictures: dict[str, torch.Tensor]) -> None:
     """Pictures, each (1, 3, H, W) in [0, 1], side by side under their names, with the middle third of each enlarged below."""
     height, width = next(iter(pictures.values())).shape[-2:]
     detail = (width // 3, height // 3, width // 3 + max(1, width // 3), height // 3 + max(1, height // 3))
-    pixels = {name: np.rint(picture[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8) for name, picture in pictures.items()}
+    pixels = {name: as_pixels(picture) for name, picture in pictures.items()}
     sheet = compare(pixels, detail)
     write_picture(path, sheet.astype(np.float32) / 255, PictureFile(sheet))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from calibration.data.pairs import MARGIN, Patches, degraded_pair
+from calibration.data.pairs import Patches, sample_pair
 from calibration.losses import Perceptual, picture_loss, relative_l2
 from calibration.network_run import outputs_of, picture_of
 from calibration.recipe import Stage
@@ -31,7 +31,7 @@ def end_to_end_loss(
         seed: of this step's patches.
     """
     rng = np.random.default_rng(seed)
-    up, _ = degraded_pair(patches.sample(stage.batch, stage.patch + 2 * MARGIN, rng), degradation, rng)
+    up, _ = sample_pair(patches, stage.batch, stage.patch, rng, degradation)
     up = up.to(pipeline.vae.device)
     with torch.no_grad(), outputs_of({"unet": full_precision.unet}) as wanted:
         target = picture_of(full_precision, up)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
+from calibration.training_state import load_tensors
+
 PERCEPTUAL = ("encoder", "lpips")
 
 
@@ -78,10 +80,7 @@ class Lpips(nn.Module):
 
     def _load_backbone(self, path: Path) -> None:
         """lpips cuts torchvision's `features` into slices that keep the layers' numbers."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as weights of the LPIPS backbone: {type(error).__name__}") from error
+        state = load_tensors(path, "weights of the LPIPS backbone")
         for name, parameter in self.model.net.named_parameters():
             key = "features." + ".".join(name.split(".")[-2:])
             if key not in state or state[key].shape != parameter.shape:

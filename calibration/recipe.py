@@ -225,6 +225,11 @@ class Recipe:
                 if not exists.get(part, True):
                     raise RecipeError(f"stage {stage.name!r} trains {part}, which layer does not have: give it there or not here")
 
+    @property
+    def is_perceptual(self) -> bool:
+        """Whether a stage has a perceptual loss."""
+        return any(stage.loss.get("perceptual") for stage in self.stages)
+
     def steps_of(self, stage: Stage, modules: int) -> list[int]:
         """Steps for each of the stage's modules, as even as whole numbers allow; they add up to the stage's share."""
         shares = [each.share for each in self.stages]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from calibration.blocks import Block, Turn
-from calibration.data.pairs import MARGIN, Patches, degraded_pair
+from calibration.data.pairs import Patches, sample_pair
 from calibration.losses import Perceptual, picture_loss, relative_l2
 from calibration.network_run import outputs_of, picture_of
 from calibration.recipe import Stage
@@ -45,8 +45,8 @@ def record(
     recording = Recording(pipeline, blocks, store)
     for index in range(count):
         rng = np.random.default_rng([*seed, index])
-        high = patches.sample(stage.batch, stage.patch + 2 * MARGIN, rng)
-        recording.add(degraded_pair(high, degradation, rng)[0].to(pipeline.vae.device))
+        up, _ = sample_pair(patches, stage.batch, stage.patch, rng, degradation)
+        recording.add(up.to(pipeline.vae.device))
     for block, before in quantizing.items():
         block.quantize(before)
     return recording

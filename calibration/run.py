@@ -209,9 +209,8 @@ def run(args: argparse.Namespace) -> bool:
     """What the command does, once its arguments are parsed; False if it was stopped before the end."""
     start = time.perf_counter()
     job = load_job(args)
-    wanted = any(stage.loss.get("perceptual") for stage in job.recipe.stages)
     weights = Path(args.perceptual_weights) if args.perceptual_weights else None
-    perceptual = load_perceptual(args.perceptual, job.full_precision.vae, weights) if wanted else None
+    perceptual = load_perceptual(args.perceptual, job.full_precision.vae, weights) if job.recipe.is_perceptual else None
     calibrated = quantize(
         job.pipeline,
         job.full_precision,

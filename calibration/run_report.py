@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from calibration.data.degradations import bicubic_degradation
+from calibration.data.photographs import as_pixels
 from calibration.engine import Calibrated
 from calibration.evaluation import Candidate, evaluate_pipelines, read_original
 from calibration.evaluation_report import markdown, summarize
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from calibration.run import Job
 
 PICTURES = 4  # that are shown; all are measured
-
-
-def as_pixels(picture: torch.Tensor) -> np.ndarray:
-    """(1, 3, H, W) in [0, 1] -> (H, W, 3) uint8."""
-    return (picture[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
 def nearest(picture: torch.Tensor, scale: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from calibration.data.pairs import MARGIN, Pair, Patches, degraded_pair
+from calibration.data.pairs import Pair, Patches, sample_pair
 from calibration.teacher_model import Teacher
 from qartsr_pipeline.image.metrics import psnr_y
 
@@ -104,5 +104,5 @@ def _unit(picture: torch.Tensor) -> torch.Tensor:
 def set_scaling_factor(model: Teacher, patches: Patches) -> None:
     """Makes the latents of training pictures unit variance, as Stable Diffusion's 0.18215 does."""
     with torch.no_grad():
-        _, high = degraded_pair(patches.sample(32, 128 + 2 * MARGIN, np.random.default_rng(0)))
+        _, high = sample_pair(patches, 32, 128, np.random.default_rng(0))
         model.scaling_factor.fill_(1 / float(model.vae.encode(high.to(model.scaling_factor.device)).latent_dist.mode().std()))

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calibration.data.pairs import MARGIN, Patches, degraded_pair
+from calibration.data.pairs import Patches, sample_pair
 from calibration.teacher_model import Teacher
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch, is_quantized
@@ -85,7 +85,7 @@ def _mask_gradient(parameter: nn.Parameter, used: torch.Tensor) -> None:
 def latents_for_fit(model: Teacher, patches: Patches, degradation: str = "bicubic", count: int = 16) -> list[torch.Tensor]:
     """z_L of ``count`` patches of 128 pixels, one at a time."""
     rng = np.random.default_rng([2**31, count, 1])  # no training step's
-    up, _ = degraded_pair(patches.sample(count, 128 + 2 * MARGIN, rng), degradation, rng)
+    up, _ = sample_pair(patches, count, 128, rng, degradation)
     with torch.no_grad():
         return [model.encode(picture[None].to(model.scaling_factor.device)) for picture in up]
 

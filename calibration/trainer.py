@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from calibration.data.pairs import MARGIN, Pair, Patches, degraded_pair
+from calibration.data.pairs import Pair, Patches, sample_pair
 from calibration.teacher_adapters import trained_parameters
 from calibration.teacher_losses import Perceptual, loss_of, set_scaling_factor, trained_modules, validate
 from calibration.teacher_model import Teacher
@@ -141,9 +141,9 @@ class Trainer:
     def _train_step(self, phase: Phase) -> float:
         rng = np.random.default_rng([self.settings.seed, self.phase_index, self.step])
         torch.manual_seed(int(rng.integers(2**31)))
-        high = self.patches.sample(phase.batch, phase.patch + 2 * MARGIN, rng)
         device = self.model.scaling_factor.device
-        up, high = (picture.to(device) for picture in degraded_pair(high, self.settings.degradation, rng))
+        pair = sample_pair(self.patches, phase.batch, phase.patch, rng, self.settings.degradation)
+        up, high = (picture.to(device) for picture in pair)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
             loss = loss_of(phase.name, self.model, up, high, self.settings.train_encoder, self.settings.loss, self.perceptual)
         self.optimizer.zero_grad(set_to_none=True)

@@ -48,6 +48,22 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     write_whole(path, buffer.getbuffer())
 
 
+def load_tensors(path: Path, what: str, device: str = "cpu") -> Any:
+    """Reads a file of `torch.save`; only tensors and plain values are unpickled.
+
+    Args:
+        what: it should be, for the message.
+
+    Raises:
+        ValueError: missing, damaged or of another kind.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: it is missing, damaged or of another kind"
+        raise ValueError(f"{path} cannot be read as {what} ({reason})") from error
+
+
 def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
     """Reads a training state; only tensors and plain values are unpickled.
 
@@ -58,11 +74,7 @@ def load_state(path: Path, device: str = "cpu") -> dict[str, Any]:
         raise FileNotFoundError(
             f"there is no training state {str(path)!r}; a run of calibration/teacher.py writes one to its --output"
         )
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        reason = f"{type(error).__name__}: it is damaged or of another kind"
-        raise ValueError(f"{path} cannot be read as a training state ({reason})") from error
+    state = load_tensors(path, "a training state", device)
     missing = ENTRIES - state.keys() if isinstance(state, dict) else ENTRIES
     if missing:
         raise ValueError(f"{path} is no state of calibration/teacher.py: it lacks the entries {', '.join(sorted(missing))}")

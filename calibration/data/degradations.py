@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from calibration.data.filters import convolve, gaussian_kernel
+from calibration.data.photographs import as_pixels
 from qartsr_pipeline.image.resize import resize
 
 
@@ -119,7 +120,7 @@ def _noise(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch
 
 def _jpeg(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
     """(1, 3, H, W) through a JPEG file in memory."""
-    pixels = (image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    pixels = as_pixels(image)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=int(rng.integers(order.jpeg[0], order.jpeg[1] + 1)))
     with Image.open(file) as decoded:

@@ -65,6 +65,11 @@ def degraded_pair(high: torch.Tensor, degradation: str = "bicubic", rng: np.rand
     )
 
 
+def sample_pair(patches: Patches, count: int, side: int, rng: np.random.Generator, degradation: str = "bicubic") -> Pair:
+    """`degraded_pair` of ``count`` patches of ``side`` pixels."""
+    return degraded_pair(patches.sample(count, side + 2 * MARGIN, rng), degradation, rng)
+
+
 def choose_held_out(paths: list[Path], count: int) -> list[Path]:
     """``count`` of the photographs, evenly spread over the sorted list: kept out of training, for validation."""
     return paths[:: max(1, len(paths) // count)][:count] if count else []

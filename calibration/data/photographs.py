@@ -32,6 +32,11 @@ def read_photograph(path: str | Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def as_pixels(picture: torch.Tensor) -> np.ndarray:
+    """(1, 3, H, W) in [0, 1] -> (H, W, 3) uint8; values outside are clipped."""
+    return (picture[0].permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
 class PhotographPatches:
     """Random patches of the given photographs.
 

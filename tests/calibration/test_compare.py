@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration import compare, comparison_table
-from calibration.compare import Cell, make_method, method_names
+from calibration import compare
+from calibration.comparison import learning_rate, methods, table
+from calibration.comparison.cells import CROP, most_restored, stored_size
+from calibration.comparison.methods import Cell, make_method, method_names
 from calibration.data.dead_leaves import DeadLeaves
-from calibration.engine import Calibrated
+from calibration.engine import Calibrated, all_layers
 from calibration.other_grids import layer_kinds
 from calibration.recipe import Layer, load_recipe
 from qartsr_pipeline.quantization.calibrating import prepare
@@ -60,7 +62,7 @@ class Engine:
         with torch.no_grad():
             pipeline.vae.decoder.conv_out.weight.mul_(1 + error)
         prepare(pipeline.vae, QuantizationScheme(LayerScheme(16, 16, 1)))
-        for layer in compare.all_layers(pipeline).values():
+        for layer in all_layers(pipeline).values():
             layer.quantizing = False
         return Calibrated({}, {"stage": [error]}, layer_errors={"vae.x": error})
 
@@ -68,8 +70,8 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch):
     monkeypatch.setattr(compare, "HELD_OUT", 1)
-    monkeypatch.setattr(compare, "quantize", Engine())
-    return compare.quantize
+    monkeypatch.setattr(learning_rate, "quantize", Engine())
+    return learning_rate.quantize
 
 
 @pytest.fixture
@@ -117,8 +119,8 @@ def test_the_best_is_printed_first_and_finished_cells_are_not_made_again(command
 
 def test_the_learning_rate_is_chosen_on_held_out_patches_with_a_third_of_the_steps(command, engine, monkeypatch):
     measured = []
-    real = compare.held_out_loss
-    monkeypatch.setattr(compare, "held_out_loss", lambda *args: measured.append(real(*args)) or measured[-1])
+    real = learning_rate.held_out_loss
+    monkeypatch.setattr(learning_rate, "held_out_loss", lambda *args: measured.append(real(*args)) or measured[-1])
     engine.diverges_at = 30.0
     command(methods="lsq qartsr maxmin")
     made = cells(command.output)
@@ -181,8 +183,8 @@ def test_ctrl_c_keeps_what_is_finished_and_the_state_of_what_is_not(command, eng
 
 def test_each_ablation_leaves_out_one_thing():
     main = load_recipe("qartsr")
-    recipe = {name: make_method(name, main.steps).recipe for name in compare.ABLATIONS}
-    assert len({str(each.to_dict()) for each in [main, *recipe.values()]}) == 1 + len(compare.ABLATIONS)
+    recipe = {name: make_method(name, main.steps).recipe for name in methods.ABLATIONS}
+    assert len({str(each.to_dict()) for each in [main, *recipe.values()]}) == 1 + len(methods.ABLATIONS)
     assert all(sum(s.share for s in each.stages) == pytest.approx(1) and each.steps == main.steps for each in recipe.values())
     assert [s.order for s in recipe["qartsr-forward"].stages][0] == "forward"
     joint = recipe["qartsr-joint"].stages
@@ -195,12 +197,12 @@ def test_each_ablation_leaves_out_one_thing():
 
 
 def test_passionsr_is_also_measured_at_the_bits_of_its_publication():
-    methods = [make_method(name, 6) for name in ("maxmin", "passionsr")]
-    assert [cell.key for cell in compare.first_cells(methods, ["w4a4"])] == [
+    both = [make_method(name, 6) for name in ("maxmin", "passionsr")]
+    assert [cell.key for cell in compare.first_cells(both, ["w4a4"])] == [
         "maxmin-w4a4-seed0", "passionsr-w4a4-seed0", "passionsr-w8a8-seed0",
     ]  # fmt: skip
-    assert len(compare.first_cells(methods, ["w8a8"])) == 2
-    assert make_method(compare.SAME_RANK, 6).recipe.layer.branch_rank == load_recipe("qartsr").layer.branch_rank
+    assert len(compare.first_cells(both, ["w8a8"])) == 2
+    assert make_method(methods.SAME_RANK, 6).recipe.layer.branch_rank == load_recipe("qartsr").layer.branch_rank
     assert make_method("maxmin", 6).recipe.steps == 0 and make_method("lsq", 6).recipe.steps == 6
     assert all(make_method(name, 6).name == name for name in method_names())
 
@@ -212,7 +214,7 @@ def test_sizes_count_codes_branches_and_the_scales_of_groups():
             if name != "quant_conv":
                 setattr(pipeline.vae, name, torch.nn.Identity())
         prepare(pipeline.vae, QuantizationScheme(scheme), kinds=layer_kinds(layer, False))
-        found = compare.stored_size(pipeline)
+        found = stored_size(pipeline)
         assert found["megabytes"] == pytest.approx(found["bits_a_weight"] * 8 * 8 / 8e6, abs=1e-4)
         return found["bits_a_weight"] * 8 * 8
 
@@ -225,8 +227,8 @@ def test_what_is_shown_is_where_the_model_does_most():
     bicubic = torch.zeros(1, 3, 300, 400)
     restored = bicubic.clone()
     restored[..., 180:260, 240:300] = 1
-    difference, (left, top, side) = compare.most_restored(bicubic, restored)
-    assert side == compare.CROP and left <= 240 <= 300 <= left + side and top <= 180 <= 260 <= top + side
+    difference, (left, top, side) = most_restored(bicubic, restored)
+    assert side == CROP and left <= 240 <= 300 <= left + side and top <= 180 <= 260 <= top + side
     assert difference == pytest.approx(80 * 60 / side**2)
 
 
@@ -260,17 +262,17 @@ def test_cells_are_told_apart_by_everything_but_the_recipes_values():
 
 
 def test_a_tables_ranks_by_truth_stand_beside_those_to_full_precision():
-    def entry(label: str, to_full: float, truth: float) -> comparison_table.Entry:
+    def entry(label: str, to_full: float, truth: float) -> table.Entry:
         values = {"psnr_y_to_full_precision": [to_full, to_full + 0.2], "psnr_y": [truth, truth]}
         cell = {"learning_rate": {"factor": None}, "megabytes": 1.0, "bits_a_weight": 4.5, "seconds": 2.0}
-        return comparison_table.Entry(label, label, "method", "w4a4", "", values, [cell, cell])
+        return table.Entry(label, label, "method", "w4a4", "", values, [cell, cell])
 
     entries = [entry("A", 30.0, 28.0), entry("B", 29.0, 28.5)]
-    lines = comparison_table.table(entries).splitlines()
+    lines = table.table(entries).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["A", "B"]
     assert [line.split("|")[5].strip() for line in lines[2:]] == ["2", "1"]
     assert "30.10 ± 0.14 (2)" in lines[2]
-    assert comparison_table.first_places(entries) == (
+    assert table.first_places(entries) == (
         "Closest to full precision: **A** (30.10 dB at 4.5 bits a weight, 1.00 dB before B);"
         " closest to the originals: **B** (28.50 dB at 4.5 bits a weight, 0.50 dB before A)."
     )
@@ -279,14 +281,14 @@ def test_a_tables_ranks_by_truth_stand_beside_those_to_full_precision():
 def test_with_the_engine_itself(command, monkeypatch, pictures, capsys):
     """Two methods, one of them in simulation only and one that trains, end to end."""
     monkeypatch.setattr(compare, "HELD_OUT", 1)
-    monkeypatch.setattr(compare, "SWEPT", (1.0,))
+    monkeypatch.setattr(learning_rate, "SWEPT", (1.0,))
 
     def small(name: str):
         recipe = load_recipe(name)
         stages = tuple(replace(stage, patch=16, batch=1) for stage in recipe.stages)
         return replace(recipe, images=2, image_size=32, cached_batches=1, stages=stages)
 
-    monkeypatch.setattr(compare, "load_recipe", small)
+    monkeypatch.setattr(methods, "load_recipe", small)
     command(methods="svdquant q_dm")
     made = cells(command.output)
     assert made["q_dm-w4a4-seed0"]["losses"]["mimicking"] and not made["svdquant-w4a4-seed0"]["losses"]

@@ -1,0 +1,112 @@
+"""The choice of a learning rate: short runs, compared on held-out patches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from calibration.comparison.methods import Cell
+from calibration.comparison.setting import Comparison, Model, write_json
+from calibration.data.pairs import held_out_pairs
+from calibration.engine import Calibrated, quantize
+from calibration.network_run import picture_of
+from calibration.recipe import Recipe, parse_bits
+from qartsr_pipeline import QArtSRPipeline
+
+SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it
+FURTHER = {0.3: (0.1, 0.03), 3.0: (10.0, 30.0)}
+SWEEP_SHARE = 1 / 3  # of the steps
+
+
+class StoppedError(Exception):
+    """Ctrl-C; what is finished is saved."""
+
+
+def with_rate(recipe: Recipe, factor: float, share: float = 1.0) -> Recipe:
+    """The recipe with all learning rates times ``factor`` and its steps times ``share``."""
+    stages = tuple(replace(stage, lr=stage.lr * factor) for stage in recipe.stages)
+    return replace(recipe, stages=stages, steps=math.ceil(recipe.steps * share))
+
+
+def calibrate(comparison: Comparison, cell: Cell, recipe: Recipe, name: str) -> tuple[QArtSRPipeline, Calibrated]:
+    """Quantizes the cell's model in simulation.
+
+    Args:
+        name: of the file that holds the state in between.
+
+    Raises:
+        StoppedError: by Ctrl-C; the state is saved.
+    """
+    model = comparison.models[cell.model]
+    pipeline = model.fresh()
+    state = comparison.output / "states" / f"{name}.pt"
+    state.parent.mkdir(parents=True, exist_ok=True)
+    calibrated = quantize(
+        pipeline,
+        model.pipeline,
+        recipe,
+        parse_bits(cell.bits),
+        comparison.patches,
+        cell.seed,
+        state,
+        perceptual=model.perceptual if recipe.is_perceptual else None,
+    )
+    if calibrated.stopped:
+        raise StoppedError
+    state.unlink(missing_ok=True)
+    return pipeline, calibrated
+
+
+@torch.no_grad()
+def held_out_loss(comparison: Comparison, model: Model, pipeline: QArtSRPipeline) -> float:
+    """Mean squared distance to full precision's pictures of the held-out patches, in [-1, 1]."""
+    if not model.held_out:
+        pairs = held_out_pairs(comparison.held_out, "bicubic")
+        model.held_out = [(up.to(model.device), picture_of(model.pipeline, up.to(model.device))) for up, _ in pairs]
+    losses = [float(F.mse_loss(picture_of(pipeline, up), wanted)) for up, wanted in model.held_out]
+    loss = sum(losses) / len(losses)
+    return loss if math.isfinite(loss) else math.inf
+
+
+def sweep(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+    """Chooses the learning rate of a cell's group with a few steps, by the distance to full precision on held-out patches.
+
+    Returns:
+        "factor", and "losses" by factor (None where training diverged).
+
+    Raises:
+        ValueError: training diverged with every rate. StoppedError: by Ctrl-C.
+    """
+    first = replace(cell, seed=0)
+    settings = comparison.settings(first) | {"factors": list(SWEPT), "share": SWEEP_SHARE, "metrics": None}
+    path = comparison.output / "sweeps" / f"{cell.group}.json"
+    known = comparison.finished(path, settings)
+    if known:
+        return known
+    losses = {factor: _short_run(comparison, first, factor) for factor in SWEPT}
+    best = min(losses, key=losses.__getitem__)
+    for factor in FURTHER.get(best, ()) if losses[best] < math.inf else ():
+        losses[factor] = _short_run(comparison, first, factor)
+        if losses[factor] >= losses[best]:
+            break
+        best = factor
+    if losses[best] == math.inf:
+        raise ValueError(f"{cell.group}: training diverges with the recipe's learning rates times {', '.join(map(str, SWEPT))}")
+    shown = {f"{factor:g}": losses[factor] if math.isfinite(losses[factor]) else None for factor in sorted(losses)}
+    chosen = {"settings": settings, "factor": best, "losses": shown}
+    write_json(path, chosen)
+    return chosen
+
+
+def _short_run(comparison: Comparison, cell: Cell, factor: float) -> float:
+    """Loss on held-out patches after a part of the steps with learning rates times ``factor``; infinite if training diverges."""
+    recipe = with_rate(cell.method.recipe, factor, SWEEP_SHARE)
+    try:
+        pipeline, _ = calibrate(comparison, cell, recipe, f"sweep-{cell.group}-x{factor:g}")
+    except FloatingPointError:
+        return math.inf
+    return held_out_loss(comparison, comparison.models[cell.model], pipeline)

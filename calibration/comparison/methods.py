@@ -1,0 +1,107 @@
+"""The rows of a comparison: published methods, and the main one with something left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from calibration.comparison.table import MAIN
+from calibration.recipe import Recipe, Stage, load_recipe
+
+METHODS = ("maxmin", "lsq", "q_dm", "efficientdm", "passionsr", "svdquant", "qartsr")
+EXTRA_BITS = {"passionsr": "w8a8"}  # what its publication is about
+
+
+def _without(recipe: Recipe, part: str, **layer: Any) -> Recipe:
+    """The recipe without one kind of parameter."""
+    stages = (replace(stage, train=tuple(p for p in stage.train if p != part)) for stage in recipe.stages)
+    return replace(recipe, layer=replace(recipe.layer, **layer), stages=tuple(s for s in stages if s.train))
+
+
+def _per_module(recipe: Recipe, change: Callable[[Stage], Stage]) -> Recipe:
+    """The recipe with its per-module stages changed."""
+    return replace(recipe, stages=tuple(s if s.modules == "all" else change(s) for s in recipe.stages))
+
+
+def _jointly(stage: Stage) -> Stage:
+    return replace(stage, modules="all", loss={k: v for k, v in stage.loss.items() if k != "module_l2"})
+
+
+def _only_per_module(recipe: Recipe) -> Recipe:
+    """Without the stages that train everything at once; their steps go to the others."""
+    stages = [stage for stage in recipe.stages if stage.modules != "all"]
+    shares = sum(stage.share for stage in stages)
+    return replace(recipe, stages=tuple(replace(stage, share=stage.share / shares) for stage in stages))
+
+
+# Name on the command line -> label in tables, and what is changed of the main recipe.
+ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
+    "qartsr-forward": ("forward order", partial(_per_module, change=lambda stage: replace(stage, order="forward"))),
+    "qartsr-joint": ("joint instead of per module", partial(_per_module, change=_jointly)),
+    "qartsr-no-et": ("no ET", _only_per_module),
+    "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0)),
+    "qartsr-no-smoothing": ("no smoothing", partial(_without, part="smoothing", smoothing="none")),
+    "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0)),
+}
+# A method's published rank is another thing where layers have 16 to 96 channels: also with the main method's rank.
+SAME_RANK = "svdquant-same-rank"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: on the command line and in file names.
+        label: in tables.
+        kind: "method" or "ablation".
+    """
+
+    name: str
+    label: str
+    kind: str
+    recipe: Recipe = field(compare=False)  # told by the name; holds dictionaries, which have no hash
+
+
+def method_names() -> tuple[str, ...]:
+    """Everything that --methods takes."""
+    return (*METHODS, SAME_RANK, *ABLATIONS)
+
+
+def make_method(name: str, steps: int) -> Method:
+    """One of `method_names`, with so many steps if it trains."""
+    if name in ABLATIONS:
+        label, change = ABLATIONS[name]
+        kind, recipe = "ablation", change(load_recipe(MAIN))
+    elif name == SAME_RANK:
+        kind, recipe, rank = "method", load_recipe("svdquant"), load_recipe(MAIN).layer.branch_rank
+        label, recipe = f"{recipe.method}, rank {rank}", replace(recipe, layer=replace(recipe.layer, branch_rank=rank))
+    else:
+        kind, recipe = "method", load_recipe(name)
+        label = recipe.method
+    return Method(name, label, kind, replace(recipe, steps=steps if recipe.stages else 0))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is made and measured once.
+
+    Attributes:
+        model: "" for the model itself, "t999" for the one before TRQ.
+    """
+
+    method: Method
+    bits: str
+    seed: int = 0
+    model: str = ""
+
+    @property
+    def group(self) -> str:
+        """Name without the seed: cells of a group share a learning rate."""
+        return "-".join(filter(None, (self.method.name, self.bits, self.model)))
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}-seed{self.seed}"
