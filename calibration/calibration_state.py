@@ -66,7 +66,7 @@ def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
     """Reads the state, sets the layers' parameters, and returns the other entries.
 
     Raises:
-        ValueError: damaged, of another kind, or of a run with another recipe, bits, seed, degradation or model.
+        ValueError: damaged, of another kind, or of a run with another recipe, bits, seed, data or model.
     """
     state = _read(path)
     different = [name for name, value in identity.items() if state["identity"].get(name) != value]

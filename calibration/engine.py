@@ -316,6 +316,7 @@ def quantize(
     perceptual: Perceptual | None = None,
     every: int = 20,
     start: Path | None = None,
+    data: dict[str, Any] | None = None,
 ) -> Calibrated:
     """Quantizes UNet and VAE in place; afterwards their layers are calibrating ones, to be frozen or measured.
 
@@ -328,6 +329,7 @@ def quantize(
         degradation: a name in `DEGRADATIONS`.
         perceptual: needed if a stage has such a loss.
         start: state of a finished run of the same model, of any bits: its parameters are started from.
+        data: fingerprint of the pictures behind ``patches``: a state is not continued with others.
 
     Raises:
         ValueError: already quantized; the recipe needs a perceptual loss and there is none; or ``state`` is of another run.
@@ -340,6 +342,7 @@ def quantize(
         "recipe": recipe.to_dict(),
         "bits": list(bits),
         "seed": seed,
+        "data": data,
         "degradation": degradation,
         "weights": weights_digest(pipeline),
         "perceptual": perceptual.name if perceptual else None,

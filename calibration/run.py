@@ -222,6 +222,7 @@ def run(args: argparse.Namespace) -> bool:
         args.degradation,
         perceptual,
         start=args.start and Path(args.start) / STATE_NAME,
+        data={name: value for name, value in job.data.items() if name != "files"},
     )
     if calibrated.stopped:
         return False

@@ -152,6 +152,8 @@ def test_a_state_of_another_run_is_refused_by_name(tmp_path):
     calibrated(small_recipe("steps=0"), state=state)
     with pytest.raises(ValueError, match="with other bits"):
         calibrated(small_recipe("steps=0"), (3, 3), state=state)
+    with pytest.raises(ValueError, match="with other data"):
+        calibrated(small_recipe("steps=0"), state=state, data={"count": 1, "sha256": "other photographs"})
     state.write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="state.pt cannot be read"):
         calibrated(small_recipe("steps=0"), state=state)
