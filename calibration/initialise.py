@@ -4,7 +4,8 @@ In this order, each for one layer (or the layers that share an input) at a time
 
 1. offset per input channel: the sample's mean, or the middle of its extremes;
 2. smoothing phi_c = max|w_c|^(1 - a) / max|x_c|^a (SmoothQuant, arXiv 2211.10438, eq. 4, with phi = 1 / s), a from a small grid;
-3. low-rank branch: the leading singular vectors of the smoothed weight (SVDQuant, arXiv 2411.05007, sec. 4.2);
+3. low-rank branch: the leading singular vectors of the smoothed weight (SVDQuant, arXiv 2411.05007, sec. 4.2); where rounds of
+   refinement are asked for, then those of what quantization leaves of it, as long as the output's error falls;
 4. weight bounds per output channel: extremes, or the shrunken extremes of least squared error;
 5. input bounds: the same, or percentiles.
 
@@ -39,6 +40,7 @@ class Initialisation:
         percentile: for "percentile": the share of values inside the bounds, in percent.
         smoothing: exponents a that are tried, None among them for phi = 1 (next to 0 where nobody reads the channel); none at all
             to leave phi at 1 everywhere.
+        branch_rounds: of refinement, at most.
         offset: "none" or "zero" to leave it alone, "mean" of the inputs, or "centre" of their extremes.
     """
 
@@ -46,6 +48,7 @@ class Initialisation:
     percentile: float = 99.9
     smoothing: tuple[float | None, ...] = SEARCHED
     offset: str = "none"
+    branch_rounds: int = 0
 
     def __post_init__(self):
         if self.bounds not in BOUNDS:
@@ -59,7 +62,7 @@ class Initialisation:
     def of(cls, layer: Layer) -> Initialisation:
         """What a recipe says of its layers."""
         smoothing = {"none": (), "ones": (None,), "search": SEARCHED}[layer.smoothing]
-        return cls(layer.bounds, layer.percentile, smoothing, layer.offset)
+        return cls(layer.bounds, layer.percentile, smoothing, layer.offset, layer.branch_rounds)
 
 
 def _has(layer: CalibratingMixin, parameter: str) -> bool:
@@ -82,17 +85,35 @@ def smoothing_factor(x_largest: torch.Tensor, w_largest: torch.Tensor, exponent:
     return phi.clamp(1e-4, 1e4)
 
 
-def _set_branch(layer: CalibratingMixin) -> None:
+def _set_branch(layer: CalibratingMixin, left: torch.Tensor | None = None) -> None:
+    """The leading singular vectors of the smoothed weight less ``left``, of its shape."""
     if not layer.has_branch:
         return
     phi = layer.smooth
     smoothed = _unfolded(layer.weight.float()) / phi
-    u, s, vh = torch.linalg.svd(smoothed, full_matrices=False)
+    u, s, vh = torch.linalg.svd(smoothed if left is None else smoothed - _unfolded(left), full_matrices=False)
     rank = layer.branch_down.shape[0]
     root = s[:rank].sqrt()
     up = (u[:, :rank] * root).view(layer.weight.shape[0], *layer.weight.shape[2:], rank)
     layer.branch_up.copy_(up.movedim(-1, 1))
     layer.branch_down.copy_(vh[:rank] * root[:, None] * phi)
+
+
+def _refine_branch(layer: CalibratingMixin, inputs: _Inputs, options: Initialisation) -> None:
+    """Branch and quantized weight in turns, each from what the other leaves of the weight, as in SVDQuant's released program."""
+    parts = [p for name, p in layer.named_parameters() if name.startswith(("branch_", "weight_")) and not name.endswith("step")]
+    energy = (inputs.rows * layer.smooth).square().mean(0)
+    least = _output_error(layer, inputs.rows)
+    for _ in range(options.branch_rounds if layer.has_branch else 0):
+        before = [part.clone() for part in parts]
+        _set_branch(layer, layer.qweight)
+        _weight_bounds(layer, energy, options)
+        error = _output_error(layer, inputs.rows)
+        if error >= least:
+            for part, value in zip(parts, before, strict=True):
+                part.copy_(value)
+            return
+        least = error
 
 
 def _weight_bounds(layer: CalibratingMixin, energy: torch.Tensor, options: Initialisation) -> None:
@@ -252,6 +273,10 @@ def initialise(layers: dict[str, CalibratingMixin], samples: dict[str, InputSamp
         scores = [_set_for(group, inputs, phi, options) for phi in candidates]
         best = min(range(len(scores)), key=scores.__getitem__)
         error = scores[best] if best == len(scores) - 1 else _set_for(group, inputs, candidates[best], options)
+        if options.branch_rounds:
+            for layer in group:
+                _refine_branch(layer, inputs, options)
+            error = sum(_output_error(layer, inputs.rows) for layer in group)
         power = sum(_output_power(layer, sample.rows) for layer in group)
         errors.update(dict.fromkeys(names, error / max(power, 1e-12)))
     return errors

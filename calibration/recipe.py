@@ -58,6 +58,7 @@ class Layer:
         offset: per input channel, subtracted before quantization. "none", "zero" (to be trained), "mean" or "centre" (of the
             extremes) of the calibration inputs.
         branch_rank: rank of the 16-bit low-rank branch L1 L2, started from the SVD of the smoothed weight; 0 for none.
+        branch_rounds: of refinement of that start at most: the branch from what quantization leaves of the weight, and again.
         adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0; 0 for none.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
@@ -70,6 +71,7 @@ class Layer:
     smoothing: str = "none"
     offset: str = "none"
     branch_rank: int = 0
+    branch_rounds: int = 0
     adapter_rank: int = 0
     bounds: str = "minmax"
     percentile: float = 99.9
@@ -84,11 +86,14 @@ class Layer:
         _one_of("layer.rotation", self.rotation, ROTATIONS)
         _one_of("layer.activations", self.activations, ACTIVATIONS)
         _number("layer.branch_rank", self.branch_rank, 0, whole=True)
+        _number("layer.branch_rounds", self.branch_rounds, 0, whole=True)
         _number("layer.adapter_rank", self.adapter_rank, 0, whole=True)
         _number("layer.percentile", self.percentile, 50, 100)
         _number("layer.group_size", self.group_size, 0, whole=True)
         if self.activations == "dynamic" and self.offset != "none":
             raise RecipeError("layer.offset needs static activations: dynamic ones are symmetric around 0")
+        if self.branch_rounds and (not self.branch_rank or self.rotation != "none"):
+            raise RecipeError("layer.branch_rounds needs a branch, and no rotation: give it with those or not at all")
 
     @property
     def deployable(self) -> bool:

@@ -113,6 +113,14 @@ def test_the_branch_bounds_of_least_error_and_rotation_each_lower_the_error():
     assert initialised(Layer(rotation="hadamard"), (16, 4))[1] < 0.9 * initialised(Layer(), (16, 4))[1]
 
 
+@pytest.mark.parametrize("settings", [{}, {"bounds": "mse"}, {"group_size": 4, "activations": "dynamic"}])
+@pytest.mark.parametrize("convolution", [False, True])
+def test_a_refined_branch_takes_more_of_the_error_on_every_grid(settings, convolution):
+    settings = settings | {"branch_rank": 2, "smoothing": "search"}
+    once = initialised(Layer(**settings), (2, 16), convolution=convolution)[1]
+    assert initialised(Layer(**settings, branch_rounds=20), (2, 16), convolution=convolution)[1] < 0.95 * once
+
+
 def test_groups_have_no_bounds_and_inputs_behind_silu_become_unsigned():
     layer, _ = initialised(Layer(activations="dynamic", group_size=4), step=False)
     assert not [n for n, _ in layer.named_parameters() if n.endswith(("lower", "upper"))]
