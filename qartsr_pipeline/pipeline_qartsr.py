@@ -23,6 +23,7 @@ from .image.output_conversion import from_pictures, stack_if_equal
 from .image.picture import Picture
 from .image.resize import enlarged_size
 from .image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
+from .image.tiles import Tile, TileGrid
 from .input_checks import check_arguments, check_components
 from .one_step import OneStepNetwork
 from .overflow import compute_dtype
@@ -103,6 +104,12 @@ class QArtSRPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """How many steps (tiles) the current or last call has."""
         return self._num_timesteps
+
+    @property
+    def current_tile(self) -> tuple[Tile, TileGrid]:
+        """For `callback_on_step_end`, to show what is finished: the tile it is told of, and the grid over the padded picture, in
+        pixels at the model's scale."""
+        return self._current_tile
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> QArtSRPipeline:

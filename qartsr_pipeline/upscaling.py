@@ -16,7 +16,7 @@ from .image.output_conversion import luma
 from .image.picture import Picture
 from .image.resize import enlarged_size, pad_to_multiple, resize
 from .image.tile_size import TilePlan
-from .image.tiles import Tile
+from .image.tiles import Tile, TileGrid
 from .one_step import OneStepNetwork
 from .tiled_normalization import SharedStatistics, sample_windows
 
@@ -47,8 +47,9 @@ class StepReporter:
         self.pipeline, self.bar, self.callback, self.tensor_inputs = pipeline, bar, callback, tensor_inputs
         self.step = 0
 
-    def finished(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`tensors` of one tile, as the callback left them."""
+    def finished(self, tensors: dict[str, torch.Tensor], tile: Tile, grid: TileGrid) -> dict[str, torch.Tensor]:
+        """`tensors` of one tile of the grid, as the callback left them."""
+        self.pipeline._current_tile = (tile, grid)
         if self.callback is not None:
             chosen = {name: tensors[name] for name in self.tensor_inputs if name in tensors}
             returned = self.callback(self.pipeline, self.step, self.pipeline.config.timestep, chosen)
@@ -97,7 +98,7 @@ def run_tiles(
     with shared_statistics(network, padded, noise, plan, settings):
         for tile, window in zip(plan.grid, plan.grid.windows(shrink), strict=True):
             tensors = run_tile(network, padded, noise, [tile], plan.latent_factor, settings.decode)
-            part = reporter.finished(tensors)[kind].to("cpu", torch.float32)
+            part = reporter.finished(tensors, tile, plan.grid)[kind].to("cpu", torch.float32)
             if len(plan.grid) == 1:
                 return part
             if canvas is None:
