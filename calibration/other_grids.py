@@ -3,7 +3,8 @@
 The package's grid is one scale and zero point per output channel for weights and one static pair for the input. `layer_kinds`
 gives the classes that a recipe's layer asks for, put together from
 
-- `LearnedStep`: one trained factor for both bounds (LSQ, arXiv 1902.08153). The only one that has a deployed form.
+- `LearnedStep`: one trained factor for both bounds (LSQ, arXiv 1902.08153). It has a deployed form.
+- `ClippedFirst`: other gradients at the ends of the grid (LSQ as well). It has a deployed form.
 - `Offset`: an offset per input channel, subtracted before quantization (PassionSR's LET, arXiv 2411.17106).
 - `GroupedWeights`, `DynamicActivations`: symmetric scales of groups of channels (SVDQuant, arXiv 2411.05007).
 - `Rotated`: inputs and weights rotated by a Hadamard matrix (QuaRot, arXiv 2404.00456).
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from calibration.recipe import Layer
-from qartsr_pipeline.arithmetic.affine import SMALLEST_SCALE, centred_codes, code_range
+from qartsr_pipeline.arithmetic.affine import SMALLEST_SCALE, centred_codes, code_range, round_straight_through
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
@@ -62,7 +63,7 @@ class SimulationOnly:
         """``weight`` after quantization with a scale and zero point a row, same shape."""
         scale, zero_point = (self._over_outputs(values) for values in super().weight_parameters())
         bits = self.layer_scheme.weight_bits
-        return centred_codes(weight, 1 / scale, zero_point, bits, symmetric=bits == 8) * scale
+        return self.codes(weight, 1 / scale, zero_point, bits, symmetric=bits == 8) * scale
 
 
 class LearnedStep:
@@ -89,6 +90,21 @@ class LearnedStep:
         """Scale and zero point of phi x, scalars."""
         scale, zero_point = super().input_parameters()
         return scale * self.input_log_step.exp(), zero_point
+
+
+def codes_clipped_first(
+    x: torch.Tensor, multiplier: torch.Tensor, zero_point: torch.Tensor, bits: int, symmetric: bool = False
+) -> torch.Tensor:
+    """The values of `centred_codes`, with the gradients of LSQ (arXiv 1902.08153, eq. 3): what lies beyond an extreme code is
+    clipped, also within half a step of it, where `centred_codes` takes it to be inside."""
+    smallest, largest = code_range(bits, symmetric)
+    return round_straight_through(torch.clamp(x.float() * multiplier, smallest - zero_point, largest - zero_point))
+
+
+class ClippedFirst:
+    """Layers whose values are clipped before they are rounded, which changes gradients only."""
+
+    codes = staticmethod(codes_clipped_first)
 
 
 class Shifted:
@@ -280,6 +296,7 @@ def layer_kinds(layer: Layer, step: bool) -> Kinds:
         GroupedWeights: layer.group_size > 0,
         SimulationOnly: not layer.deployable,
         LearnedStep: step,
+        ClippedFirst: layer.clip == "before_rounding",
     }  # in the order in which one calls the next
     parts = tuple(part for part, there in wanted.items() if there)
     if not parts:

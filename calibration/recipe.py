@@ -25,6 +25,7 @@ SMOOTHING = ("none", "ones", "search")
 OFFSETS = ("none", "zero", "mean", "centre")
 ROTATIONS = ("none", "hadamard")
 ACTIVATIONS = ("static", "dynamic")
+CLIP = ("after_rounding", "before_rounding")
 MODULES = ("blocks", "parts", "all")
 ORDERS = ("reversed", "forward", "distributed")
 OTHERS = ("quantized_so_far", "full_precision")
@@ -66,6 +67,8 @@ class Layer:
         activations: "static" bounds of the whole tensor, or "dynamic": symmetric, from the extremes of every pixel's or token's
             group of channels at run time.
         group_size: input channels that share a weight scale (and a dynamic activation scale); 0 for one scale a row.
+        clip: a value within half a step beyond the extreme codes is clipped, for gradients, "before_rounding" (as in LSQ), or
+            counts as inside "after_rounding". The quantized values are the same.
     """
 
     smoothing: str = "none"
@@ -78,6 +81,7 @@ class Layer:
     rotation: str = "none"
     activations: str = "static"
     group_size: int = 0
+    clip: str = "after_rounding"
 
     def __post_init__(self) -> None:
         _one_of("layer.smoothing", self.smoothing, SMOOTHING)
@@ -85,6 +89,7 @@ class Layer:
         _one_of("layer.bounds", self.bounds, BOUNDS)
         _one_of("layer.rotation", self.rotation, ROTATIONS)
         _one_of("layer.activations", self.activations, ACTIVATIONS)
+        _one_of("layer.clip", self.clip, CLIP)
         _number("layer.branch_rank", self.branch_rank, 0, whole=True)
         _number("layer.branch_rounds", self.branch_rounds, 0, whole=True)
         _number("layer.adapter_rank", self.adapter_rank, 0, whole=True)

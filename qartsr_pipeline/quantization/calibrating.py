@@ -38,10 +38,12 @@ class CalibratingMixin:
 
     Attributes:
         quantizing: while False, the layer computes what it did before it was prepared.
+        codes: `centred_codes`, or a function with the same values and other gradients.
     """
 
     layer_scheme: LayerScheme
     quantizing: bool = True
+    codes = staticmethod(centred_codes)
 
     @classmethod
     def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
@@ -125,7 +127,7 @@ class CalibratingMixin:
         scale, zero_point = self.weight_parameters()
         bits = self.layer_scheme.weight_bits
         over = self._over_outputs
-        return centred_codes(self.residual_weight(), 1 / over(scale), over(zero_point), bits, symmetric=bits == 8)
+        return self.codes(self.residual_weight(), 1 / over(scale), over(zero_point), bits, symmetric=bits == 8)
 
     @property
     def qweight(self) -> torch.Tensor:
@@ -144,7 +146,7 @@ class CalibratingMixin:
         if bits == 16:
             return x.float() * smooth
         scale, zero_point = self.input_parameters()
-        return centred_codes(x, smooth / scale, zero_point, bits) * scale
+        return self.codes(x, smooth / scale, zero_point, bits) * scale
 
     def freeze(self) -> None:
         """quanto's in-place freezing has no meaning here.

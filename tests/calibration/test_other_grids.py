@@ -108,12 +108,10 @@ def test_nothing_special_is_the_packages_own_layer():
         layer_kinds(Layer(activations="dynamic", group_size=4), True)
 
 
-def test_the_steps_gradient_is_that_of_the_publication():
-    """LSQ, eq. 3: round(v / s) - v / s inside, the extreme code outside; here times s, in the logarithm.
-
-    Between an extreme code and half a step beyond it, the package takes a value to be inside, the publication to be outside.
-    """
-    kind, _ = layer_kinds(Layer(), True)
+@pytest.mark.parametrize(("clip", "beyond"), [("before_rounding", 0.0), ("after_rounding", 0.5)])
+def test_the_steps_gradient_is_that_of_the_publication(clip, beyond):
+    """LSQ, eq. 3: round(v / s) - v / s inside, the extreme code outside; here times s, in the logarithm."""
+    kind, _ = layer_kinds(Layer(clip=clip), True)
     layer = nn.Linear(64, 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.linspace(-1.5, 1.5, 64)[None])
@@ -124,7 +122,7 @@ def test_the_steps_gradient_is_that_of_the_publication():
     upstream = torch.randn(1, 64)
     (new.qweight * upstream).sum().backward()
     scaled = layer.weight.detach() * 8
-    published = torch.where(scaled < -8.5, -8.0, torch.where(scaled > 7.5, 7.0, scaled.round() - scaled))
+    published = torch.where(scaled < -8 - beyond, -8.0, torch.where(scaled > 7 + beyond, 7.0, scaled.round() - scaled))
     torch.testing.assert_close(new.weight_log_step.grad, ((published * upstream).sum() / 8)[None])
 
 
