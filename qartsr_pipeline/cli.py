@@ -1,4 +1,4 @@
-"""The command `qartsr`: upscale | info | demo.
+"""The command `qartsr`: upscale | info | convert | demo.
 
 Exit codes: 0 done, 2 something could not be done (one line says what, why, and the ways out), 130 interrupted. Nothing heavy is
 imported before a command runs, so that `qartsr --help` and usage errors are quick.
@@ -53,6 +53,18 @@ def _demo(options: argparse.Namespace) -> int:
     return run(options.output, model=options.model)
 
 
+def _convert_osediff(options: argparse.Namespace) -> int:
+    from .command_line.convert import run_osediff
+
+    return run_osediff(options)
+
+
+def _convert_diffusers(options: argparse.Namespace) -> int:
+    from .command_line.convert import run_diffusers
+
+    return run_diffusers(options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qartsr", description="One-step diffusion image super-resolution with weights and activations at 4 and 2 bits."
@@ -68,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-o", "--output", default="demo_output", metavar="FOLDER", help="default: demo_output")
     demo.add_argument("--model", default=DEFAULT_CHECKPOINT, help=_MODEL_HELP)
     demo.set_defaults(run=_demo)
-    for command in commands.choices.values():
+    sources = _add_convert(commands)
+    for command in (commands.choices["upscale"], info, demo, *sources):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -94,6 +107,32 @@ def _add_upscale(commands: argparse._SubParsersAction) -> None:
     upscale.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: auto")
     upscale.add_argument("--overwrite", action="store_true", help="replace files that exist")
     upscale.set_defaults(run=_upscale)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> list[argparse.ArgumentParser]:
+    """Adds `convert` and returns the parsers of its forms."""
+    convert = commands.add_parser("convert", help="make a checkpoint folder from published weights")
+    sources = convert.add_subparsers(title="sources", metavar="SOURCE", required=True)
+    osediff = sources.add_parser("osediff", help="osediff.pkl (OSEDiff) or osediff.ckpt (PassionSR), and its base")
+    osediff.add_argument("--base", required=True, metavar="BASE", help=_BASE_HELP)
+    osediff.add_argument("--checkpoint", required=True, metavar="FILE", help="osediff.pkl or osediff.ckpt")
+    osediff.set_defaults(run=_convert_osediff)
+    diffusers = sources.add_parser("diffusers", help="a one-step model stored as a plain Stable Diffusion pipeline")
+    diffusers.add_argument("--base", required=True, metavar="BASE", help=_BASE_HELP)
+    diffusers.add_argument("--timestep", type=int, default=999, metavar="T", help="it was trained at; default: 999")
+    diffusers.add_argument("--scale", type=int, default=4, metavar="N", help="enlargement it was trained at; default: 4")
+    diffusers.set_defaults(run=_convert_diffusers)
+    for source in (osediff, diffusers):
+        source.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write, new or empty")
+        source.add_argument(
+            "--prompt-embedding",
+            metavar="FILE",
+            help="the fixed prompt's, .safetensors or .pt; default: the empty prompt's",
+        )
+    return [osediff, diffusers]
+
+
+_BASE_HELP = "diffusers folder, Hub id owner/name, or single .safetensors file of Stable Diffusion 2.1"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from .input_checks import check_arguments, check_components
 from .one_step import OneStepNetwork
 from .overflow import compute_dtype
 from .prompt_embedding import PromptEmbedding
+from .text_prompt import check_prompt, embed_prompt
 from .upscaling import Settings, StepReporter, upscale_picture
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision")
@@ -52,7 +53,7 @@ class QArtSRPipeline(DiffusionPipeline):
         vae: its encoder and decoder.
         scheduler: only its `alphas_cumprod` is used; `prediction_type` must be "epsilon".
         prompt_embedding: the fixed prompt.
-        text_encoder, tokenizer: optional and unused by the call; a checkpoint may carry them to compute other prompt embeddings.
+        text_encoder, tokenizer: optional; with them the call takes a prompt.
         timestep: T, the one timestep the model was trained at.
         scale: the enlargement it was trained at.
 
@@ -61,7 +62,7 @@ class QArtSRPipeline(DiffusionPipeline):
             sample of it. False leaves every tile to its own, which shows as differences in tone; it saves one pass per picture.
     """
 
-    model_cpu_offload_seq = "unet->vae"
+    model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["text_encoder", "tokenizer"]
     share_tile_statistics = True
     _callback_tensor_inputs = ["image", "latents"]
@@ -183,6 +184,7 @@ class QArtSRPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["image"],  # noqa: B006 - diffusers' signature
+        prompt: str | None = None,
     ) -> QArtSRPipelineOutput | tuple:
         """Enlarges pictures.
 
@@ -211,12 +213,14 @@ class QArtSRPipeline(DiffusionPipeline):
                 under "image", or "latents" where these are the result, replaces the tile. To cancel, raise an exception.
             callback_on_step_end_tensor_inputs: what callback_kwargs holds: "image", the tile in [0, 1], (1, 3, h, w); "latents",
                 its z_H.
+            prompt: what the pictures show, for checkpoints that hold text encoder and tokenizer; cut off after 77 tokens. None:
+                the stored embedding.
 
         Returns:
             `QArtSRPipelineOutput`, or a tuple with `images` as its only element.
 
         Raises:
-            TypeError, ValueError: an argument is not as described; the message names it.
+            TypeError, ValueError: an argument is not as described, or this checkpoint takes no prompt; the message names it.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -232,6 +236,7 @@ class QArtSRPipeline(DiffusionPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
         pictures = to_pictures(image)
         plans = [self.plan(picture, tile_size, tile_overlap) for picture in pictures]
         decode = output_type != "latent"
@@ -242,7 +247,7 @@ class QArtSRPipeline(DiffusionPipeline):
         try:
             with self.progress_bar(total=self._num_timesteps) as bar:
                 reporter = StepReporter(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                network = self.network()
+                network = self.network(prompt)
                 results = [upscale_picture(network, p, plan, settings, reporter) for p, plan in zip(pictures, plans, strict=True)]
         finally:
             self.maybe_free_model_hooks()
@@ -259,13 +264,20 @@ class QArtSRPipeline(DiffusionPipeline):
         size = enlarged_size(picture.size, self.config.scale)
         return plan_tiles(size, tile_size, tile_overlap, self.multiple, self.vae_scale_factor, automatic)
 
-    def network(self) -> OneStepNetwork:
-        """The stages on tensors (encode, step, decode), for those who build on them."""
+    def network(self, prompt: str | None = None) -> OneStepNetwork:
+        """The stages on tensors (encode, step, decode), for those who build on them; `prompt` as in `__call__`."""
         return OneStepNetwork(
             unet=self.unet,
             vae=self.vae,
-            prompt_embeds=self.prompt_embedding(1),
+            prompt_embeds=self._prompt_embeds(prompt),
             timestep=self.config.timestep,
             alpha_bar=float(self.scheduler.alphas_cumprod[self.config.timestep]),
             device=self._execution_device,
         )
+
+    def _prompt_embeds(self, prompt: str | None) -> torch.Tensor:
+        """(1, tokens, dim): the stored embedding, or that of `prompt`."""
+        if prompt is None:
+            return self.prompt_embedding(1)
+        check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
+        return embed_prompt(self.text_encoder, self.tokenizer, prompt, self._execution_device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -14,7 +15,7 @@ _SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 # A repository of the Hub: owner/name, exactly one slash.
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 # Only what a checkpoint folder is made of: configurations, weights, a tokenizer's tables. No pickles, no code.
-_PATTERNS = ["*.json", "*.safetensors", "*.txt"]
+PATTERNS = ("*.json", "*.safetensors", "*.txt")
 
 
 def shipped_checkpoints() -> dict[str, Path]:
@@ -31,12 +32,14 @@ def fetch(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    patterns: Sequence[str] = PATTERNS,
 ) -> Path:
     """The local folder of a checkpoint: an existing folder as it is, a shipped model by its name, or a snapshot from the Hub.
 
     Args:
         name_or_path: a path, the name of a shipped checkpoint such as `tiny-w4a4`, or a Hub id `owner/name`.
         cache_dir, revision, token, local_files_only: as in `huggingface_hub.snapshot_download`; used for Hub ids only.
+        patterns: which files of a Hub repository are downloaded.
 
     Raises:
         CheckpointError: no such folder or name; Hub unreachable, repository unknown, private or gated.
@@ -54,7 +57,14 @@ def fetch(
             f"There is no folder {name!r}, and it is not a Hub id of the form owner/name either. Check the path and the folder"
             f" you are in ({Path.cwd()}).{known}"
         )
-    return _download(name, cache_dir=cache_dir, revision=revision, token=token, local_files_only=local_files_only)
+    return _download(
+        name,
+        allow_patterns=list(patterns),
+        cache_dir=cache_dir,
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
+    )
 
 
 def _is_hub_id(name: str) -> bool:
@@ -66,7 +76,7 @@ def _download(hub_id: str, **options) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_PATTERNS, **options))
+        return Path(snapshot_download(hub_id, **options))
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{hub_id} on the Hub is gated: its owner grants access on request. Ask for access at https://huggingface.co/{hub_id},"

@@ -1,0 +1,129 @@
+"""OSEDiff's checkpoint (arXiv 2406.08177; github.com/cswry/OSEDiff): adapters on the UNet and VAE of Stable Diffusion 2.1-base.
+
+A pickled dictionary: the rank and the names of the adapted layers, and the tensors in peft's layout. PassionSR
+(github.com/libozhu03/PassionSR) publishes one of the same kind, osediff.ckpt, in which two entries have other names, the VAE's
+decoder has adapters too, which PassionSR itself leaves out, and any weight of the base may stand beside the adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint_files.errors import CheckpointError
+from .adapters import Adapters, Merged, merge
+from .base import Base
+from .pickles import read_pickle
+
+TIMESTEP = 999  # the last of 1000: what OSEDiff calls its UNet with
+SCALE = 4
+UNET_LAYERS = {
+    "default_encoder": "unet_lora_encoder_modules",
+    "default_decoder": "unet_lora_decoder_modules",
+    "default_others": "unet_lora_others_modules",
+}
+VAE_LAYERS = {"default_encoder": "vae_lora_encoder_modules"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a publication keeps what.
+
+    Attributes:
+        unet, vae: entries with the tensors.
+        unet_replaced, vae_replaced: as `Adapters.replaced`.
+        left_out: VAE adapters in the file that the publication's own code does not use.
+    """
+
+    unet: str
+    vae: str
+    unet_replaced: tuple[str, ...] | None
+    vae_replaced: tuple[str, ...] | None
+    left_out: tuple[str, ...] = ()
+
+
+OSEDIFF = Layout("state_dict_unet", "state_dict_vae", ("conv_in",), ())
+PASSIONSR = Layout("unet_state_dict", "vae_state_dict", None, None, left_out=("default_decoder",))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint."""
+
+    unet: Adapters
+    vae: Adapters
+
+    def merge_into(self, base: Base) -> dict[str, Merged]:
+        """Makes `base` the adapted model, in place; raises CheckpointError when they do not fit."""
+        return {"unet": merge(base.unet, self.unet), "vae": merge(base.vae, self.vae)}
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens osediff.pkl, or PassionSR's osediff.ckpt, without running anything that stands in it.
+
+    Raises:
+        CheckpointError: not such a file; the message says what is missing or of the wrong kind.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not OSEDiff's checkpoint: it holds a {type(content).__name__}, not a dictionary.")
+    layout = PASSIONSR if PASSIONSR.unet in content or PASSIONSR.vae in content else OSEDIFF
+    reader = _Reader(Path(path), content)
+    reader.check_entries(["rank_unet", "rank_vae", layout.unet, layout.vae, *UNET_LAYERS.values(), *VAE_LAYERS.values()])
+    vae_state = reader.tensors(layout.vae)
+    vae_state = {key: tensor for key, tensor in vae_state.items() if not any(f".{name}." in key for name in layout.left_out)}
+    return Checkpoint(
+        unet=Adapters(
+            label=f"{path}: {layout.unet}",
+            rank=reader.rank("rank_unet"),
+            layers={adapter: reader.names(entry) for adapter, entry in UNET_LAYERS.items()},
+            state=reader.tensors(layout.unet),
+            replaced=layout.unet_replaced,
+        ),
+        vae=Adapters(
+            label=f"{path}: {layout.vae}",
+            rank=reader.rank("rank_vae"),
+            layers={adapter: reader.names(entry) for adapter, entry in VAE_LAYERS.items()},
+            state=vae_state,
+            replaced=layout.vae_replaced,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Takes entries out of the dictionary and checks their kind."""
+
+    path: Path
+    content: dict[str, Any]
+
+    def check_entries(self, entries: list[str]) -> None:
+        missing = [entry for entry in entries if entry not in self.content]
+        if missing:
+            found = ", ".join(map(str, list(self.content)[:8])) or "nothing"
+            raise CheckpointError(
+                f"{self.path} is not OSEDiff's checkpoint, or not a whole one: it lacks {', '.join(missing)} (it has {found})."
+                f" Give the osediff.pkl that its authors published."
+            )
+
+    def rank(self, entry: str) -> int:
+        value = self.content[entry]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.path}: {entry} must be a positive integer, but is {value!r}.")
+        return value
+
+    def names(self, entry: str) -> tuple[str, ...]:
+        """Layer names, each once: OSEDiff's code lists some of them several times."""
+        value = self.content[entry]
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+            raise CheckpointError(f"{self.path}: {entry} must be a list of layer names, but is a {type(value).__name__}.")
+        return tuple(dict.fromkeys(value))
+
+    def tensors(self, entry: str) -> dict[str, torch.Tensor]:
+        value = self.content[entry]
+        if not isinstance(value, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
+            raise CheckpointError(f"{self.path}: {entry} must be a dictionary of tensors, but is not.")
+        return value

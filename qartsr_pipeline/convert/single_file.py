@@ -1,0 +1,115 @@
+"""Stable Diffusion 2.1 as one .safetensors file with the original names, such as v2-1_512-ema-pruned.safetensors.
+
+Names are translated by diffusers. The structure is known here (stable_diffusion_2_1.py), so nothing is downloaded. Such a file
+has no tokenizer: the empty prompt's embedding is computed from its known tokens, and the text encoder is left behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ..checkpoint_files.errors import CheckpointError
+from ..checkpoint_files.integrity import check_safetensors
+from ..text_prompt import embed_tokens
+from . import stable_diffusion_2_1 as sd21
+from .base import Base, read_scheduler
+
+UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Configurations of the parts, and the padded tokens of the empty prompt."""
+
+    unet: dict[str, Any] = field(default_factory=lambda: sd21.UNET)
+    vae: dict[str, Any] = field(default_factory=lambda: sd21.VAE)
+    text_encoder: dict[str, Any] = field(default_factory=lambda: sd21.TEXT_ENCODER)
+    start_token: int = sd21.START_TOKEN
+    end_token: int = sd21.END_TOKEN
+
+    def empty_prompt(self) -> torch.Tensor:
+        """Token ids (1, tokens), int64."""
+        tokens = torch.full((1, self.text_encoder["max_position_embeddings"]), sd21.PADDING_TOKEN)
+        tokens[0, 0], tokens[0, 1] = self.start_token, self.end_token
+        return tokens
+
+
+def read_single_file(path: Path, prompt_embeds: torch.Tensor | None = None, structure: Structure | None = None) -> Base:
+    """Reads the file without any other; arguments and errors as in `base.read_base`.
+
+    Args:
+        structure: None for Stable Diffusion 2.1-base.
+    """
+    structure = structure or Structure()
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path} is not a .safetensors file. Pickled bases are refused, because opening them can run code: take the"
+            f" .safetensors of the same model."
+        )
+    check_safetensors(path, str(path))
+    tensors = load_file(path)
+    for prefix, part in ((UNET_PREFIX, "UNet"), (VAE_PREFIX, "VAE")):
+        if not any(name.startswith(prefix) for name in tensors):
+            raise CheckpointError(
+                f"{path} holds no {part} under the names of Stable Diffusion's original files ({prefix}..). Give the whole"
+                f" model's file, or a diffusers folder."
+            )
+    if prompt_embeds is None:
+        prompt_embeds = embed_tokens(_text_encoder(path, tensors, structure), structure.empty_prompt())
+    unet = _filled(UNet2DConditionModel, structure.unet, convert_ldm_unet_checkpoint, tensors, path)
+    vae = _filled(AutoencoderKL, structure.vae, convert_ldm_vae_checkpoint, tensors, path)
+    return Base(unet, vae, read_scheduler(sd21.SCHEDULER), prompt_embeds)
+
+
+def _filled(kind: type, config: dict[str, Any], convert: Any, tensors: dict[str, torch.Tensor], path: Path) -> nn.Module:
+    with init_empty_weights():
+        model = kind(**config)
+    try:
+        translated = convert(dict(tensors), config=model.config)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error.args[0]}: {_OTHER_MODEL}") from error
+    return _assign(model, translated, path)
+
+
+def _text_encoder(path: Path, tensors: dict[str, torch.Tensor], structure: Structure) -> CLIPTextModel:
+    if not any(name.startswith(TEXT_PREFIX) for name in tensors):
+        raise CheckpointError(
+            f"{path} holds no text encoder ({TEXT_PREFIX}..), which computes the empty prompt's embedding. Give the embedding"
+            f" with --prompt-embedding."
+        )
+    model = CLIPTextModel(CLIPTextConfig(**structure.text_encoder))
+    translated = convert_open_clip_checkpoint(model, tensors, TEXT_PREFIX)
+    # transformers dropped this level of names in 5.6.
+    prefix = "text_model." if hasattr(model, "text_model") else ""
+    translated = {prefix + name.removeprefix("text_model."): tensor for name, tensor in translated.items()}
+    return _assign(model, {name: tensor for name, tensor in translated.items() if name in model.state_dict()}, path)
+
+
+_OTHER_MODEL = "it is not a file of Stable Diffusion 2.1. Give v2-1_512-ema-pruned.safetensors or a diffusers folder."
+
+
+def _assign(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> nn.Module:
+    """Fills the model with float32 copies; every tensor must be there and fit."""
+    wanted = model.state_dict()
+    missing = sorted(wanted.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
+    wrong = sorted(name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape)
+    for kind, names in (("lacks", missing), ("has beyond what is known", extra), ("has in another shape", wrong)):
+        if names:
+            raise CheckpointError(f"{path} {kind} {names[0]} ({len(names)} such tensors): {_OTHER_MODEL}")
+    model.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
+    return model.eval().requires_grad_(False)
