@@ -1,0 +1,24 @@
+"""Cancelling within a tile: ComfyUI's cancel button is looked at before every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def interruptible(network: nn.Module) -> Iterator[None]:
+    """Inside, `network` raises ComfyUI's InterruptProcessingException at its next layer once the user cancels."""
+    from comfy.model_management import throw_exception_if_processing_interrupted
+
+    def look(module: nn.Module, inputs: tuple) -> None:
+        throw_exception_if_processing_interrupted()
+
+    hooks = [module.register_forward_pre_hook(look) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,108 @@
+"""QArtSR Load Model: from a checkpoint's name, or its id on the Hub, to a model that the other nodes take."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from .managed_model import AUTO, DTYPES
+from .model_folders import find_models, folder_of
+
+CATEGORY = "QArtSR"
+QArtSRModel = io.Custom("QARTSR_MODEL")
+DEFAULT_MODEL = "tiny-w8a8"
+
+
+@lru_cache(maxsize=1)
+def available_backends() -> tuple[str, ...]:
+    """Kernel backends that work on this machine; why the others do not is logged, once."""
+    from qartsr_pipeline.kernels import list_backends
+
+    backends = list_backends()
+    for name, reason in backends.items():
+        if reason is not None:
+            logging.info("QArtSR: the kernel backend %s is not available: %s", name, reason)
+    return tuple(name for name, reason in backends.items() if reason is None)
+
+
+class QArtSRLoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = list(find_models())
+        return io.Schema(
+            node_id="QArtSRLoadModel",
+            display_name="QArtSR Load Model",
+            category=CATEGORY,
+            description="Loads a super-resolution model. Small ones come along; put others into models/qartsr.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=names,
+                    default=DEFAULT_MODEL if DEFAULT_MODEL in names else None,
+                    tooltip="A checkpoint folder in models/qartsr, or one of the small models that come along. w4a4: weights and"
+                    " activations have 4 bits; fp: full precision.",
+                ),
+                io.String.Input(
+                    "hub_id",
+                    default="",
+                    tooltip="Empty: the model chosen above. Or the name of a repository on the Hugging Face Hub, owner/name: it is"
+                    " downloaded into models/qartsr once, and used from there afterwards.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=[AUTO, *available_backends()],
+                    default=AUTO,
+                    tooltip="Which kernels compute quantized layers. auto: the fastest that can, layer by layer. The log says"
+                    " why others are not available on this machine.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default=AUTO,
+                    tooltip="Float type of what is not quantized. auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
+                ),
+            ],
+            outputs=[
+                QArtSRModel.Output(id="loaded_model", display_name="model", tooltip="For QArtSR Upscale and QArtSR Model Info.")
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str, hub_id: str, backend: str, dtype: str) -> bool | str:
+        """True, or what is wrong, before anything runs."""
+        if not hub_id.strip():
+            try:
+                folder_of(model)
+            except ValueError as error:
+                return str(error)
+        if backend not in (AUTO, *available_backends()):
+            return f"There is no kernel backend {backend!r} on this machine. Choose {AUTO}; the log says why others are missing."
+        if dtype not in DTYPES:
+            return f"dtype {dtype!r} is none of {', '.join(DTYPES)}."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, hub_id: str, backend: str, dtype: str) -> Any:
+        """Changes when the model's files do, so that the model is loaded anew."""
+        if hub_id.strip():
+            return hub_id.strip()
+        folder = find_models().get(model)
+        return _fingerprint(folder) if folder else None
+
+    @classmethod
+    def execute(cls, model: str, hub_id: str, backend: str, dtype: str) -> io.NodeOutput:
+        from .download import download_once
+        from .managed_model import load_model
+
+        hub_id = hub_id.strip()
+        name, folder = (hub_id, download_once(hub_id)) if hub_id else (model, folder_of(model))
+        return io.NodeOutput(load_model(name, folder, backend, dtype))
+
+
+def _fingerprint(folder: Path) -> tuple:
+    files = sorted(path for pattern in ("*.json", "*/*.json", "*/*.safetensors") for path in folder.glob(pattern))
+    return (str(folder), *((path.stat().st_mtime_ns, path.stat().st_size) for path in files))

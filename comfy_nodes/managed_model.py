@@ -1,0 +1,87 @@
+"""A loaded checkpoint in the hands of ComfyUI's model management: seen, moved and unloaded by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "float16", "bfloat16")
+
+
+class QArtSRNetwork(nn.Module):
+    """The pipeline's networks as one plain module: ComfyUI sets attributes on what it manages, which diffusers' models refuse."""
+
+    def __init__(self, pipeline: Any):
+        super().__init__()
+        self.unet, self.vae, self.prompt_embedding = pipeline.unet, pipeline.vae, pipeline.prompt_embedding
+
+
+@dataclass
+class ManagedModel:
+    """What goes from node to node as QARTSR_MODEL.
+
+    Attributes:
+        name: as in the list of models.
+        pipeline: the loaded QArtSRPipeline.
+        patcher: ComfyUI's handle on its networks; ComfyUI itself keeps only a weak reference.
+        backend: of the kernels, or "auto".
+    """
+
+    name: str
+    folder: Path
+    pipeline: Any
+    patcher: Any
+    backend: str = AUTO
+
+    @property
+    def device(self) -> torch.device:
+        """Where ComfyUI computes."""
+        return self.patcher.load_device
+
+    def bring_to_device(self, memory: int = 0) -> None:
+        """Moves the networks to their device if they are not there; `memory` bytes beside them are freed if possible."""
+        from comfy import model_management
+
+        model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Inside, layers are computed by the chosen backend."""
+        from qartsr_pipeline.kernels import use_backend
+
+        if self.backend == AUTO:
+            yield
+        else:
+            with use_backend(self.backend):
+                yield
+
+
+def load_model(name: str, folder: Path, backend: str, dtype: str) -> ManagedModel:
+    """Loads a checkpoint folder into main memory; nothing is on the GPU yet.
+
+    Args:
+        dtype: one of `DTYPES`.
+
+    Raises:
+        CheckpointError: not a whole checkpoint.
+    """
+    from comfy import model_management
+    from comfy.model_patcher import ModelPatcher
+
+    from qartsr_pipeline.command_line.device import choose_dtype
+    from qartsr_pipeline.command_line.loading import load_quietly
+
+    device = model_management.get_torch_device()
+    chosen, _ = choose_dtype(dtype, device.type)
+    pipeline = load_quietly(folder, dtype=chosen, text_encoder=None, tokenizer=None)
+    pipeline.set_progress_bar_config(disable=True)
+    network = QArtSRNetwork(pipeline).eval().requires_grad_(False)
+    patcher = ModelPatcher(network, load_device=device, offload_device=model_management.unet_offload_device())
+    return ManagedModel(name, folder, pipeline, patcher, backend)

@@ -1,0 +1,89 @@
+"""Which checkpoints there are: those that ship with the package, and the folders under ComfyUI's `qartsr` model paths."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from qartsr_pipeline.checkpoint_files import CheckpointError, shipped_checkpoints
+from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS
+
+KIND = "qartsr"  # the folder below models/, and the key in extra_model_paths.yaml
+
+DEPTH = 2  # models/qartsr/name and models/qartsr/owner/name
+
+_complained: set[Path] = set()
+
+
+def register_model_folder() -> Path:
+    """Makes models/qartsr known to ComfyUI, before any extra paths, and returns it."""
+    import folder_paths
+
+    own = os.path.join(folder_paths.models_dir, KIND)
+    paths = list(folder_paths.folder_names_and_paths.get(KIND, ([], set()))[0])
+    folder_paths.folder_names_and_paths[KIND] = ([own, *(path for path in paths if path != own)], {"folder"})
+    return Path(own)
+
+
+def model_folder() -> Path:
+    """models/qartsr, where new checkpoints are written, created if missing."""
+    import folder_paths
+
+    folder = Path(folder_paths.get_folder_paths(KIND)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def find_models() -> dict[str, Path]:
+    """Name -> folder of every usable checkpoint: shipped ones by their name, others by their path below the model folder.
+
+    A folder in an earlier path hides one of the same name in a later path, or a shipped one.
+    """
+    import folder_paths
+
+    found: dict[str, Path] = {}
+    for base in map(Path, folder_paths.get_folder_paths(KIND)):
+        for folder in _usable_folders(base, DEPTH):
+            found.setdefault(folder.relative_to(base).as_posix(), folder)
+    return dict(sorted({**shipped_checkpoints(), **found}.items()))
+
+
+def _usable_folders(folder: Path, depth: int) -> list[Path]:
+    usable = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name.startswith(".") or not entry.is_dir():
+            continue
+        if (entry / "model_index.json").is_file():
+            usable += [entry] if _is_of_ours(entry) else []
+        elif depth > 1:
+            usable += _usable_folders(entry, depth - 1)
+    return usable
+
+
+def _is_of_ours(folder: Path) -> bool:
+    """Does its model_index.json say that QArtSRPipeline loads it? If it cannot be read, that is logged once."""
+    try:
+        named = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        if folder not in _complained:
+            _complained.add(folder)
+            logging.warning("QArtSR: %s is left out, its model_index.json cannot be read (%s)", folder, error)
+        return False
+    return (named[-1] if isinstance(named, list) and named else named) == PIPELINE_CLASS
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model in the list.
+
+    Raises:
+        CheckpointError: not there (any more).
+    """
+    models = find_models()
+    if name not in models:
+        raise CheckpointError(
+            f"There is no model {name!r} any more: its folder was deleted, renamed or is damaged. Choose another one of"
+            f" {', '.join(models)}, or put it back into {model_folder()}; the key R refreshes the list."
+        )
+    return models[name]

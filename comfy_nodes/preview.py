@@ -1,0 +1,52 @@
+"""What is finished so far, as ComfyUI shows it below a node: progress in tiles, and a small picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import PIL.Image
+import torch
+
+LONG_SIDE = 512  # of the preview, in pixels
+
+
+class TileProgress:
+    """Callback of the pipeline for one batch of pictures, which are enlarged one after another.
+
+    Args:
+        count: of pictures in the batch.
+    """
+
+    def __init__(self, count: int):
+        from comfy.utils import ProgressBar
+
+        self.bar, self.count, self.picture = ProgressBar(count), count, 0
+        self.canvas: PIL.Image.Image | None = None
+
+    def start_picture(self, index: int, picture: torch.Tensor) -> None:
+        """The picture, (C, H, W) in [0, 1], shows through where nothing is finished yet."""
+        self.picture = index
+        low = picture[:3].expand(3, -1, -1)
+        scale = LONG_SIDE / max(low.shape[-2:])
+        size = tuple(max(1, round(side * scale)) for side in (low.shape[-1], low.shape[-2]))
+        self.canvas = _to_pil(low).resize(size, PIL.Image.BICUBIC)
+        self.original_size = low.shape[-2:]
+
+    def __call__(self, pipeline: Any, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Raises ComfyUI's InterruptProcessingException if the user has cancelled."""
+        tile, _ = pipeline.current_tile
+        shrink = self.canvas.width / (self.original_size[1] * pipeline.config.scale)
+        left, top, right, bottom = (
+            round(edge * shrink) for edge in (tile.left, tile.top, tile.left + tile.width, tile.top + tile.height)
+        )
+        part = _to_pil(tensors["image"][0]).resize((max(1, right - left), max(1, bottom - top)), PIL.Image.BOX)
+        self.canvas.paste(part, (left, top))  # what was padding falls outside
+        done, steps = self.picture * pipeline.num_timesteps + step + 1, self.count * pipeline.num_timesteps
+        self.bar.update_absolute(done, steps, ("JPEG", self.canvas.copy(), LONG_SIDE))
+        return tensors
+
+
+def _to_pil(image: torch.Tensor) -> PIL.Image.Image:
+    """(3, H, W) in [0, 1] on any device -> RGB."""
+    values = (image.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return PIL.Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
