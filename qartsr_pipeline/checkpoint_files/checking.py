@@ -45,7 +45,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             or unreadable file, pickled weights, a foreign quantization method, a newer format, a truncated or changed file.
     """
     folder = Path(folder)
-    index = _read_model_index(folder)
+    index = read_model_index(folder)
     for name in _components(index, folder):
         _check_component(folder, name)
     for name, config in quantization_configs(folder).items():
@@ -70,7 +70,8 @@ def quantization_configs(folder: str | os.PathLike) -> dict[str, dict]:
     return configs
 
 
-def _read_model_index(folder: Path) -> dict:
+def read_model_index(folder: Path) -> dict:
+    """The content of model_index.json; raises CheckpointError unless `folder` is there and of our pipeline's class."""
     if not folder.exists():
         raise CheckpointError(
             f"There is no folder {folder}. Give the path of a checkpoint folder, or a Hub id such as owner/name."

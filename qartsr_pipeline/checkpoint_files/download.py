@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from .checking import read_model_index
 from .errors import CheckpointError
 
 # What the command line uses when no model is named.
@@ -76,7 +77,12 @@ def _download(hub_id: str, **options) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
+        if options["allow_patterns"] == list(PATTERNS):  # another kind of repository is not downloaded before it is refused
+            index = snapshot_download(hub_id, **{**options, "allow_patterns": ["model_index.json"]})
+            read_model_index(Path(index))
         return Path(snapshot_download(hub_id, **options))
+    except CheckpointError as error:
+        raise CheckpointError(f"{hub_id} on the Hub is not a checkpoint of this package. {error}") from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{hub_id} on the Hub is gated: its owner grants access on request. Ask for access at https://huggingface.co/{hub_id},"
