@@ -11,8 +11,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-pytest.importorskip("peft")
-
 from stable_diffusion_base import adapt, build_parts, save_base  # noqa: E402
 
 
