@@ -114,9 +114,7 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
             f" Give a base like Stable Diffusion 2.1."
         )
     tables = {path.name for path in (folder / "tokenizer").iterdir()}
-    for name in (
-        () if "tokenizer.json" in tables else ("vocab.json", "merges.txt")
-    ):  # else transformers makes an empty one
+    for name in () if "tokenizer.json" in tables else ("vocab.json", "merges.txt"):  # else transformers makes an empty one
         if name not in tables:
             raise CheckpointError(f"{folder} lacks tokenizer/{name}. Download the base again, whole.")
     text_encoder = _read_model(CLIPTextModel, folder, "text_encoder", "model")
