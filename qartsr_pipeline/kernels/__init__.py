@@ -3,13 +3,28 @@
 A backend is a module with
 
 - ``NAME``,
+- ``CONSTRAINTS``: what it demands of machine, device and layer, one `Constraints` for each kind of device,
 - ``unavailable() -> str | None``: why it cannot run on this machine at all,
-- ``unsupported(spec, device) -> str | None``: why it cannot run this layer there,
+- ``unsupported(spec, device) -> str | None``: why it cannot run this layer there; both follow from ``CONSTRAINTS``,
 - ``linear(x, layer)`` and ``conv2d(x, layer)``: the whole layer (integer product, branch, bias) on a deployed layer's buffers.
 
-What runs is the first entry of `BACKENDS` that can; `use_backend` overrides that.
+What runs is the first entry of `BACKENDS` that can; `use_backend` and the environment variable QARTSR_BACKEND override that.
 """
 
-from qartsr_pipeline.kernels.dispatch import BACKENDS, LayerSpec, choose_backend, list_backends, use_backend
+from qartsr_pipeline.kernels.constraints import Constraints
+from qartsr_pipeline.kernels.dispatch import BACKENDS, choose_backend, forced_backend, list_backends, run_layer, use_backend
+from qartsr_pipeline.kernels.layer_spec import LayerSpec
+from qartsr_pipeline.kernels.prepared import PreparedWeights, low_memory
 
-__all__ = ["BACKENDS", "LayerSpec", "choose_backend", "list_backends", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Constraints",
+    "LayerSpec",
+    "PreparedWeights",
+    "choose_backend",
+    "forced_backend",
+    "list_backends",
+    "low_memory",
+    "run_layer",
+    "use_backend",
+]

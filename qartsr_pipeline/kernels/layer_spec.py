@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from qartsr_pipeline.kernels.prepared import PreparedWeights
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,13 @@ class LayerSpec:
 
 
 class StoredLayer(Protocol):
-    """A deployed layer as a backend reads it. What each buffer holds, and when it is None: `docs/stored_format.md`, section 3."""
+    """A deployed layer as a backend reads it. What each buffer holds, and when it is None: `docs/stored_format.md`, section 3.
+
+    `prepared` is where a backend keeps what it made of them.
+    """
 
     spec: LayerSpec
+    prepared: PreparedWeights
     weight_packed: torch.Tensor | None
     weight_scale: torch.Tensor | None
     weight_zero_point: torch.Tensor | None

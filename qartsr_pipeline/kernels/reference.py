@@ -2,6 +2,9 @@
 
 Centred codes are small integers, so their products and sums are exact in float32 while the sum stays below 2^24: always up to
 6 bits on layers of this field; at 8 bits the last bits of long sums are rounded.
+
+An input of NaN counts as 0 and an infinite one as the largest or smallest code, so the integers are always defined. The branch
+and 16-bit activations pass both on.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from qartsr_pipeline.arithmetic.affine import centred_codes
-from qartsr_pipeline.arithmetic.packing import unpack
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "reference"
+CONSTRAINTS = ()  # none, on any device
 
 
 def unavailable() -> str | None:
@@ -30,16 +34,7 @@ def unsupported(spec: LayerSpec, device: str) -> str | None:
 
 def weight_codes(layer: StoredLayer) -> torch.Tensor:
     """Centred weight codes, integers in float32: (N, C) of a linear layer, (N, C, kh, kw) of a convolution."""
-    spec = layer.spec
-    taps = spec.kernel_size[0] * spec.kernel_size[1]
-    codes = unpack(layer.weight_packed, spec.weight_bits, taps * spec.in_channels)
-    if spec.weight_bits == 8:
-        centred = codes.view(torch.int8).float()
-    else:
-        centred = codes.float() - layer.weight_zero_point.float()[:, None]
-    if spec.kind == "linear":
-        return centred
-    return centred.view(-1, *spec.kernel_size, spec.in_channels).permute(0, 3, 1, 2)  # stored (N, kh, kw, C)
+    return weight_bytes(layer).float()
 
 
 def _per_channel(values: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
@@ -55,6 +50,7 @@ def _compute(x: torch.Tensor, layer: StoredLayer, product: Callable, inner: Call
         operand = x.float() * smooth
     else:
         operand = centred_codes(x, smooth / layer.input_scale, layer.input_zero_point.float(), spec.activation_bits)
+        operand = torch.nan_to_num(operand, nan=0.0)
         scale = scale * layer.input_scale
     if spec.weight_bits == 16:
         weight = layer.weight.float()

@@ -18,11 +18,14 @@ These dtypes stay whatever dtype the model is loaded in. The exact arithmetic is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 from qartsr_pipeline.arithmetic.packing import packed_width
-from qartsr_pipeline.kernels import LayerSpec, choose_backend
+from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, run_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 
@@ -32,6 +35,7 @@ class DeployedLayer(nn.Module):
     def __init__(self, spec: LayerSpec, bias: bool, device: torch.device | str | None = None):
         super().__init__()
         self.spec = spec
+        self.prepared = PreparedWeights()
         kernel = spec.kernel_size if spec.kind == "conv2d" else ()
 
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, present: bool) -> None:
@@ -50,6 +54,18 @@ class DeployedLayer(nn.Module):
         buffer("branch_down", (rank, inputs), torch.float16, rank > 0)
         buffer("branch_up", (outputs, rank, *kernel), torch.float16, rank > 0)
         buffer("bias", (outputs,), torch.float32, bias)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> DeployedLayer:
+        self.prepared.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.prepared.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., N) or (B, C, H, W) -> (B, N, H', W'), in x's dtype."""
+        return run_layer(x, self)
 
     @property
     def packed_bytes(self) -> int:
@@ -72,15 +88,9 @@ class DeployedLayer(nn.Module):
 class DeployedLinear(DeployedLayer):
     """y = L1 (L2 / phi) (phi x) + Q_W Q_A(phi x) + b, (..., C) -> (..., N)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return choose_backend(self.spec, x.device.type).linear(x, self)
-
 
 class DeployedConv2d(DeployedLayer):
     """The same for a convolution, (B, C, H, W) -> (B, N, H', W'); L2 is a 1 x 1 and L1 the k x k convolution."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return choose_backend(self.spec, x.device.type).conv2d(x, self)
 
 
 def deployed_like(layer: nn.Module, scheme: LayerScheme, device: torch.device | str | None = None) -> DeployedLayer:

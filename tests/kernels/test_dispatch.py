@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from qartsr_pipeline.kernels import BACKENDS, LayerSpec, choose_backend, list_backends, use_backend
+from qartsr_pipeline.kernels import BACKENDS, Constraints, LayerSpec, choose_backend, list_backends, use_backend
 
 SPEC = LayerSpec("linear", 4, 4, 0, 8, 8)
 
 
 def stub(name: str, unavailable: str | None = None, unsupported: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(NAME=name, unavailable=lambda: unavailable, unsupported=lambda spec, device: unsupported)
+    constraints = (Constraints(device="cpu"),)
+    return SimpleNamespace(
+        NAME=name, CONSTRAINTS=constraints, unavailable=lambda: unavailable, unsupported=lambda spec, device: unsupported
+    )
 
 
 @pytest.fixture

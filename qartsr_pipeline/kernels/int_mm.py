@@ -1,0 +1,138 @@
+"""`torch._int_mm`, the plain signed byte product that CPUs and NVIDIA GPUs both have: linear, pointwise, and k x k by im2col.
+
+Codes of up to 6 bits are centred, so that the product is the result and padding is 0. 8-bit activations are shifted into the
+signed byte, u = c + z - 128, which is put right afterwards: sum(w c) = sum(w u) + (128 - z) sum(w); padding is then z - 128. The
+patches of a convolution (kh kw bytes for every input byte) are built for as many output rows at a time as fit `PATCH_BYTES`.
+
+Memory: one byte per weight beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
+from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.operand import quantized_rows
+from qartsr_pipeline.kernels.weights import weight_bytes
+
+NAME = "int_mm"
+CONSTRAINTS = (
+    # CPU: sums of one product read memory that is not theirs (torch 2.13); a signed left factor needs VNNI for 8-bit weights
+    Constraints(device="cpu", shortest_sum=2, needs_vnni=frozenset((8, bits) for bits in (2, 3, 4, 6, 8))),
+    Constraints(device="cuda", capability=(7, 5), channel_multiple=8),
+)
+PATCH_BYTES = 1 << 24
+FEWEST_ROWS = 32  # CUDA demands more than 16
+
+
+def unavailable() -> str | None:
+    return unavailable_because(CONSTRAINTS)
+
+
+def unsupported(spec: LayerSpec, device: str) -> str | None:
+    return unmet(CONSTRAINTS, spec, device)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer's constants. `weight` is (K, N) int8, K in the order (kh, kw, C), as the patches have it."""
+
+    weight: torch.Tensor
+    multiplier: torch.Tensor  # (C,)
+    scale: torch.Tensor  # (N,), of the integer product
+    constant: torch.Tensor | None  # (N,) int32, to be added to the integer product
+    zero_point: int
+    offset: int  # what codes are stored with
+
+
+def prepare(layer: StoredLayer) -> Prepared:
+    spec, weight = layer.spec, weight_bytes(layer)
+    if spec.kind == "conv2d":
+        weight = weight.permute(0, 2, 3, 1)
+    weight = weight.reshape(spec.out_channels, -1)
+    zero_point = int(layer.input_zero_point)
+    offset = zero_point - 128 if spec.activation_bits == 8 else 0
+    return Prepared(
+        weight.t(),
+        layer.smooth / layer.input_scale,
+        layer.input_scale * layer.weight_scale,
+        -offset * weight.sum(1, dtype=torch.int32) if offset else None,
+        zero_point,
+        offset,
+    )
+
+
+def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """(..., C) -> (..., N), in x's dtype."""
+    ready = layer.prepared.get(layer, NAME, prepare)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _scaled(_multiply(_codes(rows, ready, layer.spec), ready), ready, layer)
+    if layer.spec.rank:
+        hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
+        y += F.linear(hidden, layer.branch_up.to(x.dtype))
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, H', W'), in x's dtype, channels-last."""
+    spec, ready = layer.spec, layer.prepared.get(layer, NAME, prepare)
+    batch, channels, height, width = x.shape
+    codes = _codes(x.permute(0, 2, 3, 1).reshape(-1, channels), ready, spec).view(batch, height, width, channels)
+    out_height, out_width = (
+        (side + 2 * pad - kernel) // stride + 1
+        for side, pad, kernel, stride in zip((height, width), spec.padding, spec.kernel_size, spec.stride, strict=True)
+    )
+    y = torch.empty((batch * out_height * out_width, spec.out_channels), dtype=torch.float32, device=x.device)
+    start = 0
+    for patches in _patches(codes, spec, ready.offset, out_width):
+        y[start : start + len(patches)] = _scaled(_multiply(patches, ready), ready, layer)
+        start += len(patches)
+    y = y.view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
+    if spec.rank:
+        smooth = layer.smooth.to(x.dtype).view(-1, 1, 1)
+        hidden = F.conv2d(x * smooth, layer.branch_down.to(x.dtype)[:, :, None, None])
+        y += F.conv2d(hidden, layer.branch_up.to(x.dtype), stride=spec.stride, padding=spec.padding)
+    return y.to(x.dtype)
+
+
+def _codes(rows: torch.Tensor, ready: Prepared, spec: LayerSpec) -> torch.Tensor:
+    """Signed bytes, (rows, C)."""
+    return quantized_rows(rows, ready.multiplier, ready.zero_point, spec.activation_bits, ready.offset).view(torch.int8)
+
+
+def _multiply(codes: torch.Tensor, ready: Prepared) -> torch.Tensor:
+    """(rows, K) int8 -> (rows, N) int32, exact."""
+    rows = len(codes)
+    if codes.device.type == "cuda" and rows < FEWEST_ROWS:
+        codes = F.pad(codes, (0, 0, 0, FEWEST_ROWS - rows))
+    product = torch._int_mm(codes, ready.weight)[:rows]
+    return product if ready.constant is None else product.add_(ready.constant)
+
+
+def _scaled(product: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Tensor:
+    y = product * ready.scale
+    return y if layer.bias is None else y.add_(layer.bias)
+
+
+def _patches(codes: torch.Tensor, spec: LayerSpec, padding_code: int, out_width: int) -> Iterator[torch.Tensor]:
+    """The input bytes under each output pixel, (pixels, kh kw C), in order, in pieces of at most about PATCH_BYTES.
+
+    Args:
+        codes: (B, H, W, C).
+    """
+    if spec.kernel_size == spec.stride == (1, 1) and spec.padding == (0, 0):
+        yield codes.reshape(-1, spec.in_channels)
+        return
+    (vertical, horizontal), kernel = spec.padding, spec.kernel_size
+    padded = F.pad(codes, (0, 0, horizontal, horizontal, vertical, vertical), value=padding_code)
+    windows = padded.unfold(1, kernel[0], spec.stride[0]).unfold(2, kernel[1], spec.stride[1])  # (B, H', W', C, kh, kw)
+    patch = kernel[0] * kernel[1] * spec.in_channels
+    step = max(1, PATCH_BYTES // max(1, patch * out_width))
+    for picture in windows.permute(0, 1, 2, 4, 5, 3):  # (H', W', kh, kw, C), still a view of what was padded
+        for start in range(0, len(picture), step):
+            yield picture[start : start + step].reshape(-1, patch)
