@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINIMUM := .venv-minimum
 
-.PHONY: demo test test-slow test-minimum lint clean
+.PHONY: demo test test-slow test-minimum test-comfyui lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/qartsr demo -o demo_output
@@ -22,6 +22,11 @@ test-slow: $(INSTALLED)
 # The lowest versions that pyproject.toml declares, exactly, in an environment of their own.
 test-minimum: $(MINIMUM)/.installed
 	$(MINIMUM)/bin/python -m pytest
+
+# A real ComfyUI: COMFYUI_PATH is its checkout, COMFYUI_PYTHON an interpreter that has its requirements and ours.
+test-comfyui: $(INSTALLED)
+	@test -n "$(COMFYUI_PATH)" || { echo "set COMFYUI_PATH to a ComfyUI checkout, see docs/comfyui.md" >&2; exit 2; }
+	$(BIN)/python -m pytest -m comfyui tests/comfyui
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -49,8 +49,8 @@ class QArtSRLoadModel(io.ComfyNode):
                 io.String.Input(
                     "hub_id",
                     default="",
-                    tooltip="Empty: the model chosen above. Or the name of a repository on the Hugging Face Hub, owner/name: it is"
-                    " downloaded into models/qartsr once, and used from there afterwards.",
+                    tooltip="Empty: the model chosen above. Or the name of a repository on the Hugging Face Hub, owner/name: it"
+                    " is downloaded into models/qartsr once, and used from there afterwards.",
                 ),
                 io.Combo.Input(
                     "backend",

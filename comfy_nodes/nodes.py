@@ -6,9 +6,10 @@ from comfy_api.latest import ComfyExtension, io
 
 from .load_model import QArtSRLoadModel
 from .model_folders import register_model_folder
+from .model_info import QArtSRModelInfo
 from .upscale import QArtSRUpscale
 
-NODES: list[type[io.ComfyNode]] = [QArtSRLoadModel, QArtSRUpscale]
+NODES: list[type[io.ComfyNode]] = [QArtSRLoadModel, QArtSRUpscale, QArtSRModelInfo]
 
 
 class QArtSRExtension(ComfyExtension):

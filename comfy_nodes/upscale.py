@@ -69,8 +69,8 @@ class QArtSRUpscale(io.ComfyNode):
                     "color_fix",
                     options=list(COLOR_FIXES),
                     default=COLOR_FIXES[0],
-                    tooltip="Aligns the result's colours to the picture's: wavelet by low frequencies, adain by mean and contrast of"
-                    " each channel; none leaves the model's own.",
+                    tooltip="Aligns the result's colours to the picture's: wavelet by low frequencies, adain by mean and contrast"
+                    " of each channel; none leaves the model's own.",
                 ),
                 io.Boolean.Input(
                     "sample_posterior",

@@ -1,0 +1,61 @@
+"""QArtSR Model Info: what a loaded model consists of, and what will compute it here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io, ui
+
+from .load_model import CATEGORY, QArtSRModel
+from .managed_model import ManagedModel
+
+if TYPE_CHECKING:
+    from qartsr_pipeline.quantization.report import ComponentReport
+
+
+class QArtSRModelInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QArtSRModelInfo",
+            display_name="QArtSR Model Info",
+            category=CATEGORY,
+            description="Shows scheme, bits, bytes and kernels of a model, and where it runs.",
+            inputs=[QArtSRModel.Input("model", tooltip="From QArtSR Load Model.")],
+            outputs=[io.String.Output(id="text", tooltip="What the node shows.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: ManagedModel) -> io.NodeOutput:
+        text = describe(model)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def describe(model: ManagedModel) -> str:
+    """Several lines on the model as it is loaded: a total, one block for each component, and where it runs."""
+    from qartsr_pipeline.overflow import compute_dtype
+    from qartsr_pipeline.quantization.report import describe_model
+
+    parts = {name: getattr(model.pipeline, name) for name in ("unet", "vae", "prompt_embedding")}
+    with model.kernels():
+        reports = [describe_model(name, part, model.device.type) for name, part in parts.items()]
+    packed, fp16 = (sum(getattr(report, field) for report in reports) for field in ("packed_bytes", "fp16_bytes"))
+    config, dtype = model.pipeline.config, str(compute_dtype(model.pipeline.vae)).removeprefix("torch.")
+    lines = [
+        f"{model.name}: x{config.scale}, timestep {config.timestep}",
+        f"{packed / 1e6:.2f} MB loaded; {fp16 / 1e6:.2f} MB at 16 bits",
+        *(line for report in reports for line in _component(report)),
+        f"running on: {model.device}, {dtype}, kernels {model.backend}",
+    ]
+    return "\n".join(lines)
+
+
+def _component(report: ComponentReport) -> list[str]:
+    """One line on the component, and one for each kind of its quantized layers."""
+    lines = [f"{report.name}: {report.bits}, {report.parameters:,} parameters, {report.packed_bytes / 1e6:.2f} MB"]
+    kinds = Counter((layer.kind, layer.weight_bits, layer.activation_bits, layer.kernel) for layer in report.layers)
+    for (kind, weights, activations, kernel), count in sorted(kinds.items()):
+        lines.append(f"  {kind} W{weights}A{activations} x {count}: {kernel}")
+    return lines

@@ -1,0 +1,119 @@
+"""A real ComfyUI server on the CPU, in a base directory of its own, driven by its HTTP API."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+INPUTS = ROOT / "example_workflows" / "inputs"
+LINKED = {"clone": ROOT, "registry": ROOT, "link": ROOT / "comfy_nodes"}  # way of installing -> what stands in custom_nodes/
+NAMES = {"clone": "QArtSR", "registry": "qartsr", "link": "comfy_nodes"}
+
+
+class Server:
+    """Context manager: the server runs with the nodes installed one of the ways of `LINKED`, and our sample inputs."""
+
+    def __init__(self, base: Path, way: str = "clone"):
+        self.base, self.name = base, NAMES[way]
+        for folder in ("custom_nodes", "input", "output", "models"):
+            (base / folder).mkdir(parents=True)
+        (base / "custom_nodes" / self.name).symlink_to(LINKED[way])
+        for source in INPUTS.iterdir():
+            (base / "input" / source.name).symlink_to(source)
+
+    def __enter__(self) -> Server:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+        command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes"]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
+        with open(self.base / "log", "wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=os.environ["COMFYUI_PATH"], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.wait(lambda: self.get("/system_stats"), 300)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def log(self) -> str:
+        return (self.base / "log").read_text(errors="replace")
+
+    def wait(self, what: object, seconds: float) -> object:
+        """`what()` as soon as it is true; connection errors count as not yet."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log[-3000:]
+            try:
+                if result := what():
+                    return result
+            except OSError as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    raise
+            time.sleep(0.2)
+        raise TimeoutError(self.log[-3000:])
+
+    def get(self, path: str) -> object:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            body = answer.read()
+            return json.loads(body) if answer.headers["Content-Type"].startswith("application/json") else body.decode()
+
+    def post(self, path: str, content: dict) -> object:
+        request = urllib.request.Request(self.url + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                body = answer.read()
+        except urllib.error.HTTPError as error:
+            body = error.read()
+        return json.loads(body) if body else None
+
+    def start(self, graph: dict) -> str:
+        answer = self.post("/prompt", {"prompt": graph})
+        assert "prompt_id" in answer, answer
+        return answer["prompt_id"]
+
+    def finish(self, prompt: str, seconds: float = 300) -> dict:
+        return self.wait(lambda: self.get(f"/history/{prompt}").get(prompt), seconds)
+
+    def run(self, graph: dict) -> dict:
+        """The history entry of a finished run."""
+        return self.finish(self.start(graph))
+
+    def graph(self, workflow: dict) -> dict:
+        """A workflow as the editor saves it -> as the API takes it."""
+        described, links, graph = self.get("/object_info"), {link[0]: link for link in workflow["links"]}, {}
+        for node in workflow["nodes"]:
+            declared = described[node["type"]]["input"]
+            widgets = iter(node["widgets_values"])
+            connected = {each["name"]: links[each["link"]] for each in node["inputs"] if each["link"]}
+            inputs = {name: [str(link[1]), link[2]] for name, link in connected.items()}
+            for name, spec in (declared["required"] | declared.get("optional", {})).items():
+                kind = spec[0]
+                if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                    inputs[name] = next(widgets)
+            graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+        return graph
+
+
+def messages(entry: dict) -> list[str]:
+    """Kinds of the messages of a run: execution_success, execution_error, execution_interrupted, .."""
+    return [kind for kind, _ in entry["status"]["messages"]]

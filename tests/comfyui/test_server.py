@@ -1,0 +1,104 @@
+"""The nodes on a real ComfyUI server, by its API. Needs COMFYUI_PATH; see docs/comfyui.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+from server import INPUTS, ROOT, Server, messages
+
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.checkpoint_files import shipped_checkpoints
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH is not set"),
+]
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+
+
+def upscale_graph(picture="qartsr_batch/left.png", model="tiny-fp", **options):
+    inputs = {"scale": 4.0, "long_side": 0, "tile_size": 0, "tile_overlap": 0, "color_fix": "wavelet"}
+    inputs |= {"sample_posterior": False, "seed": 0, "model": ["2", 0], "image": ["1", 0], "mask": ["1", 1]} | options
+    return {
+        "1": {"class_type": "LoadImage", "inputs": {"image": picture}},
+        "2": {"class_type": "QArtSRLoadModel", "inputs": {"model": model, "hub_id": "", "backend": "auto", "dtype": "auto"}},
+        "3": {"class_type": "QArtSRUpscale", "inputs": inputs},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "result"}},
+    }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("comfyui") / "base") as running:
+        yield running
+
+
+def saved(server, entry):
+    return [server.base / "output" / image["filename"] for out in entry["outputs"].values() for image in out.get("images", ())]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_each_example_runs(server, workflow):
+    entry = server.run(server.graph(json.loads(workflow.read_text())))
+    assert "execution_success" in messages(entry), entry["status"]
+    assert all(max(Image.open(path).size) >= 256 for path in saved(server, entry)) and saved(server, entry)
+
+
+def test_the_output_is_the_pipelines(server):
+    entry = server.run(upscale_graph(tile_size=128))
+    result = np.asarray(Image.open(saved(server, entry)[0]), dtype=float)
+    pipe = QArtSRPipeline.from_pretrained(shipped_checkpoints()["tiny-fp"])
+    expected = pipe(Image.open(INPUTS / "qartsr_batch" / "left.png"), tile_size=128).images[0]
+    assert np.abs(result - np.asarray(expected, dtype=float)).max() <= 1
+
+
+def test_the_model_is_loaded_again_only_after_unloading(server):
+    def loads():
+        return server.log.count("Requested to load QArtSRNetwork")
+
+    server.run(upscale_graph(scale=2.0))
+    before = loads()
+    server.run(upscale_graph(scale=2.0, tile_size=192))
+    assert loads() == before
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert "execution_success" in messages(server.run(upscale_graph(scale=2.0, tile_size=128)))
+    assert loads() == before + 1
+
+
+def test_cancel_stops_within_a_tile_and_the_next_run_works(server):
+    prompt = server.start(upscale_graph("qartsr_rider.png", scale=8.0, tile_size=512))
+    server.wait(lambda: server.get("/queue")["queue_running"], 30)
+    server.post("/interrupt", {})
+    assert "execution_interrupted" in messages(server.finish(prompt))
+    assert "execution_success" in messages(server.run(upscale_graph(scale=3.0)))
+
+
+def test_bad_input_is_explained_on_the_node_and_the_next_run_works(server):
+    folder = server.base / "models" / "qartsr" / "mine"
+    shutil.copytree(shipped_checkpoints()["tiny-fp"], folder)
+    assert "mine" in server.get("/object_info/QArtSRLoadModel")["QArtSRLoadModel"]["input"]["required"]["model"][1]["options"]
+    shutil.rmtree(folder)
+    refused = server.post("/prompt", {"prompt": upscale_graph(model="mine")})
+    assert "deleted" in json.dumps(refused["node_errors"]["2"])
+    entry = server.run(upscale_graph(long_side=65536))
+    assert "is not possible: choose" in json.dumps(entry["status"]["messages"])
+    assert "execution_success" in messages(server.run(upscale_graph(scale=1.5)))
+
+
+@pytest.mark.parametrize("way", ["clone", "registry", "link"])
+def test_each_way_of_installing_shows_nodes_templates_and_help(tmp_path, way):
+    with Server(tmp_path / "base", way) as server:
+        assert "IMPORT FAILED" not in server.log and "Traceback" not in server.log
+        nodes = [name for name in server.get("/object_info") if name.startswith("QArtSR")]
+        assert {"QArtSRLoadModel", "QArtSRUpscale", "QArtSRModelInfo"} <= set(nodes)
+        assert sorted(server.get("/workflow_templates")[server.name]) == [path.stem for path in WORKFLOWS]
+        template = quote(WORKFLOWS[0].stem)
+        assert server.get(f"/api/workflow_templates/{server.name}/{template}.json")["nodes"]
+        for node in nodes:
+            assert server.get(f"/extensions/{server.name}/docs/{node}.md").startswith("# ")
