@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
         for component in components:
             if component.layers:
                 print(f"\n{component.name}\n{_layers(component)}")
+    print(f"\n{_backends()}")
     return 0
 
 
@@ -74,6 +75,13 @@ def kernels(components: list[ComponentReport]) -> str:
     """Which kernels compute how many layers, such as `reference x 123`."""
     counted = Counter(layer.kernel for component in components for layer in component.layers)
     return ", ".join(f"{kernel} x {count}" for kernel, count in counted.most_common()) or "none"
+
+
+def _backends() -> str:
+    """Every backend, in order of preference, and whether this machine can use it."""
+    from ..kernels import list_backends
+
+    return _table(["backend", "usable here"], ([name, reason or "yes"] for name, reason in list_backends().items()))
 
 
 def _row(component: ComponentReport) -> list[str]:

@@ -42,7 +42,8 @@ _forced: ContextVar[str | None] = ContextVar("qartsr_backend", default=None)
 
 def list_backends() -> dict[str, str | None]:
     """Backend name -> None if it can run on this machine, otherwise the reason why not."""
-    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    absent = {} if "triton" in BACKENDS else {"triton": "the package triton is not installed"}
+    return absent | {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
 def forced_backend() -> str | None:

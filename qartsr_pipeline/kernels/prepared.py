@@ -65,10 +65,9 @@ class PreparedWeights:
     @property
     def bytes(self) -> int:
         """Bytes of the tensors that are kept, other than the layer's own."""
-        return sum(_bytes(value) for sources, made in self._entries.values() for value in vars(made).values())
+        return sum(_bytes_besides(sources, made) for sources, made in self._entries.values())
 
 
-def _bytes(value: Any) -> int:
-    if not isinstance(value, torch.Tensor):
-        return 0
-    return value.numel() * value.element_size()
+def _bytes_besides(sources: tuple, made: Any) -> int:
+    tensors = [value for value in vars(made).values() if isinstance(value, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors if not any(t is source for source in sources))

@@ -14,7 +14,13 @@ from qartsr_pipeline.quantization.fold import FoldedConstant
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One deployed layer. ``shape`` is the float weight's, ``packed_bytes`` counts everything that is stored for it."""
+    """One deployed layer.
+
+    Attributes:
+        shape: the float weight's.
+        packed_bytes: everything that is stored for it.
+        prepared_bytes: what its kernel keeps in memory beside that, from the layer's first call on.
+    """
 
     name: str
     kind: str
@@ -23,6 +29,7 @@ class LayerReport:
     rank: int
     shape: tuple[int, ...]
     packed_bytes: int
+    prepared_bytes: int
     kernel: str
 
 
@@ -59,6 +66,7 @@ def describe_layer(name: str, layer: DeployedLayer, device: str) -> LayerReport:
         spec.rank,
         (spec.out_channels, spec.in_channels, *kernel),
         layer.packed_bytes,
+        layer.prepared.bytes,
         choose_backend(spec, device).NAME,
     )
 
