@@ -1,0 +1,153 @@
+"""The Triton backend: packed weights of 2 to 8 bits by signed bytes on NVIDIA GPUs, nothing unpacked in memory.
+
+A layer is two kernels: one pass over the input that quantizes it and takes the branch's hidden values with it, and the product,
+which does all the rest. Needs compute capability 8.0: Triton compiles no signed-byte product for older ones (triton 3.9 fails
+on 7.5).
+
+With TRITON_INTERPRET=1 the same kernels run on a CPU in Triton's interpreter, thousands of times slower: for proofs.
+
+Beside `linear` and `conv2d` there are the fused forms: a residual is added in the product's epilogue, layers that share their
+input quantize it once (`linears`), and a GroupNorm, with SiLU or without, happens in the quantizing pass (`norm_conv2d`,
+`norm_linears`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+
+from qartsr_pipeline.kernels import triton_operators as operators
+from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
+from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.triton_interpreter import interpreted
+from qartsr_pipeline.kernels.triton_prepared import TritonWeights, prepare
+
+NAME = "triton"
+CONSTRAINTS = (Constraints(device="cuda", capability=(8, 0)),)
+INTERPRETED_CONSTRAINTS = (Constraints(device="cpu"),)
+
+
+def _constraints() -> tuple[Constraints, ...]:
+    return INTERPRETED_CONSTRAINTS if interpreted() else CONSTRAINTS
+
+
+def unavailable() -> str | None:
+    """Why it cannot run on this machine at all."""
+    return "triton is not installed" if find_spec("triton") is None else unavailable_because(_constraints())
+
+
+def unsupported(spec: LayerSpec, device: str) -> str | None:
+    """Why it cannot compute such a layer there."""
+    return unmet(_constraints(), spec, device)
+
+
+def _computable(x: torch.Tensor) -> torch.Tensor:
+    """float64 is computed in float32, as the integers are anyway."""
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def linear(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """(..., C) -> (..., N), in x's dtype. ``residual``: of the output's shape and dtype, added to it."""
+    return linears(x, (layer,), residual)[0]
+
+
+def linears(x: torch.Tensor, layers: Sequence[StoredLayer], residual: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The outputs of layers that share input, smoothing and activation bounds, which are quantized once.
+
+    ``residual`` is added to every output.
+    """
+    rows = _computable(x).reshape(1, 1, -1, x.shape[-1])
+    if residual is not None:
+        residual = residual.reshape(-1, residual.shape[-1])
+    outputs = _linears(rows, layers, residual)
+    return [out.view(*x.shape[:-1], out.shape[1]).to(x.dtype) for out in outputs]
+
+
+def conv2d(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, H', W'), in x's dtype and channels-last memory. ``residual``: of the output's shape and dtype."""
+    return _conv2d(_computable(x).permute(0, 2, 3, 1), layer, residual).to(x.dtype)
+
+
+def norm_conv2d(
+    x: torch.Tensor,
+    norm: torch.nn.GroupNorm,
+    layer: StoredLayer,
+    silu: bool,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`conv2d` of the normalized x, with SiLU between them if asked for. The normalized picture is never written."""
+    pixels = x.permute(0, 2, 3, 1)
+    return _conv2d(pixels, layer, residual, *_norm(pixels, norm), silu)
+
+
+def norm_linears(x: torch.Tensor, norm: torch.nn.GroupNorm, layers: Sequence[StoredLayer]) -> list[torch.Tensor]:
+    """`linears` of the normalized pixels of x (B, C, H, W): (B, H * W, N) for every layer, as attention in a VAE takes them."""
+    pixels = x.permute(0, 2, 3, 1)
+    outputs = _linears(pixels, layers, None, *_norm(pixels, norm))
+    return [out.view(x.shape[0], -1, out.shape[1]) for out in outputs]
+
+
+def _norm(pixels: torch.Tensor, norm: torch.nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    return operators.group_scale_shift(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def _prepared(layer: StoredLayer) -> TritonWeights:
+    return layer.prepared.get(layer, NAME, prepare)
+
+
+def _quantized(pixels: torch.Tensor, layers: Sequence[StoredLayer], *norm) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Codes (B, H, W, C) and, for each layer, its hidden values (B, H, W, r), slices of one tensor; None without a branch."""
+    first = layers[0]
+    downs = [layer.branch_down for layer in layers if layer.spec.rank]
+    stacked = torch.cat(downs) if len(downs) > 1 else (downs or [None])[0]
+    quantizer = (first.smooth, first.input_scale, first.input_zero_point, first.spec.activation_bits)
+    codes, hidden = operators.quantize(pixels, *quantizer, stacked, *norm)
+    slices = hidden.split([layer.spec.rank for layer in layers], dim=-1)
+    return codes, [part if layer.spec.rank else None for part, layer in zip(slices, layers, strict=True)]
+
+
+def _stored(layer: StoredLayer) -> tuple:
+    """The arguments of a product from the packed weights to the branch."""
+    prepared = _prepared(layer)
+    input_quantizer = (layer.input_scale, layer.input_zero_point)
+    weights = (layer.weight_packed, layer.weight_scale, layer.weight_zero_point)
+    return *weights, *input_quantizer, prepared.code_sums, prepared.branch_up, layer.bias
+
+
+def _linears(pixels: torch.Tensor, layers: Sequence[StoredLayer], residual: torch.Tensor | None, *norm) -> list[torch.Tensor]:
+    """(B, H, W, C) -> (B H W, N) of every layer; ``residual`` (B H W, N)."""
+    codes, hidden = _quantized(pixels, layers, *norm)
+    rows = codes.view(-1, codes.shape[-1])
+    if residual is not None:
+        residual = residual.contiguous()
+    return [
+        operators.linear_product(
+            rows,
+            None if part is None else part.flatten(0, 2),
+            *_stored(layer),
+            residual,
+            layer.spec.weight_bits,
+            layer.spec.activation_bits,
+            pixels.dtype,
+        )
+        for layer, part in zip(layers, hidden, strict=True)
+    ]
+
+
+def _conv2d(pixels: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None, *norm) -> torch.Tensor:
+    """(B, H, W, C), any strides -> (B, N, H', W'), channels-last."""
+    spec = layer.spec
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1).contiguous()
+    if spec.kernel_size == spec.stride == (1, 1) and spec.padding == (0, 0):
+        if residual is not None:
+            residual = residual.flatten(0, 2)
+        out = _linears(pixels, (layer,), residual, *norm)[0].view(*pixels.shape[:3], spec.out_channels)
+        return out.permute(0, 3, 1, 2)
+    codes, hidden = _quantized(pixels, (layer,), *norm)
+    geometry = (list(spec.kernel_size), list(spec.stride), list(spec.padding))
+    bits = (spec.weight_bits, spec.activation_bits)
+    out = operators.conv_product(codes, hidden[0], *_stored(layer), residual, *bits, *geometry, pixels.dtype)
+    return out.permute(0, 3, 1, 2)
