@@ -169,8 +169,8 @@ def upscale_batch(
 
     count, height, width = images.shape[:3]
     size = enlarged_size((height, width), options["upscale"])
-    pictures = [with_alpha(image, alpha) for image, alpha in zip(images, alphas(images, masks), strict=True)]
     check_memory(count, (height, width), size, model.pipeline.config.scale)
+    pictures = [with_alpha(image, alpha) for image, alpha in zip(images, alphas(images, masks), strict=True)]
     result, transparency = torch.empty(count, *size, 3), torch.zeros(count, *size)
     progress = TileProgress(count)
     model.bring_to_device(tile_memory(model, (height, width), options["tile_size"]))

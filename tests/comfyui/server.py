@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,8 +28,7 @@ class Server:
         for folder in ("custom_nodes", "input", "output", "models"):
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / self.name).symlink_to(LINKED[way])
-        for source in INPUTS.iterdir():
-            (base / "input" / source.name).symlink_to(source)
+        shutil.copytree(INPUTS, base / "input", dirs_exist_ok=True)
 
     def __enter__(self) -> Server:
         with socket.socket() as probe:

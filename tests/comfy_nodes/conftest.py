@@ -1,0 +1,96 @@
+"""ComfyUI's modules as far as the nodes use them, so that the nodes are tested without ComfyUI."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+
+class InterruptProcessingException(Exception):
+    """As in ComfyUI: no subclass of KeyboardInterrupt, so a broad `except Exception` would swallow it."""
+
+
+def _recorded(name: str) -> SimpleNamespace:
+    def declare(id: str | None = None, **options):
+        return SimpleNamespace(type=name, id=id, **options)
+
+    return SimpleNamespace(Input=declare, Output=declare)
+
+
+def _io() -> SimpleNamespace:
+    kinds = {name: _recorded(name) for name in ("Combo", "String", "Int", "Float", "Boolean", "Image", "Mask")}
+    return SimpleNamespace(
+        **kinds,
+        Custom=_recorded,
+        Schema=lambda **fields: SimpleNamespace(**fields),
+        ComfyNode=type("ComfyNode", (), {}),
+        NodeOutput=lambda *args, ui=None: SimpleNamespace(args=args, ui=ui),
+    )
+
+
+class Comfy:
+    """What a test looks at and sets: `progress`, a list of (value, total, preview); `cancel_at`, calls before the cancel."""
+
+    def __init__(self):
+        self.progress: list[tuple] = []
+        self.cancel_at: int | None = None
+        self.looked = 0
+
+    def throw_if_cancelled(self) -> None:
+        self.looked += 1
+        if self.cancel_at is not None and self.looked > self.cancel_at:
+            raise InterruptProcessingException
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path):
+    """Stands in for ComfyUI, with an empty models folder under `tmp_path`."""
+    state, cpu = Comfy(), torch.device("cpu")
+
+    class ProgressBar:
+        def __init__(self, total):
+            self.total = total
+
+        def update_absolute(self, value, total=None, preview=None):
+            state.throw_if_cancelled()
+            state.progress.append((value, total, preview))
+
+    management = {
+        "throw_exception_if_processing_interrupted": state.throw_if_cancelled,
+        "load_models_gpu": lambda *args, **kwargs: None,
+        "soft_empty_cache": lambda: None,
+        "get_torch_device": lambda: cpu,
+        "unet_offload_device": lambda: cpu,
+        "OOM_EXCEPTION": torch.OutOfMemoryError,
+    }
+    modules = {
+        "comfy": {},
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "comfy.model_management": management,
+        "comfy.model_patcher": {
+            "ModelPatcher": lambda model, load_device, offload_device: SimpleNamespace(model=model, load_device=load_device)
+        },
+        "comfy_api": {},
+        "comfy_api.latest": {
+            "io": _io(),
+            "ui": SimpleNamespace(PreviewText=lambda text: {"text": (text,)}),
+            "ComfyExtension": type("ComfyExtension", (), {}),
+        },
+        "folder_paths": {"models_dir": str(tmp_path / "models"), "folder_names_and_paths": {}},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        if "." in name:
+            setattr(sys.modules[name.split(".")[0]], name.split(".")[1], module)
+    paths = sys.modules["folder_paths"]
+    paths.get_folder_paths = lambda kind: paths.folder_names_and_paths[kind][0]
+    for name in [name for name in sys.modules if name.startswith("comfy_nodes.")]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.import_module("comfy_nodes.model_folders").register_model_folder()
+    return state

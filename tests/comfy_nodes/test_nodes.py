@@ -1,0 +1,185 @@
+"""The nodes' schemas, the list of models, and an upscale through the node's function, without ComfyUI."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qartsr_pipeline import QArtSRPipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = ["QArtSRLoadModel", "QArtSRUpscale", "QArtSRModelInfo"]  # only ever added to: they stand in users' workflows
+
+
+@pytest.fixture
+def nodes(comfy):
+    import comfy_nodes
+
+    listed = asyncio.run(asyncio.run(comfy_nodes.comfy_entrypoint()).get_node_list())
+    return {node.define_schema().node_id: node for node in listed}
+
+
+@pytest.fixture
+def model(comfy, tiny_folder):
+    from comfy_nodes.managed_model import load_model
+
+    return load_model("tiny", tiny_folder, "auto", "auto")
+
+
+def upscale(nodes, model, image, mask=None, **changes):
+    options = {"scale": 4.0, "long_side": 0, "tile_size": 0, "tile_overlap": 0, "color_fix": "wavelet"}
+    options |= {"sample_posterior": False, "seed": 0} | changes
+    return nodes["QArtSRUpscale"].execute(model=model, image=image, mask=mask, **options).args
+
+
+def test_every_node_has_its_id_tooltips_and_a_help_page(nodes):
+    assert [name for name in nodes if name in IDS] == IDS
+    for name, node in nodes.items():
+        assert all(each.tooltip for each in node.define_schema().inputs), name
+        assert (ROOT / "comfy_nodes" / "web" / "docs" / f"{name}.md").is_file()
+
+
+def test_models_are_found_in_every_path_and_other_folders_are_not(comfy, tiny_folder, tmp_path):
+    import folder_paths
+
+    from comfy_nodes.model_folders import find_models, folder_of, register_model_folder
+
+    extra = tmp_path / "extra"
+    folder_paths.folder_names_and_paths["qartsr"] = ([str(extra)], set())
+    register_model_folder()
+    own = Path(folder_paths.models_dir) / "qartsr"
+    shutil.copytree(tiny_folder, own / "owner" / "name")
+    shutil.copytree(tiny_folder, extra / "mine")
+    shutil.copytree(tiny_folder, own / ".downloads" / "unfinished")
+    for name, content in (("broken", "{"), ("other", '{"_class_name": "StableDiffusionPipeline"}')):
+        (own / name).mkdir()
+        (own / name / "model_index.json").write_text(content)
+    found = find_models()
+    assert {"owner/name", "mine", "tiny-w4a4"} <= set(found)
+    assert not {"broken", "other", ".downloads/unfinished"} & set(found)
+    shutil.rmtree(extra / "mine")
+    with pytest.raises(ValueError, match="'mine' any more"):
+        folder_of("mine")
+
+
+def test_values_that_are_not_in_the_list_are_refused(nodes):
+    load = nodes["QArtSRLoadModel"].validate_inputs
+    assert load(model="tiny-w4a4", hub_id="", backend="auto", dtype="auto") is True
+    assert load(model="gone", hub_id="owner/name", backend="auto", dtype="auto") is True
+    assert "gone" in load(model="gone", hub_id="", backend="auto", dtype="auto")
+    assert "'no-such'" in load(model="tiny-w4a4", hub_id="", backend="no-such", dtype="auto")
+    assert "'int5'" in load(model="tiny-w4a4", hub_id="", backend="auto", dtype="int5")
+    assert "'x'" in nodes["QArtSRUpscale"].validate_inputs(color_fix="x")
+
+
+def test_the_output_is_the_pipelines_picture_by_picture(nodes, model, comfy, tiny_folder):
+    images = torch.rand(2, 40, 24, 3)
+    mask = torch.zeros(2, 40, 24)
+    mask[1, :20] = 1
+    result, transparency = upscale(nodes, model, images, mask, scale=2.5, tile_size=64, sample_posterior=True, seed=7)
+    assert result.shape == (2, 100, 60, 3) and transparency.shape == (2, 100, 60)
+    pipe = QArtSRPipeline.from_pretrained(tiny_folder)
+    pictures = [images[0].permute(2, 0, 1), torch.cat([images[1].permute(2, 0, 1), 1 - mask[1:2]])]
+    options = {"upscale": 2.5, "tile_size": 64, "sample_posterior": True, "generator": torch.Generator().manual_seed(7)}
+    expected = pipe(pictures, output_type="pt", **options).images
+    torch.testing.assert_close(result, torch.stack([one[:3].permute(1, 2, 0) for one in expected]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(transparency[1], 1 - expected[1][3])
+    assert not transparency[0].any()
+    values, totals, previews = zip(*comfy.progress, strict=True)
+    assert list(values) == list(range(1, totals[0] + 1)) and set(totals) == {len(values)}
+    assert previews[-1][1].size == (307, 512)
+
+
+def test_long_side_and_one_pixel(nodes, model):
+    assert upscale(nodes, model, torch.rand(1, 30, 50, 3), long_side=173)[0].shape == (1, 104, 173, 3)
+    assert upscale(nodes, model, torch.rand(1, 1, 1, 3))[0].shape == (1, 4, 4, 3)
+
+
+def test_cancel_stops_between_layers_and_leaves_nothing(nodes, model, comfy):
+    image = torch.rand(1, 32, 32, 3)
+    before = upscale(nodes, model, image)[0]
+    comfy.cancel_at = comfy.looked + 20
+    with pytest.raises(Exception) as raised:
+        upscale(nodes, model, image)
+    assert type(raised.value).__name__ == "InterruptProcessingException"
+    assert comfy.looked == comfy.cancel_at + 1
+    comfy.cancel_at = None
+    assert not any(module._forward_pre_hooks for module in model.patcher.model.modules())
+    assert torch.equal(upscale(nodes, model, image)[0], before)
+
+
+def test_bad_input_is_explained(nodes, model):
+    image = torch.rand(3, 16, 16, 3)
+    with pytest.raises(ValueError, match="2 masks for 3 pictures"):
+        upscale(nodes, model, image, torch.zeros(2, 16, 16))
+    with pytest.raises(ValueError, match="choose long_side from 16 to 128"):
+        upscale(nodes, model, image, long_side=4000)
+    with pytest.raises(MemoryError, match="smaller scale"):
+        upscale(nodes, model, torch.zeros(1).expand(1, 200_000, 200_000, 3))
+    image[1, 3, 3, 0] = float("nan")
+    with pytest.raises(ValueError, match="picture 2 of 3: .*NaN"):
+        upscale(nodes, model, image)
+
+
+def test_smaller_tiles_are_tried_when_memory_runs_out(nodes, model, monkeypatch):
+    tried = []
+
+    def full(self, picture, **options):
+        tried.append(options["tile_size"])
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(QArtSRPipeline, "__call__", full)
+    with pytest.raises(MemoryError, match="smaller tile_size"):
+        upscale(nodes, model, torch.rand(1, 16, 16, 3))
+    assert tried == [None, 512, 256]
+
+
+def test_model_info_says_where_it_runs(nodes, comfy):
+    from comfy_nodes.managed_model import load_model
+    from qartsr_pipeline.checkpoint_files import shipped_checkpoints
+
+    loaded = load_model("tiny-w4a4", shipped_checkpoints()["tiny-w4a4"], "reference", "auto")
+    output = nodes["QArtSRModelInfo"].execute(model=loaded)
+    text = output.args[0]
+    assert output.ui == {"text": (text,)}
+    assert "conv2d W4A4 x 38: reference" in text and text.endswith("running on: cpu, float32, kernels reference")
+
+
+def test_a_missing_dependency_gives_one_line_with_the_command(comfy, monkeypatch, caplog):
+    import comfy_nodes
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "diffusers":
+            raise importlib.metadata.PackageNotFoundError
+        return "4.57.1" if name == "transformers" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with caplog.at_level(logging.WARNING):
+        listed = asyncio.run(asyncio.run(comfy_nodes.comfy_entrypoint()).get_node_list())
+    assert listed == [] and len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "diffusers is missing, transformers 4.57.1 is older than 5.0.0" in message
+    assert re.search(r"-m pip install -r \".*requirements.txt\"$", message) and "\n" not in message
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = "{'diffusers', 'transformers', 'optimum', 'torch', 'qartsr_pipeline'}"
+    code = f"import sys, comfy_nodes; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_requirements_are_those_of_the_package_without_torch():
+    declared = {re.sub(r"[ \"].*", "", line) for line in importlib.metadata.requires("qartsr") if "extra ==" not in line}
+    listed = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
+    assert listed == {line for line in declared if not line.startswith("torch>")}
