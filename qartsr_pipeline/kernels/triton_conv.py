@@ -107,18 +107,19 @@ def _conv_kernel(
         total = tl.dot(codes, tl.trans(weights), total)
 
     values = scaled(total, outputs, input_scale_ptr, input_zero_point_ptr, weight_scale_ptr, code_sums_ptr, ACTIVATION_BITS)
-    for step in range(0, TAPS * RANK_BLOCKS):
-        tap = step // RANK_BLOCKS
-        down = tap // KERNEL_W
-        right = tap % KERNEL_W
-        ranks = (step % RANK_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
-        exists = (ranks < RANK)[None, :]
-        places = (corners + (down * width + right)) * RANK
-        mask = _inside(tops, lefts, down, right, height, width)[:, None] & exists
-        hidden = tl.load(hidden_ptr + places[:, None] + ranks[None, :], mask=mask, other=0.0)
-        up_places = outputs[:, None] * (RANK * TAPS) + (ranks * up_rank_stride + tap * up_tap_stride)[None, :]
-        up = tl.load(up_ptr + up_places, mask=exists, other=0.0)
-        values = dot_float(hidden, tl.trans(convert(up.to(tl.float32), hidden.dtype)), values)
+    if RANK > 0:  # a loop of no steps would be compiled all the same
+        for step in range(0, TAPS * RANK_BLOCKS):
+            tap = step // RANK_BLOCKS
+            down = tap // KERNEL_W
+            right = tap % KERNEL_W
+            ranks = (step % RANK_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+            exists = (ranks < RANK)[None, :]
+            places = (corners + (down * width + right)) * RANK
+            mask = _inside(tops, lefts, down, right, height, width)[:, None] & exists
+            hidden = tl.load(hidden_ptr + places[:, None] + ranks[None, :], mask=mask, other=0.0)
+            up_places = outputs[:, None] * (RANK * TAPS) + (ranks * up_rank_stride + tap * up_tap_stride)[None, :]
+            up = tl.load(up_ptr + up_places, mask=exists, other=0.0)
+            values = dot_float(hidden, tl.trans(convert(up.to(tl.float32), hidden.dtype)), values)
     write_output(values, rows, columns, outputs, bias_ptr, residual_ptr, out_ptr, rows_count, OUTPUTS)
 
 
