@@ -15,7 +15,7 @@ from .preview import TileProgress
 COLOR_FIXES = ("wavelet", "adain", "none")
 LARGEST_SCALE = 8
 SMALLER_TILES = (512, 256)  # what is tried when a tile does not fit into memory
-WORKING_COPIES = 6  # full-size float32 pictures that exist at once while one is blended and aligned, measured generously
+WORKING_COPIES = 6  # full-size float32 pictures that exist at once while one is blended and aligned: an estimate
 WHOLE_TILE = 1024 * 1024  # pixels of the largest automatic tile
 
 
