@@ -1,0 +1,174 @@
+"""The Triton kernels against the reference: in Triton's interpreter, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from deployed_layers import random_layer
+from torch import nn
+
+from benchmarks.triton_gpu_check import LEAST_DECIBELS, decibels, hard_values, quantizer_is_exact
+from qartsr_pipeline.arithmetic.affine import BITS
+from qartsr_pipeline.kernels import LayerSpec, reference, triton_backend
+from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.scheme import LayerScheme
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+DEVICE = "cuda" if ON_GPU else "cpu"
+BIT_PAIRS = [(2, 2), (3, 4), (4, 6), (6, 3), (8, 8), (3, 8), (8, 2)]  # every width of either, and mixtures
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_without_a_gpu(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with torch.no_grad():
+        yield
+
+
+def layer_of(float_layer: nn.Module, *scheme: int, seed: int = 0) -> DeployedLayer:
+    return random_layer(float_layer, LayerScheme(*scheme), seed).to(DEVICE)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+
+
+def assert_close(y: torch.Tensor, expected: torch.Tensor) -> None:
+    assert y.shape == expected.shape and y.dtype == expected.dtype
+    assert decibels(y, expected) >= LEAST_DECIBELS[y.dtype]
+
+
+@pytest.mark.parametrize("bits", BIT_PAIRS)
+@pytest.mark.parametrize("channels", [32, 13])
+def test_bits_and_dtypes(bits: tuple[int, int], channels: int):
+    """32 channels take the fast form of unpacking, 13 the slow one."""
+    for rank, dtype in ((0, torch.float32), (3, torch.bfloat16), (3, torch.float16)):
+        layer, x = layer_of(nn.Linear(channels, 17), *bits, rank), inputs(3, 7, channels, dtype=dtype)
+        assert_close(triton_backend.linear(x, layer), reference.linear(x, layer))
+        layer, x = layer_of(nn.Conv2d(channels, 5, 3, padding=1), *bits, rank), inputs(1, channels, 4, 5, dtype=dtype)
+        assert_close(triton_backend.conv2d(x, layer), reference.conv2d(x, layer))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", LEAST_DECIBELS)
+def test_integers_into_the_product_are_identical(bits: int, dtype: torch.dtype):
+    """Ties between two codes, NaN and infinities included."""
+    for channels in (32, 13):
+        layer = layer_of(nn.Linear(channels, 4), 4, bits, 0, seed=bits)
+        assert quantizer_is_exact(hard_values(layer, dtype), layer)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(3, 2, 1), (3, 2, 0), (1, 1, 0), (1, 2, 0), (1, 1, 1), ((1, 3), (2, 1), (0, 2)), (5, 1, 2)],
+)
+def test_geometries(kernel, stride, padding):
+    for bits in ((4, 4), (4, 8)):
+        layer = layer_of(nn.Conv2d(6, 18, kernel, stride, padding), *bits, 2)
+        x = inputs(2, 6, 5, 4)
+        assert_close(triton_backend.conv2d(x, layer), reference.conv2d(x, layer))
+
+
+def test_more_blocks_than_one_in_every_direction():
+    layer, x = layer_of(nn.Conv2d(96, 40, 3, padding=1, bias=False), 3, 4, 20), inputs(1, 96, 5, 8)
+    assert_close(triton_backend.conv2d(x, layer), reference.conv2d(x, layer))
+
+
+def test_memory_formats():
+    layer = layer_of(nn.Conv2d(6, 5, 3, padding=1), 4, 4, 2)
+    x = inputs(2, 6, 5, 7)
+    expected = reference.conv2d(x, layer)
+    sliced = torch.cat([x, x], 1)[:, :6]
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+    for same in (x, x.to(memory_format=torch.channels_last), sliced, turned):
+        assert_close(triton_backend.conv2d(same, layer), expected)
+    layer, x = layer_of(nn.Linear(6, 5), 4, 4, 2), inputs(6, 3, 4).permute(2, 1, 0)
+    assert_close(triton_backend.linear(x, layer), reference.linear(x, layer))
+
+
+def test_empty_batches():
+    assert triton_backend.linear(inputs(0, 4, 6), layer_of(nn.Linear(6, 5), 4, 8, 2)).shape == (0, 4, 5)
+    assert triton_backend.conv2d(inputs(0, 6, 4, 4), layer_of(nn.Conv2d(6, 5, 3), 4, 8, 2)).shape == (0, 5, 2, 2)
+
+
+def test_a_picture_smaller_than_the_kernel_is_refused():
+    with pytest.raises(ValueError, match="2 x 4 is too small for a kernel"):
+        triton_backend.conv2d(inputs(1, 6, 2, 4), layer_of(nn.Conv2d(6, 5, 3), 4, 4, 0))
+
+
+def test_nan_and_infinity_stay_where_they_are():
+    """Without a branch they are codes like others; every pixel is what the reference gives."""
+    layer, x = layer_of(nn.Conv2d(6, 5, 3, padding=1), 4, 4, 0), inputs(1, 6, 5, 5)
+    x[0, 0, 0, 0], x[0, 1, 2, 2], x[0, 2, 4, 4] = float("nan"), float("inf"), -float("inf")
+    y = triton_backend.conv2d(x, layer)
+    assert torch.isfinite(y).all()
+    assert_close(y, reference.conv2d(x, layer))
+
+
+def test_a_residual_is_added():
+    layer, x, residual = layer_of(nn.Conv2d(6, 5, 3, padding=1), 4, 4, 2), inputs(2, 6, 5, 4), inputs(2, 5, 5, 4)
+    assert_close(triton_backend.conv2d(x, layer, residual), reference.conv2d(x, layer) + residual)
+    layer, x, residual = layer_of(nn.Linear(6, 5), 4, 4, 2), inputs(2, 3, 6), inputs(2, 3, 5)
+    assert_close(triton_backend.linear(x, layer, residual), reference.linear(x, layer) + residual)
+
+
+def test_layers_that_share_their_input_quantize_it_once(monkeypatch):
+    layers = [layer_of(nn.Linear(6, 5), 4, 4, rank, seed=seed) for seed, rank in enumerate((2, 0, 3))]
+    for layer in layers[1:]:
+        for name in ("smooth", "input_scale", "input_zero_point"):
+            getattr(layer, name).copy_(getattr(layers[0], name))
+    calls = []
+    quantize = triton_backend.operators.quantize
+    monkeypatch.setattr(triton_backend.operators, "quantize", lambda *a: calls.append(1) or quantize(*a))
+    x = inputs(2, 3, 6)
+    for y, layer in zip(triton_backend.linears(x, layers), layers, strict=True):
+        assert_close(y, reference.linear(x, layer))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_norm_and_silu_in_the_quantizing_pass(silu: bool):
+    """Float32 sums in another order move a value across a tie now and then; nothing else may differ."""
+    norm = nn.GroupNorm(2, 6, eps=1e-4).to(DEVICE)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = 3 * inputs(2, 6, 5, 7) + 50  # a mean far from 0: sums of squares would cancel
+    scale, shift = triton_backend._norm(x.permute(0, 2, 3, 1), norm)
+    assert torch.allclose(x * scale[:, :, None, None] + shift[:, :, None, None], norm(x), atol=2e-4)
+    layer = layer_of(nn.Conv2d(6, 5, 3, padding=1), 8, 8, 2)
+    between = norm(x)
+    expected = reference.conv2d(nn.functional.silu(between) if silu else between, layer)
+    assert decibels(triton_backend.norm_conv2d(x, norm, layer, silu), expected) > 45
+
+
+def test_a_norm_before_layers_of_pixels():
+    norm, layer, x = nn.GroupNorm(2, 6).to(DEVICE), layer_of(nn.Linear(6, 5), 8, 8, 2), inputs(2, 6, 3, 4)
+    y = triton_backend.norm_linears(x, norm, [layer])[0]
+    assert decibels(y, reference.linear(norm(x).flatten(2).mT, layer)) > 45
+
+
+def test_fake_implementations_know_shapes_and_dtypes():
+    for layer, x in (
+        (layer_of(nn.Linear(6, 5), 4, 4, 2), inputs(2, 3, 6, dtype=torch.bfloat16)),
+        (layer_of(nn.Conv2d(6, 5, 3, 2, 1), 4, 8, 2), inputs(2, 6, 5, 4)),
+    ):
+        function = getattr(triton_backend, layer.spec.kind)
+        compiled = torch.compile(lambda x, f=function, s=layer: f(x, s) + 1, backend="aot_eager", fullgraph=True)
+        function(x, layer)
+        assert_close(compiled(x), function(x, layer) + 1)
+
+
+def test_constraints():
+    spec = LayerSpec("linear", 4, 4, 0, 8, 8)
+    assert triton_backend.unavailable() is None and triton_backend.unsupported(spec, DEVICE) is None
+    assert "16 bits" in triton_backend.unsupported(LayerSpec("linear", 16, 4, 0, 8, 8), DEVICE)
+    assert "does not run on mps" in triton_backend.unsupported(spec, "mps")
+
+
+@pytest.mark.skipif(ON_GPU, reason="this machine has a GPU that Triton compiles for")
+def test_without_a_gpu_and_without_the_interpreter_it_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert triton_backend.unavailable() is not None
