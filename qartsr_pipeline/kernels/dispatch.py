@@ -34,8 +34,11 @@ def _triton() -> dict[str, ModuleType]:
         return {}
 
 
-# in order of preference
-BACKENDS: dict[str, ModuleType] = _triton() | {backend.NAME: backend for backend in (onednn, int_mm, reference)}
+# In order of preference. Triton's kernels stand behind `torch._int_mm` until they have run on a GPU, which
+# `benchmarks/triton_gpu_check.py` is for.
+BACKENDS: dict[str, ModuleType] = (
+    {backend.NAME: backend for backend in (onednn, int_mm)} | _triton() | {reference.NAME: reference}
+)
 
 _forced: ContextVar[str | None] = ContextVar("qartsr_backend", default=None)
 
