@@ -40,6 +40,8 @@ $(INSTALLED): pyproject.toml
 	@echo "Installing PyTorch and the packages that QArtSR needs (several minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet '$(TORCH)' >/dev/null 2>&1 || true
 	$(BIN)/python -m pip install --quiet -e '.[test,calibration]'
+	@# in its interpreter the GPU kernels are tested on any processor; where there is no wheel those tests are skipped
+	@$(BIN)/python -m pip install --quiet triton >/dev/null 2>&1 || true
 	@touch $@
 
 $(MINIMUM)/.installed: pyproject.toml tools/minimum_requirements.py
