@@ -38,9 +38,9 @@ def download_once(hub_id: str) -> Path:
 
 
 def _download(hub_id: str, folder: Path) -> None:
-    from qartsr_pipeline.checkpoint_files.download import PATTERNS, _download
+    from qartsr_pipeline.checkpoint_files.download import PATTERNS, download
 
-    _download(
+    download(
         hub_id,
         allow_patterns=list(PATTERNS),
         local_dir=folder,

@@ -65,7 +65,7 @@ def quantization_configs(folder: str | os.PathLike) -> dict[str, dict]:
     configs = {}
     for name in _WEIGHTS:
         path = Path(folder) / name / "config.json"
-        if path.is_file() and (config := _read_json(path).get("quantization_config")):
+        if path.is_file() and (config := read_json(path).get("quantization_config")):
             configs[name] = config
     return configs
 
@@ -81,7 +81,7 @@ def read_model_index(folder: Path) -> dict:
         raise CheckpointError(f"{folder} is a file, but a checkpoint is a folder: the one that holds model_index.json.{refusal}")
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(_why_not_a_checkpoint(folder))
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     found = index.get("_class_name")
     found = found[-1] if isinstance(found, list) and found else found
     if found != PIPELINE_CLASS:
@@ -124,7 +124,7 @@ def _check_component(folder: Path, name: str) -> None:
     if name in _WEIGHTS or name == "scheduler":
         if not (component / config).is_file():
             raise CheckpointError(f"{folder} lacks {name}/{config}: {_incomplete()}")
-        _read_json(component / config)
+        read_json(component / config)
     if name in _WEIGHTS:
         _check_weight_files(folder, name, _WEIGHTS[name])
 
@@ -133,7 +133,7 @@ def _check_weight_files(folder: Path, name: str, stem: str) -> None:
     component = folder / name
     listings = sorted(component.glob(f"{stem}*.safetensors.index*.json"))
     for listing in listings:
-        shards = _read_json(listing).get("weight_map", {})
+        shards = read_json(listing).get("weight_map", {})
         missing = sorted({shard for shard in shards.values() if not (component / shard).is_file()})
         if missing:
             raise CheckpointError(f"{folder} lacks {name}/{missing[0]}, which {listing.name} lists: {_incomplete()}")
@@ -165,11 +165,12 @@ def _check_quantization(config: dict, label: str) -> None:
         )
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path, remedy: str = "Download or save the checkpoint again, whole.") -> dict:
+    """The object in a JSON file; raises CheckpointError, which ends with `remedy`, if it is damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download or save the checkpoint again, whole.") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}). {remedy}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download or save the checkpoint again, whole.")
+        raise CheckpointError(f"{path} holds no JSON object. {remedy}")
     return content

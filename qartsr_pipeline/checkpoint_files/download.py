@@ -58,7 +58,7 @@ def fetch(
             f"There is no folder {name!r}, and it is not a Hub id of the form owner/name either. Check the path and the folder"
             f" you are in ({Path.cwd()}).{known}"
         )
-    return _download(
+    return download(
         name,
         allow_patterns=list(patterns),
         cache_dir=cache_dir,
@@ -73,7 +73,12 @@ def _is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.match(name)) and not Path(name).parent.is_dir()
 
 
-def _download(hub_id: str, **options) -> Path:
+def download(hub_id: str, **options) -> Path:
+    """The folder of a Hub repository; options as in `huggingface_hub.snapshot_download`, `allow_patterns` among them.
+
+    Raises:
+        CheckpointError: Hub unreachable, repository unknown, private, gated or of another kind; the message says what to do.
+    """
     from huggingface_hub import errors, snapshot_download
 
     try:

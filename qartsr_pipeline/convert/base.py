@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..checkpoint_files import fetch, quantization_configs
+from ..checkpoint_files.checking import read_json
 from ..checkpoint_files.errors import CheckpointError
 from ..checkpoint_files.integrity import check_safetensors
 from ..text_prompt import embed_prompt
@@ -29,6 +29,7 @@ PATTERNS = [
         for name in ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*.safetensors")
     ),
 ]
+_DOWNLOAD_AGAIN = "Download the base again, whole."
 # Conditioning that a one-step call with nothing but a prompt cannot give.
 _OTHER_CONDITIONING = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
 
@@ -90,7 +91,7 @@ def _read_folder(folder: Path, prompt_embeds: torch.Tensor | None) -> Base:
     return Base(
         unet=_read_model(UNet2DConditionModel, folder, "unet", "diffusion_pytorch_model"),
         vae=_read_model(AutoencoderKL, folder, "vae", "diffusion_pytorch_model"),
-        scheduler=read_scheduler(_read_json(folder / "scheduler" / "scheduler_config.json")),
+        scheduler=read_scheduler(read_json(folder / "scheduler" / "scheduler_config.json", _DOWNLOAD_AGAIN)),
         prompt_embeds=prompt_embeds,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -107,7 +108,7 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
             f"{folder} has no text_encoder and tokenizer, which compute the empty prompt's embedding. Give the embedding with"
             f" --prompt-embedding, or a base that has them."
         )
-    config = _read_json(folder / "text_encoder" / "config.json")
+    config = read_json(folder / "text_encoder" / "config.json", _DOWNLOAD_AGAIN)
     if config.get("model_type") not in ("clip_text_model", "clip"):
         raise CheckpointError(
             f"text_encoder in {folder} is a {config.get('model_type')!r} model, but only CLIP's is known here."
@@ -128,7 +129,7 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
 
 def _read_model(kind: type, folder: Path, part: str, stem: str) -> nn.Module:
     """Loads a part in float32; every tensor must be there. Weights come from safetensors files alone."""
-    config = _read_json(folder / part / "config.json")
+    config = read_json(folder / part / "config.json", _DOWNLOAD_AGAIN)
     found = config.get("_class_name", kind.__name__)
     if found != kind.__name__:
         raise CheckpointError(f"{part} in {folder} is a {found}, not a {kind.__name__}. Give a base like Stable Diffusion 2.1.")
@@ -179,13 +180,3 @@ def _license(card: Path) -> str | None:
     lines = header[1].splitlines() if len(header) > 2 and not header[0].strip() else []
     values = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
     return values[0].strip("'\"") or None if values else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download the base again, whole.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download the base again, whole.")
-    return content

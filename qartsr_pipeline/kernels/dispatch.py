@@ -25,7 +25,7 @@ TRITON = "qartsr_pipeline.kernels.triton_backend"
 
 def _triton() -> dict[str, ModuleType]:
     """The Triton backend where Triton can be imported: torch for CUDA brings it along, others do not."""
-    if find_spec("triton") is None or find_spec(TRITON) is None:
+    if find_spec("triton") is None:
         return {}
     try:
         return {"triton": import_module(TRITON)}
