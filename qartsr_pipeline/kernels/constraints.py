@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -25,6 +25,8 @@ class Constraints:
         channel_multiple: inputs and outputs must both be multiples of this.
         shortest_sum: fewest products in one output element: inputs x taps.
         needs_vnni: pairs (weight bits, activation bits) whose products overflow the 16-bit sums of x86 processors without VNNI.
+        has_vnni: tries out whether this backend's operator has wider sums here. What the processor has may be switched off for
+            oneDNN, and which operators go through oneDNN differs between processors.
     """
 
     device: str
@@ -37,6 +39,7 @@ class Constraints:
     channel_multiple: int = 1
     shortest_sum: int = 1
     needs_vnni: frozenset[tuple[int, int]] = frozenset()
+    has_vnni: Callable[[], bool] = lambda: True
 
 
 def machine_lacks(constraints: Constraints) -> str | None:
@@ -71,7 +74,7 @@ def layer_lacks(constraints: Constraints, spec: LayerSpec) -> str | None:
     terms = spec.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
     if terms < constraints.shortest_sum:
         return f"an output sums {terms} products, fewer than {constraints.shortest_sum}"
-    if (spec.weight_bits, spec.activation_bits) in constraints.needs_vnni and not has_vnni():
+    if (spec.weight_bits, spec.activation_bits) in constraints.needs_vnni and not constraints.has_vnni():
         return f"W{spec.weight_bits}A{spec.activation_bits} needs a processor with VNNI"
     return None
 
@@ -93,14 +96,3 @@ def unavailable_because(alternatives: tuple[Constraints, ...]) -> str | None:
 def _has_operator(name: str) -> bool:
     namespace, operator = name.split(".")
     return hasattr(getattr(torch.ops, namespace), operator)
-
-
-@cache
-def has_vnni() -> bool:
-    """Whether oneDNN sums products of bytes in 32 bits. Tried out: what the processor has may be switched off for oneDNN.
-
-    Without VNNI two neighbouring products are added in 16 bits, saturating: 2 x 127 x 127 stays below 2^15, but oneDNN makes the
-    signed left factor 127 unsigned by adding 128, and 2 x 255 x 127 does not.
-    """
-    left = torch.full((32, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(left, left.t().contiguous()) == 64 * 127 * 127).all())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,21 @@ from qartsr_pipeline.kernels.operand import quantized_rows
 from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "int_mm"
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether the product sums in 32 bits. Where it is oneDNN's, without VNNI, two neighbouring products are added in 16 bits,
+    saturating: 2 x 127 x 127 stays below 2^15, but oneDNN makes the signed left factor 127 unsigned by adding 128, and
+    2 x 255 x 127 does not.
+    """
+    left = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(left, left.t().contiguous()) == 64 * 127 * 127).all())
+
+
 CONSTRAINTS = (
     # CPU: sums of one product read memory that is not theirs (torch 2.13); a signed left factor needs VNNI for 8-bit weights
-    Constraints(device="cpu", shortest_sum=2, needs_vnni=frozenset((8, bits) for bits in (2, 3, 4, 6, 8))),
+    Constraints(device="cpu", shortest_sum=2, needs_vnni=frozenset((8, bits) for bits in (2, 3, 4, 6, 8)), has_vnni=has_vnni),
     Constraints(device="cuda", capability=(7, 5), channel_multiple=8),
 )
 PATCH_BYTES = 1 << 24

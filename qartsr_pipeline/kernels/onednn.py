@@ -11,6 +11,7 @@ bits), and the branch in the model's dtype. With `prepared.low_memory` neither i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -20,6 +21,22 @@ from qartsr_pipeline.kernels.operand import quantized_rows
 from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "onednn"
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether sums are in 32 bits. Without VNNI two neighbouring products are added in 16 bits, saturating: 2 x 255 x 127 is
+    beyond 2^15, 2 x 63 x 127 and 2 x 255 x 31 are not.
+    """
+    codes, weight = torch.full((8, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    scale, zero_point = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    sums = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((sums == 64 * 255 * 127).all())
+
+
 CONSTRAINTS = (
     Constraints(
         device="cpu",
@@ -33,6 +50,7 @@ CONSTRAINTS = (
             "mkldnn._convolution_pointwise_",
         ),
         needs_vnni=frozenset({(8, 8)}),
+        has_vnni=has_vnni,
     ),
 )
 
@@ -60,8 +78,11 @@ class Prepacked:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the branch is computed in and the product is returned in; float16 is too slow or absent on processors."""
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    """What the branch is computed in and the product is returned in; float16 is too slow or absent on processors, and so is
+    bfloat16 on older ones.
+    """
+    fast = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def prepack(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:

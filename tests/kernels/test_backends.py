@@ -24,6 +24,12 @@ from qartsr_pipeline.quantization.scheme import LayerScheme
 
 BIT_PAIRS = list(itertools.product(BITS, BITS))
 FAST = [name for name in ("onednn", "int_mm") if BACKENDS[name].unavailable() is None]
+# what this processor's sums are wide enough for
+COMPUTED = [
+    (backend, bits)
+    for backend, bits in itertools.product(FAST, BIT_PAIRS)
+    if BACKENDS[backend].unsupported(random_layer(nn.Linear(24, 17), LayerScheme(*bits)).spec, "cpu") is None
+]
 
 
 def compute(backend: str, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -47,8 +53,7 @@ def inputs(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("bits", BIT_PAIRS)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("backend", "bits"), COMPUTED)
 def test_every_pair_of_bits(backend: str, bits: tuple[int, int]):
     for rank, dtype in ((0, torch.float32), (3, torch.float32), (3, torch.bfloat16), (3, torch.float16)):
         scheme = LayerScheme(*bits, rank)
@@ -56,8 +61,7 @@ def test_every_pair_of_bits(backend: str, bits: tuple[int, int]):
         assert_close(backend, random_layer(nn.Conv2d(19, 16, 3, padding=1), scheme), inputs(2, 19, 6, 9, dtype=dtype))
 
 
-@pytest.mark.parametrize("bits", BIT_PAIRS)
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("backend", "bits"), COMPUTED)
 def test_the_integers_are_the_same(backend: str, bits: tuple[int, int]):
     """With scales that are powers of two nothing is rounded after the product, so equal sums of integers are equal outputs."""
     for float_layer, shape in ((nn.Linear(24, 16, False), (50, 24)), (nn.Conv2d(8, 16, 3, 2, 1, bias=False), (2, 8, 7, 11))):
@@ -106,7 +110,7 @@ def test_large_maps_are_computed_in_parts(backend: str, monkeypatch):
     x = inputs(2, 16, 65, 70)
     assert x.numel() > 2 * BLOCK_ELEMENTS
     assert_close(backend, random_layer(nn.Conv2d(16, 8, 3, padding=1), LayerScheme(4, 4, 2)), x)
-    assert_close(backend, random_layer(nn.Conv2d(16, 8, 3, padding=1), LayerScheme(8, 8)), x)
+    assert_close(backend, random_layer(nn.Conv2d(16, 8, 3, padding=1), LayerScheme(6, 8)), x)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -177,7 +181,8 @@ import test_backends as t
 for name in t.FAST:
     specs = {b: t.random_layer(t.nn.Linear(8, 8), t.LayerScheme(*b)).spec for b in t.BIT_PAIRS}
     refused = [b for b, spec in specs.items() if t.BACKENDS[name].unsupported(spec, "cpu")]
-    assert refused == {"onednn": [(8, 8)], "int_mm": [b for b in t.BIT_PAIRS if b[0] == 8]}[name], refused
+    wide = {"onednn": [(8, 8)], "int_mm": [b for b in t.BIT_PAIRS if b[0] == 8]}[name]
+    assert refused == wide or (name == "int_mm" and not refused), refused  # torch does not take oneDNN on every processor
     for bits in t.BIT_PAIRS:
         if bits not in refused and max(bits) >= 6:
             t.test_extreme_codes_do_not_overflow(name, bits)
