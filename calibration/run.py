@@ -15,14 +15,18 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from calibration import trq
+from calibration import engine, trq
 from calibration.calibration_state import STATE_NAME
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
@@ -36,7 +40,7 @@ from calibration.pipeline_folder import save_pipeline
 from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
 from calibration.run_report import make_report
 from calibration.teacher import pictures as training_pictures
-from calibration.training_state import write_whole
+from calibration.training_state import StopSignals, write_whole
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
@@ -203,6 +207,30 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
             "after_training": {name: round(error, 6) for name, error in calibrated.layer_errors.items()},
         },
     }
+
+
+@contextmanager
+def watched(watch: Callable[[int, int], bool]) -> Iterator[None]:
+    """For programs that call `run` inside: they see its steps, and stop it where no signal reaches it.
+
+    Args:
+        watch: called after every step with the steps done and those in all; True stops the run there, saved as after Ctrl-C.
+    """
+    stop = StopSignals()
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            if self.unit == "step" and watch(int(self.n), int(self.total)):
+                stop.requested = True
+            return shown
+
+    before = engine.tqdm, engine.StopSignals
+    engine.tqdm, engine.StopSignals = Bar, lambda: stop  # what the engine shows its steps on, and asks whether to stop
+    try:
+        yield
+    finally:
+        engine.tqdm, engine.StopSignals = before
 
 
 def run(args: argparse.Namespace) -> bool:
