@@ -6,11 +6,13 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository, also when this folder is linked somewhere else
 REQUIREMENTS = ROOT / "requirements.txt"
 OWN_PACKAGES = ("qartsr_pipeline", "calibration")
+CALIBRATION = ("pyyaml>=6.0.1", "matplotlib>=3.9.0", "scikit-image>=0.24.0")  # the extra of pyproject.toml, for QArtSR Quantize
 
 
 def what_is_missing() -> str | None:
@@ -19,14 +21,32 @@ def what_is_missing() -> str | None:
         if importlib.util.find_spec("qartsr_pipeline"):
             return None
         return f"the package qartsr is missing. Run: {sys.executable} -m pip install qartsr"
-    lacking = []
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", line.split("#")[0].strip())
-        if match and (problem := _problem(*match.groups())):
-            lacking.append(problem)
+    lacking = _lacking(REQUIREMENTS.read_text(encoding="utf-8").splitlines())
     if not lacking:
         return None
-    return f'{", ".join(lacking)}. Run: "{sys.executable}" -m pip install -r "{REQUIREMENTS}"'
+    return f'{", ".join(lacking.values())}. Run: "{sys.executable}" -m pip install -r "{REQUIREMENTS}"'
+
+
+def what_calibration_lacks() -> str | None:
+    """The same for what only the calibration of new checkpoints needs."""
+    if not importlib.util.find_spec("calibration"):
+        return "the folder calibration is missing. Clone the whole repository into custom_nodes, and start ComfyUI again."
+    lacking = _lacking(CALIBRATION)
+    if not lacking:
+        return None
+    needed = " ".join(f'"{requirement}"' for requirement in lacking)
+    return f'{", ".join(lacking.values())}. Run: "{sys.executable}" -m pip install {needed}'
+
+
+def _lacking(requirements: Iterable[str]) -> dict[str, str]:
+    """Requirement -> what is wrong, for lines NAME>=VERSION that this environment does not meet."""
+    lacking = {}
+    for line in requirements:
+        requirement = line.split("#")[0].strip()
+        match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)
+        if match and (problem := _problem(*match.groups())):
+            lacking[requirement] = problem
+    return lacking
 
 
 def _problem(name: str, bound: str) -> str | None:

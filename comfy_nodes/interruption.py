@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 @contextmanager
@@ -22,3 +23,19 @@ def interruptible(network: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def interruptible_unless(busy: Callable[[], bool]) -> Iterator[None]:
+    """Inside, every network does so, also one that is built later, except while `busy` returns True."""
+    from comfy.model_management import throw_exception_if_processing_interrupted
+
+    def look(module: nn.Module, inputs: tuple) -> None:
+        if not busy():
+            throw_exception_if_processing_interrupted()
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()

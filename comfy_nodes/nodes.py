@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .import_checkpoint import QArtSRImport
 from .load_model import QArtSRLoadModel
 from .model_folders import register_model_folder
 from .model_info import QArtSRModelInfo
+from .quantize import QArtSRQuantize
 from .upscale import QArtSRUpscale
 
-NODES: list[type[io.ComfyNode]] = [QArtSRLoadModel, QArtSRUpscale, QArtSRModelInfo]
+NODES: list[type[io.ComfyNode]] = [QArtSRLoadModel, QArtSRUpscale, QArtSRModelInfo, QArtSRQuantize, QArtSRImport]
 
 
 class QArtSRExtension(ComfyExtension):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
 from types import ModuleType, SimpleNamespace
@@ -33,11 +34,18 @@ def _io() -> SimpleNamespace:
 
 
 class Comfy:
-    """What a test looks at and sets: `progress`, a list of (value, total, preview); `cancel_at`, calls before the cancel."""
+    """What a test looks at and sets.
+
+    Attributes:
+        progress: (value, total, preview) of every step that was shown.
+        cancel_at: how often the nodes may look for a cancel before there is one.
+        cancel_at_step: the step that is cancelled when it is shown.
+    """
 
     def __init__(self):
         self.progress: list[tuple] = []
         self.cancel_at: int | None = None
+        self.cancel_at_step: int | None = None
         self.looked = 0
 
     def throw_if_cancelled(self) -> None:
@@ -57,9 +65,13 @@ def comfy(monkeypatch, tmp_path):
 
         def update_absolute(self, value, total=None, preview=None):
             state.throw_if_cancelled()
+            if value == state.cancel_at_step:
+                raise InterruptProcessingException
             state.progress.append((value, total, preview))
 
     management = {
+        "InterruptProcessingException": InterruptProcessingException,
+        "unload_all_models": lambda: None,
         "throw_exception_if_processing_interrupted": state.throw_if_cancelled,
         "load_models_gpu": lambda *args, **kwargs: None,
         "soft_empty_cache": lambda: None,
@@ -77,7 +89,9 @@ def comfy(monkeypatch, tmp_path):
         "comfy_api": {},
         "comfy_api.latest": {
             "io": _io(),
-            "ui": SimpleNamespace(PreviewText=lambda text: {"text": (text,)}),
+            "ui": SimpleNamespace(
+                PreviewText=lambda text: {"text": (text,)}, PreviewImage=lambda image, cls=None: {"images": image}
+            ),
             "ComfyExtension": type("ComfyExtension", (), {}),
         },
         "folder_paths": {"models_dir": str(tmp_path / "models"), "folder_names_and_paths": {}},
@@ -90,7 +104,17 @@ def comfy(monkeypatch, tmp_path):
             setattr(sys.modules[name.split(".")[0]], name.split(".")[1], module)
     paths = sys.modules["folder_paths"]
     paths.get_folder_paths = lambda kind: paths.folder_names_and_paths[kind][0]
+    paths.get_input_directory = lambda: str(tmp_path / "input")
     for name in [name for name in sys.modules if name.startswith("comfy_nodes.")]:
         monkeypatch.delitem(sys.modules, name)
     importlib.import_module("comfy_nodes.model_folders").register_model_folder()
     return state
+
+
+@pytest.fixture
+def nodes(comfy):
+    """Id -> class of every node, as ComfyUI gets them."""
+    import comfy_nodes
+
+    listed = asyncio.run(asyncio.run(comfy_nodes.comfy_entrypoint()).get_node_list())
+    return {node.define_schema().node_id: node for node in listed}

@@ -17,15 +17,13 @@ import torch
 from qartsr_pipeline import QArtSRPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-IDS = ["QArtSRLoadModel", "QArtSRUpscale", "QArtSRModelInfo"]  # only ever added to: they stand in users' workflows
-
-
-@pytest.fixture
-def nodes(comfy):
-    import comfy_nodes
-
-    listed = asyncio.run(asyncio.run(comfy_nodes.comfy_entrypoint()).get_node_list())
-    return {node.define_schema().node_id: node for node in listed}
+IDS = [
+    "QArtSRLoadModel",
+    "QArtSRUpscale",
+    "QArtSRModelInfo",
+    "QArtSRQuantize",
+    "QArtSRImport",
+]  # only ever added to: they stand in users' workflows
 
 
 @pytest.fixture
@@ -174,7 +172,7 @@ def test_a_missing_dependency_gives_one_line_with_the_command(comfy, monkeypatch
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    heavy = "{'diffusers', 'transformers', 'optimum', 'torch', 'qartsr_pipeline'}"
+    heavy = "{'diffusers', 'transformers', 'optimum', 'torch', 'qartsr_pipeline', 'calibration'}"
     code = f"import sys, comfy_nodes; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

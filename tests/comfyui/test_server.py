@@ -91,12 +91,34 @@ def test_bad_input_is_explained_on_the_node_and_the_next_run_works(server):
     assert "execution_success" in messages(server.run(upscale_graph(scale=1.5)))
 
 
+def quantize_graph(**options):
+    inputs = {"model": "tiny-fp", "pictures": "", "recipe": "maxmin", "bits": "w4a4", "steps": 0, "seed": 0} | options
+    return {"1": {"class_type": "QArtSRQuantize", "inputs": inputs}}
+
+
+def test_a_quantized_model_is_listed_when_it_is_whole_and_a_cancelled_one_is_kept_for_the_next_run(server):
+    def models():
+        described = server.get("/object_info/QArtSRLoadModel")["QArtSRLoadModel"]
+        return described["input"]["required"]["model"][1]["options"]
+
+    entry = server.run(quantize_graph(name="made"))
+    assert "execution_success" in messages(entry), entry["status"]
+    assert entry["outputs"]["1"]["images"][0]["type"] == "temp" and "made" in models()
+    assert "execution_success" in messages(server.run(upscale_graph(model="made", scale=1.5)))
+    prompt = server.start(quantize_graph(name="half", recipe="lsq", steps=1000))
+    state = server.base / "models" / "qartsr" / ".runs" / "half" / "state.pt"
+    server.wait(state.exists, 300)
+    server.post("/interrupt", {})
+    assert "execution_interrupted" in messages(server.finish(prompt))
+    assert state.exists() and "half" not in models()
+
+
 @pytest.mark.parametrize("way", ["clone", "registry", "link"])
 def test_each_way_of_installing_shows_nodes_templates_and_help(tmp_path, way):
     with Server(tmp_path / "base", way) as server:
         assert "IMPORT FAILED" not in server.log and "Traceback" not in server.log
         nodes = [name for name in server.get("/object_info") if name.startswith("QArtSR")]
-        assert {"QArtSRLoadModel", "QArtSRUpscale", "QArtSRModelInfo"} <= set(nodes)
+        assert {"QArtSRLoadModel", "QArtSRUpscale", "QArtSRModelInfo", "QArtSRQuantize", "QArtSRImport"} <= set(nodes)
         assert sorted(server.get("/workflow_templates")[server.name]) == [path.stem for path in WORKFLOWS]
         template = quote(WORKFLOWS[0].stem)
         assert server.get(f"/api/workflow_templates/{server.name}/{template}.json")["nodes"]
