@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,21 @@ from tqdm import tqdm
 from calibration.blocks import Block, Turn, find_blocks, turns
 from calibration.calibration_state import load_calibration, load_parameters, save_calibration, started_from
 from calibration.data.degradations import DEGRADATIONS
-from calibration.data.pairs import SCALE, Patches
+from calibration.data.pairs import SCALE, Patches, sample_pair
 from calibration.extended import end_to_end_loss
 from calibration.initialise import Initialisation, initialise, relative_output_error
 from calibration.losses import Perceptual
 from calibration.observers import InputSample, observe
 from calibration.optimization import keep_zero_inside, parameter_groups
 from calibration.other_grids import layer_kinds
+from calibration.ranks import ranks_within_budget
 from calibration.recipe import Recipe, Stage, parse_bits
 from calibration.rpq import module_loss, record, start_turn
 from calibration.tensor_store import TensorStore
 from calibration.training_state import StopSignals
+from calibration.warm_start import record_of_folder, start_from_folder
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers, prepare
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin, Kinds, calibrating_layers, prepare
 from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers
 
@@ -96,14 +99,14 @@ def weights_digest(pipeline: QArtSRPipeline) -> str:
 def fold_and_make_schemes(pipeline: QArtSRPipeline, recipe: Recipe, bits: tuple[int, int]) -> dict[str, QuantizationScheme]:
     """Folds the UNet's constants in place, and gives the schemes of UNet and VAE.
 
-    Layers that the recipe keeps at more bits have no low-rank branch.
+    Layers that the recipe keeps at more bits have no low-rank branch. Where ranks are under a budget, `give_ranks` gives them.
 
     Raises:
         ValueError: the pipeline is quantized already, or there is no quantizer of so many bits.
     """
     if any(getattr(getattr(pipeline, name), "is_quantized", False) for name in COMPONENTS):
         raise ValueError("the model is quantized already; quantize the full-precision model that it was made from")
-    default = LayerScheme(*bits, recipe.layer.branch_rank)
+    default = LayerScheme(*bits, 0 if recipe.layer.branch_budget else recipe.layer.branch_rank)
     folding = fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))
     schemes = {}
     for component in COMPONENTS:
@@ -112,6 +115,11 @@ def fold_and_make_schemes(pipeline: QArtSRPipeline, recipe: Recipe, bits: tuple[
             if pattern.startswith(f"{component}."):
                 weights, activations = parse_bits(text)
                 kept[pattern.removeprefix(f"{component}.")] = LayerScheme(max(weights, bits[0]), max(activations, bits[1]))
+        plain = QuantizationScheme(default, kept)
+        for name in quantizable_layers(getattr(pipeline, component), plain):
+            rank = next((rank for p, rank in recipe.layer.branch_ranks.items() if fnmatchcase(f"{component}.{name}", p)), None)
+            if rank is not None and plain.for_layer(name) == default:
+                kept[name] = replace(default, rank=rank)
         schemes[component] = QuantizationScheme(default, kept, folding if component == "unet" else None)
     return schemes
 
@@ -139,6 +147,38 @@ def observe_full_precision(
         return observe(layers, lambda low: pipeline(low, color_fix=None, output_type="pt"), bar)
 
 
+def give_ranks(
+    pipeline: QArtSRPipeline,
+    schemes: dict[str, QuantizationScheme],
+    recipe: Recipe,
+    kinds: Kinds,
+    samples: dict[str, InputSample],
+    patches: Patches,
+    seed: int,
+    degradation: str,
+) -> dict[str, QuantizationScheme]:
+    """The schemes with a rank for every layer, within the recipe's budget; the pipeline is still full precision."""
+    layers = {
+        f"{component}.{name}": (layer, replace(scheme, rank=recipe.layer.branch_rank))
+        for component in COMPONENTS
+        for name, (layer, scheme) in quantizable_layers(getattr(pipeline, component), schemes[component]).items()
+        if scheme == schemes[component].default
+    }
+    for component in COMPONENTS:
+        getattr(pipeline, component).requires_grad_(False)
+    side, device = min(recipe.image_size, 128), pipeline.vae.device
+    batches = (
+        sample_pair(patches, 2, side, np.random.default_rng([seed, index]), degradation)[0].to(device) for index in range(4)
+    )
+    ranks = ranks_within_budget(pipeline, layers, kinds, samples, batches, recipe.layer.branch_budget, recipe.layer.bounds)
+    given = {component: dict(schemes[component].overrides) for component in COMPONENTS}
+    for name, rank in ranks.items():
+        component, _, layer = name.partition(".")
+        if rank:
+            given[component][layer] = replace(schemes[component].default, rank=rank)
+    return {component: replace(schemes[component], overrides=given[component]) for component in COMPONENTS}
+
+
 @dataclass
 class Run:
     """One calibration while it goes on. Its position and what `state` holds: stage, turn, step, parameters, optimizer.
@@ -162,6 +202,7 @@ class Run:
     def __post_init__(self) -> None:
         self.blocks: list[Block] = find_blocks(self.pipeline)
         self.layers = all_layers(self.pipeline)
+        self.names = {id(layer): name for name, layer in self.layers.items()}
         self.stage_index = self.turn_index = self.step = 0
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_state: dict[str, Any] | None = None
@@ -254,7 +295,10 @@ class Run:
             known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
             fresh = so_far[-1:]
         groups = [
-            group for turn in fresh for block in turn.blocks for group in parameter_groups(block.layers, stage.train, known)
+            group
+            for turn in fresh
+            for block in turn.blocks
+            for group in parameter_groups(self._trained(block, stage), stage.train, known)
         ]
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -264,6 +308,9 @@ class Run:
         if self.optimizer_state is not None:
             self.optimizer.load_state_dict(self.optimizer_state)
             self.optimizer_state = None
+
+    def _trained(self, block: Block, stage: Stage) -> list[CalibratingMixin]:
+        return [layer for layer in block.layers if fnmatchcase(self.names[id(layer)], stage.layers)]
 
     def _rate(self, stage: Stage, steps: int) -> float:
         if stage.modules != "all" and stage.others == "quantized_so_far":
@@ -328,7 +375,8 @@ def quantize(
         state: file of the run's state: continued from if it is there, written to every ``every`` steps.
         degradation: a name in `DEGRADATIONS`.
         perceptual: needed if a stage has such a loss.
-        start: state of a finished run of the same model, of any bits: its parameters are started from.
+        start: state of a finished run, or a quantized pipeline folder, of the same model, of any bits: its parameters are started
+            from.
         data: fingerprint of the pictures behind ``patches``: a state is not continued with others.
 
     Raises:
@@ -346,10 +394,12 @@ def quantize(
         "degradation": degradation,
         "weights": weights_digest(pipeline),
         "perceptual": perceptual.name if perceptual else None,
-        "start": started_from(start) if start else None,
+        "start": None if start is None else record_of_folder(start) if start.is_dir() else started_from(start),
     }
     samples = observe_full_precision(pipeline, schemes, recipe, patches, seed, degradation)
     kinds = layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
+    if recipe.layer.branch_budget:
+        schemes = give_ranks(pipeline, schemes, recipe, kinds, samples, patches, seed, degradation)
     torch.manual_seed(seed)  # adapters start from random numbers
     for component in COMPONENTS:
         prepare(getattr(pipeline, component), schemes[component], recipe.layer.adapter_rank, kinds)
@@ -359,8 +409,11 @@ def quantize(
     if state is not None and state.exists():
         run.restore()
     else:
-        run.result.errors_before = initialise(run.layers, samples, Initialisation.of(recipe.layer))
-        if start:
+        options = Initialisation.of(recipe.layer)
+        run.result.errors_before = initialise(run.layers, samples, options)
+        if start and start.is_dir():
+            start_from_folder(start, run.layers, samples, options)
+        elif start:
             load_parameters(start, run.layers, identity["weights"])
         run.save()
     try:

@@ -85,12 +85,25 @@ def smoothing_factor(x_largest: torch.Tensor, w_largest: torch.Tensor, exponent:
     return phi.clamp(1e-4, 1e4)
 
 
+@torch.no_grad()
+def set_branch(layer: CalibratingMixin, rows: torch.Tensor, options: Initialisation) -> None:
+    """Branch, and weight bounds around what it leaves, of a layer whose smoothing is set, for inputs (positions, C)."""
+    _set_branch(layer)
+    weight_bounds(layer, rows, options)
+
+
+@torch.no_grad()
+def weight_bounds(layer: CalibratingMixin, rows: torch.Tensor, options: Initialisation) -> None:
+    """Weight bounds of a layer whose smoothing and branch are set, for inputs (positions, C)."""
+    _weight_bounds(layer, (rows * layer.smooth).square().mean(0), options)
+
+
 def _set_branch(layer: CalibratingMixin, left: torch.Tensor | None = None) -> None:
-    """The leading singular vectors of the smoothed weight less ``left``, of its shape."""
+    """The leading singular vectors of the smoothed weight, with what is merged into it, less ``left``, of its shape."""
     if not layer.has_branch:
         return
     phi = layer.smooth
-    smoothed = _unfolded(layer.weight.float()) / phi
+    smoothed = _unfolded(layer.merged_weight()) / phi
     u, s, vh = torch.linalg.svd(smoothed if left is None else smoothed - _unfolded(left), full_matrices=False)
     rank = layer.branch_down.shape[0]
     root = s[:rank].sqrt()
@@ -231,14 +244,19 @@ def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor,
     return sum(_output_error(layer, inputs.rows) for layer in layers)
 
 
-def _output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:
-    """Squared error of the output on inputs from which the offset is taken already, (positions, C)."""
+@torch.no_grad()
+def squared_errors(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
+    """(N,) squared error of each output channel, summed over inputs (positions, C) from which the offset is taken already."""
     wanted = rows @ _unfolded(layer.weight.float()).T
     got = layer.quantized_input(rows, layer.smooth) @ _unfolded(layer.qweight).T
     if layer.has_branch:
         up, down = layer.stored_branch()
         got = got + (rows * layer.smooth @ down.T) @ _unfolded(up).T
-    return float((got - wanted).square().sum())
+    return (got - wanted).square().sum(0).view(layer.weight.shape[0], -1).sum(1)
+
+
+def _output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:
+    return float(squared_errors(layer, rows).sum())
 
 
 def _output_power(layer: CalibratingMixin, rows: torch.Tensor) -> float:

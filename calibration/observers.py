@@ -9,6 +9,11 @@ import torch
 from torch import nn
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) of a convolution or (..., C) of a linear layer -> (positions, C)."""
+    return (x.permute(0, 2, 3, 1) if x.dim() == 4 else x).reshape(-1, x.shape[1 if x.dim() == 4 else -1])
+
+
 @dataclass
 class InputSample:
     """Input of one layer.
@@ -24,8 +29,7 @@ class InputSample:
 
     def add(self, x: torch.Tensor, positions: int, generator: torch.Generator) -> None:
         """Takes in (B, C, H, W) of a convolution or (..., C) of a linear layer."""
-        rows = x.detach().float()
-        rows = rows.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if x.dim() == 4 else rows.reshape(-1, x.shape[-1])
+        rows = as_rows(x.detach().float())
         lower, upper = rows.amin(0), rows.amax(0)
         self.lower = lower if self.lower is None else torch.minimum(self.lower, lower)
         self.upper = upper if self.upper is None else torch.maximum(self.upper, upper)

@@ -59,6 +59,9 @@ class Layer:
         offset: per input channel, subtracted before quantization. "none", "zero" (to be trained), "mean" or "centre" (of the
             extremes) of the calibration inputs.
         branch_rank: rank of the 16-bit low-rank branch L1 L2, started from the SVD of the smoothed weight; 0 for none.
+        branch_ranks: pattern of "component.layer" names -> rank, for layers that need another one. The first match wins.
+        branch_budget: share of the layers' own multiplications that all branches may cost. Every layer then has its own rank, up
+            to branch_rank, where that removes most of the picture's error; 0 gives all layers branch_rank.
         branch_rounds: of refinement of that start at most: the branch from what quantization leaves of the weight, and again.
         adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0; 0 for none.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
@@ -74,6 +77,8 @@ class Layer:
     smoothing: str = "none"
     offset: str = "none"
     branch_rank: int = 0
+    branch_ranks: dict[str, int] = field(default_factory=dict)
+    branch_budget: float = 0.0
     branch_rounds: int = 0
     adapter_rank: int = 0
     bounds: str = "minmax"
@@ -91,14 +96,26 @@ class Layer:
         _one_of("layer.activations", self.activations, ACTIVATIONS)
         _one_of("layer.clip", self.clip, CLIP)
         _number("layer.branch_rank", self.branch_rank, 0, whole=True)
+        _number("layer.branch_budget", self.branch_budget, 0)
+        if not isinstance(self.branch_ranks, dict):
+            raise RecipeError(f"layer.branch_ranks is {self.branch_ranks!r}, expected layer patterns with ranks: unet.*: 4")
+        for pattern, rank in self.branch_ranks.items():
+            _number(f"layer.branch_ranks.{pattern}", rank, 0, whole=True)
         _number("layer.branch_rounds", self.branch_rounds, 0, whole=True)
         _number("layer.adapter_rank", self.adapter_rank, 0, whole=True)
         _number("layer.percentile", self.percentile, 50, 100)
         _number("layer.group_size", self.group_size, 0, whole=True)
         if self.activations == "dynamic" and self.offset != "none":
             raise RecipeError("layer.offset needs static activations: dynamic ones are symmetric around 0")
+        if self.branch_budget and not self.branch_rank:
+            raise RecipeError("layer.branch_budget needs a branch_rank, the highest that a layer may get")
         if self.branch_rounds and (not self.branch_rank or self.rotation != "none"):
             raise RecipeError("layer.branch_rounds needs a branch, and no rotation: give it with those or not at all")
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether any layer can have a low-rank branch."""
+        return self.branch_rank > 0 or any(self.branch_ranks.values())
 
     @property
     def deployable(self) -> bool:
@@ -126,6 +143,7 @@ class Stage:
         share: of the run's steps, relative to the shares of the other stages; divided evenly between the modules.
         lr: step size relative to the size of what is trained. It ends at 0 along a cosine, of every turn; but it is constant
             while modules have their turns in a network that is quantized so far.
+        layers: pattern of "component.layer" names; only those that match are trained.
         patch: side of the high-resolution patches in pixels, a multiple of 16.
         batch: patches a step.
     """
@@ -138,6 +156,7 @@ class Stage:
     loss: dict[str, float] = field(default_factory=lambda: {"image_l2": 1.0})
     share: float = 1.0
     lr: float = 3e-3
+    layers: str = "*"
     patch: int = 96
     batch: int = 4
 
@@ -160,6 +179,8 @@ class Stage:
             _number(f"{where}loss.{term}", weight, 0)
         if self.modules == "all" and "module_l2" in self.loss:
             raise RecipeError(f"{where}loss.module_l2 needs modules: blocks or parts; with all at once no module has a turn")
+        if not isinstance(self.layers, str):
+            raise RecipeError(f"{where}layers is {self.layers!r}, expected a pattern of layer names such as vae.*")
         _number(where + "share", self.share, 0)
         _number(where + "lr", self.lr, 1e-12)
         _number(where + "patch", self.patch, 16, whole=True)
@@ -227,7 +248,7 @@ class Recipe:
         exists = {
             "smoothing": self.layer.smoothing != "none",
             "offset": self.layer.offset != "none",
-            "branch": self.layer.branch_rank > 0,
+            "branch": self.layer.has_branches,
             "adapter": self.layer.adapter_rank > 0,
         }
         for stage in self.stages:

@@ -41,13 +41,13 @@ from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, wi
 from calibration.run_report import make_report
 from calibration.teacher import pictures as training_pictures
 from calibration.training_state import StopSignals, write_whole
+from calibration.warm_start import RECORD_NAME
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.quantization.freeze import freeze
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
-RECORD_NAME = "quantization.json"
 ARGUMENTS_NAME = "run.json"
 SAMPLE = Path(__file__).resolve().parents[1] / "qartsr_pipeline" / "samples" / "rider.jpg"
 PLACE = ("output", "resume", "device")  # arguments that are not part of what is made
@@ -73,7 +73,10 @@ def arguments() -> argparse.ArgumentParser:
         help="anything else in the recipe: layer.branch_rank=4 stages.1.lr=0.003",
     )
     parser.add_argument(
-        "--start", type=Path, metavar="RUN", help="start from the parameters of that finished run, of the same or of other bits"
+        "--start",
+        metavar="RUN",
+        help="start from the parameters of that finished run, or of a quantized folder (also a shipped name or a Hub id) made of"
+        " the same model, of the same or of other bits",
     )
     parser.add_argument("--data", help="folder of photographs to calibrate on (default: procedural pictures)")
     parser.add_argument("--degradation", choices=tuple(DEGRADATIONS), default="bicubic")
@@ -186,6 +189,12 @@ def start_folder(args: argparse.Namespace) -> None:
     write_whole(args.output / ARGUMENTS_NAME, json.dumps(kept, indent=1, default=str).encode())
 
 
+def start_of(start: str) -> Path:
+    """A run's state, or the quantized folder that this names."""
+    state = Path(start) / STATE_NAME
+    return state if state.exists() else fetch(start)
+
+
 def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[str, Any]:
     """What `quantization.json` says."""
     return {
@@ -249,7 +258,7 @@ def run(args: argparse.Namespace) -> bool:
         args.output / STATE_NAME,
         args.degradation,
         perceptual,
-        start=args.start and Path(args.start) / STATE_NAME,
+        start=args.start and start_of(args.start),
         data={name: value for name, value in job.data.items() if name != "files"},
     )
     if calibrated.stopped:

@@ -41,7 +41,7 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "qartsr-forward": ("forward order", partial(_per_module, change=lambda stage: replace(stage, order="forward"))),
     "qartsr-joint": ("joint instead of per module", partial(_per_module, change=_jointly)),
     "qartsr-no-et": ("no ET", _only_per_module),
-    "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0)),
+    "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0, branch_budget=0)),
     "qartsr-no-smoothing": ("no smoothing", partial(_without, part="smoothing", smoothing="none")),
     "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0)),
 }
@@ -76,8 +76,8 @@ def make_method(name: str, steps: int) -> Method:
         label, change = ABLATIONS[name]
         kind, recipe = "ablation", change(load_recipe(MAIN))
     elif name == SAME_RANK:
-        kind, recipe, rank = "method", load_recipe("svdquant"), load_recipe(MAIN).layer.branch_rank
-        label, recipe = f"{recipe.method}, rank {rank}", replace(recipe, layer=replace(recipe.layer, branch_rank=rank))
+        kind, recipe, budget = "method", load_recipe("svdquant"), load_recipe(MAIN).layer.branch_budget
+        label, recipe = f"{recipe.method}, same budget", replace(recipe, layer=replace(recipe.layer, branch_budget=budget))
     else:
         kind, recipe = "method", load_recipe(name)
         label = recipe.method

@@ -15,7 +15,10 @@ Gradients: rounding is straight-through, everything else is differentiated as wr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 
 BITS = (2, 3, 4, 6, 8)  # bit widths that have a quantizer; 16 means "no quantizer" and never reaches this module
 SMALLEST_SCALE = 1e-8  # an all-zero tensor has no range; any positive scale represents it
@@ -67,12 +70,35 @@ def centred_codes(
         multiplier: 1 / scale (or phi / scale), broadcastable to x.
         zero_point: integers, broadcastable to x.
     """
-    smallest, largest = code_range(bits, symmetric)
-    scaled = x.float() * multiplier
-    if scaled.requires_grad or zero_point.requires_grad:
-        # not minimum(maximum()): those halve the gradient of every value that rounds to an extreme code, clipped or not
-        return torch.clamp(round_straight_through(scaled), smallest - zero_point, largest - zero_point)
-    return torch.clamp(scaled.round_(), smallest - zero_point, largest - zero_point, out=scaled)
+    return _CentredCodes.apply(x, multiplier, zero_point, *code_range(bits, symmetric))
+
+
+class _CentredCodes(torch.autograd.Function):
+    """The gradient of clamp(round_straight_through(x m), low - z, high - z), written out: a third of autograd's passes.
+
+    A value that rounds to an extreme code counts as inside, however far within half a step it lies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, multiplier: torch.Tensor, zero_point: torch.Tensor, smallest: int, largest: int
+    ) -> torch.Tensor:
+        scaled = (x.float() * multiplier).round_()
+        lower, upper = smallest - zero_point, largest - zero_point
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, multiplier, (scaled >= lower) & (scaled <= upper))
+            ctx.zero_point_shape = zero_point.shape
+        return torch.clamp(scaled, lower, upper, out=scaled)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, multiplier, inside = ctx.saved_tensors
+        passed = gradient * inside
+        of_x = (passed * multiplier).sum_to_size(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_multiplier = (passed * x).sum_to_size(multiplier.shape) if ctx.needs_input_grad[1] else None
+        of_zero_point = passed.sub_(gradient).sum_to_size(ctx.zero_point_shape) if ctx.needs_input_grad[2] else None
+        return of_x, of_multiplier, of_zero_point, None, None
 
 
 def fake_quantize(x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, bits: int, symmetric: bool = False) -> torch.Tensor:

@@ -44,6 +44,7 @@ class CalibratingMixin:
     layer_scheme: LayerScheme
     quantizing: bool = True
     codes = staticmethod(centred_codes)
+    _remembered: tuple[tuple, torch.Tensor] | None = None
 
     @classmethod
     def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
@@ -92,12 +93,16 @@ class CalibratingMixin:
         """(L1, L2 / phi) as they will be stored."""
         return _stored_in_16_bit(self.branch_up), _stored_in_16_bit(self.branch_down / self.smooth)
 
-    def residual_weight(self) -> torch.Tensor:
-        """(W - L1 L2 + F1 F2) / phi, what is quantized; float32, the weight's shape."""
+    def merged_weight(self) -> torch.Tensor:
+        """W + F1 F2, float32, the weight's shape."""
         weight = self.weight.float()
         if "adapter_up" in self._parameters:
             weight = weight + (self.adapter_up @ self.adapter_down).view_as(weight)
-        weight = weight / self._over_inputs(self.smooth)
+        return weight
+
+    def residual_weight(self) -> torch.Tensor:
+        """(W - L1 L2 + F1 F2) / phi, what is quantized; float32, the weight's shape."""
+        weight = self.merged_weight() / self._over_inputs(self.smooth)
         if self.has_branch:
             up, down = self.stored_branch()
             weight = weight - torch.einsum("nr...,rc->nc...", up, down)
@@ -131,7 +136,19 @@ class CalibratingMixin:
 
     @property
     def qweight(self) -> torch.Tensor:
-        """The residual weight after quantization, in floating point."""
+        """The residual weight after quantization, in floating point. Remembered as long as nothing that it is made of changes or
+        needs a gradient: a layer that is not trained then costs no more than a float one.
+        """
+        parts = [parameter for parameter in self._parameters.values() if parameter is not None]
+        trained = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        if trained or torch.is_inference_mode_enabled():  # tensors made in inference mode are of no use outside of it
+            return self._quantized_weight()
+        versions = (self.layer_scheme, *((id(part), part._version) for part in parts))
+        if self._remembered is None or self._remembered[0] != versions:
+            self._remembered = versions, self._quantized_weight().detach()
+        return self._remembered[1]
+
+    def _quantized_weight(self) -> torch.Tensor:
         if self.layer_scheme.weight_bits == 16:
             return _stored_in_16_bit(self.residual_weight())
         return self.weight_codes() * self._over_outputs(self.weight_parameters()[0])

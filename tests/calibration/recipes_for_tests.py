@@ -15,6 +15,7 @@ SMALL = [
     "layer.smoothing=ones",  # the search for smoothing and bounds has tests of its own, and takes seconds
     "layer.bounds=minmax",
     "layer.branch_rank=2",
+    "layer.branch_budget=0",
     "layer.adapter_rank=2",
 ]
 
