@@ -11,6 +11,7 @@ A backend is a module with
 What runs is the first entry of `BACKENDS` that can; `use_backend` and the environment variable QARTSR_BACKEND override that.
 """
 
+from qartsr_pipeline.kernels.compiled import register
 from qartsr_pipeline.kernels.constraints import Constraints
 from qartsr_pipeline.kernels.dispatch import BACKENDS, choose_backend, forced_backend, list_backends, run_layer, use_backend
 from qartsr_pipeline.kernels.layer_spec import LayerSpec
@@ -25,6 +26,7 @@ __all__ = [
     "forced_backend",
     "list_backends",
     "low_memory",
+    "register",
     "run_layer",
     "use_backend",
 ]

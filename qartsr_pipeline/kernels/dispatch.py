@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from qartsr_pipeline.kernels import int_mm, onednn, reference
+from qartsr_pipeline.kernels.compiled import make_operator
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def _announce(message: str) -> None:
 
 
 def run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """The output of a deployed layer, from the backend chosen for it.
+    """The output of a deployed layer, from the backend chosen for it; within `torch.compile` as one operator without gradient.
 
     Args:
         x: (..., C) for a linear layer, (B, C, H, W) or (C, H, W) for a convolution; any float dtype, any strides, empty too.
@@ -113,6 +114,12 @@ def run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     Returns:
         (..., N) or (B, N, H', W') or (N, H', W'), in x's dtype.
     """
+    if torch.compiler.is_compiling():
+        return _operator(x, layer.number)
+    return _run_layer(x, layer)
+
+
+def _run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     if x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
         backend = reference  # the others have no gradient, and nothing to gain from an empty batch
     else:
@@ -120,6 +127,9 @@ def run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     if layer.spec.kind == "linear":
         return backend.linear(x, layer)
     return backend.conv2d(x, layer) if x.dim() == 4 else backend.conv2d(x[None], layer)[0]
+
+
+_operator = make_operator(_run_layer)
 
 
 @contextmanager

@@ -29,10 +29,11 @@ class LayerSpec:
 class StoredLayer(Protocol):
     """A deployed layer as a backend reads it. What each buffer holds, and when it is None: `docs/stored_format.md`, section 3.
 
-    `prepared` is where a backend keeps what it made of them.
+    `prepared` is where a backend keeps what it made of them, `number` what `compiled` finds the layer by.
     """
 
     spec: LayerSpec
+    number: int
     prepared: PreparedWeights
     weight_packed: torch.Tensor | None
     weight_scale: torch.Tensor | None

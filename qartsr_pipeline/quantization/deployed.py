@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from qartsr_pipeline.arithmetic.packing import packed_width
-from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, run_layer
+from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, register, run_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 
@@ -36,6 +36,7 @@ class DeployedLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.prepared = PreparedWeights()
+        self.number = register(self)
         kernel = spec.kernel_size if spec.kind == "conv2d" else ()
 
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, present: bool) -> None:
@@ -54,6 +55,11 @@ class DeployedLayer(nn.Module):
         buffer("branch_down", (rank, inputs), torch.float16, rank > 0)
         buffer("branch_up", (outputs, rank, *kernel), torch.float16, rank > 0)
         buffer("bias", (outputs,), torch.float32, bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled layers are layers of their own."""
+        super().__setstate__(state)
+        self.number = register(self)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> DeployedLayer:
         self.prepared.clear()
