@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,6 +41,7 @@ from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers
 
 COMPONENTS = ("unet", "vae")
+Watch = Callable[[int, int], bool]
 MEMORY_FOR_ACTIVATIONS = 2 * 2**30  # bytes of recorded block outputs that stay in memory; more go to disk
 
 
@@ -185,6 +187,7 @@ class Run:
 
     Attributes:
         every: steps between saved states; 0 for none.
+        watch: see `quantize`.
     """
 
     pipeline: QArtSRPipeline
@@ -198,6 +201,7 @@ class Run:
     state: Path | None = None
     every: int = 20
     identity: dict[str, Any] = field(default_factory=dict)
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         self.blocks: list[Block] = find_blocks(self.pipeline)
@@ -275,6 +279,8 @@ class Run:
             self.step += 1
             self.bar.update()
             self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+            if self.watch is not None and self.watch(self.bar.n, self.bar.total):
+                self.stop.requested = True
             if self.stop.requested or (self.every and len(losses) % self.every == 0):
                 self.save()
             if self.stop.requested:
@@ -364,6 +370,7 @@ def quantize(
     every: int = 20,
     start: Path | None = None,
     data: dict[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> Calibrated:
     """Quantizes UNet and VAE in place; afterwards their layers are calibrating ones, to be frozen or measured.
 
@@ -378,6 +385,7 @@ def quantize(
         start: state of a finished run, or a quantized pipeline folder, of the same model, of any bits: its parameters are started
             from.
         data: fingerprint of the pictures behind ``patches``: a state is not continued with others.
+        watch: called after every step with the steps done and those in all; True stops the run there, saved as after Ctrl-C.
 
     Raises:
         ValueError: already quantized; the recipe needs a perceptual loss and there is none; or ``state`` is of another run.
@@ -404,7 +412,18 @@ def quantize(
     for component in COMPONENTS:
         prepare(getattr(pipeline, component), schemes[component], recipe.layer.adapter_rank, kinds)
     run = Run(
-        pipeline, full_precision, recipe, patches, seed, degradation, perceptual, Calibrated(schemes), state, every, identity
+        pipeline,
+        full_precision,
+        recipe,
+        patches,
+        seed,
+        degradation,
+        perceptual,
+        Calibrated(schemes),
+        state,
+        every,
+        identity,
+        watch,
     )
     if state is not None and state.exists():
         run.restore()

@@ -15,18 +15,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from calibration import engine, trq
+from calibration import trq
 from calibration.calibration_state import STATE_NAME
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
@@ -34,13 +30,13 @@ from calibration.data.fingerprint import data_fingerprint, hardware, versions
 from calibration.data.overlap import file_digests, overlap
 from calibration.data.pairs import Patches
 from calibration.data.photographs import PhotographPatches, list_photographs
-from calibration.engine import Calibrated, quantize
+from calibration.engine import Calibrated, Watch, quantize
 from calibration.losses import PERCEPTUAL, load_perceptual
 from calibration.pipeline_folder import save_pipeline
 from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
 from calibration.run_report import make_report
 from calibration.teacher import pictures as training_pictures
-from calibration.training_state import StopSignals, write_whole
+from calibration.training_state import write_whole
 from calibration.warm_start import RECORD_NAME
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch
@@ -218,32 +214,12 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
     }
 
 
-@contextmanager
-def watched(watch: Callable[[int, int], bool]) -> Iterator[None]:
-    """For programs that call `run` inside: they see its steps, and stop it where no signal reaches it.
+def run(args: argparse.Namespace, watch: Watch | None = None) -> bool:
+    """What the command does, once its arguments are parsed; False if it was stopped before the end.
 
     Args:
-        watch: called after every step with the steps done and those in all; True stops the run there, saved as after Ctrl-C.
+        watch: for programs that call this where no signal reaches it: see `calibration.engine.quantize`.
     """
-    stop = StopSignals()
-
-    class Bar(tqdm):
-        def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            if self.unit == "step" and watch(int(self.n), int(self.total)):
-                stop.requested = True
-            return shown
-
-    before = engine.tqdm, engine.StopSignals
-    engine.tqdm, engine.StopSignals = Bar, lambda: stop  # what the engine shows its steps on, and asks whether to stop
-    try:
-        yield
-    finally:
-        engine.tqdm, engine.StopSignals = before
-
-
-def run(args: argparse.Namespace) -> bool:
-    """What the command does, once its arguments are parsed; False if it was stopped before the end."""
     start = time.perf_counter()
     job = load_job(args)
     weights = Path(args.perceptual_weights) if args.perceptual_weights else None
@@ -260,6 +236,7 @@ def run(args: argparse.Namespace) -> bool:
         perceptual,
         start=args.start and start_of(args.start),
         data={name: value for name, value in job.data.items() if name != "files"},
+        watch=watch,
     )
     if calibrated.stopped:
         return False

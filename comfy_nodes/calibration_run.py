@@ -67,8 +67,8 @@ def make_checkpoint(order: Order, target: Path) -> Made:
 
         arguments = arguments_of(order, working)
         free_memory()
-        with calibration.watched(progress), interruptible_unless(lambda: progress.training):
-            finished = calibration.run(arguments)
+        with interruptible_unless(lambda: progress.training):
+            finished = calibration.run(arguments, watch=progress)
     if not finished:
         logging.info("QArtSR Quantize: stopped and saved in %s; run it with the same inputs to go on", working)
         raise progress.cancelled

@@ -1,7 +1,7 @@
 """What `torch.compile` sees of a deployed layer: one operator, whose inside it does not trace.
 
-The operator's arguments are the input and the layer's number; everything else is looked up when it runs. Which backend computes the
-layer, what that prepared, and integers that only some torch builds have thus stay out of the graph, which has no break.
+The operator's arguments are the input and the layer's number; everything else is looked up when it runs. Which backend computes
+the layer, what that prepared, and operators that only some builds of torch have thus stay out of the graph, which has no break.
 """
 
 from __future__ import annotations

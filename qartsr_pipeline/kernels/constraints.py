@@ -11,6 +11,8 @@ import torch
 from qartsr_pipeline.arithmetic.affine import BITS
 from qartsr_pipeline.kernels.layer_spec import LayerSpec
 
+X86 = ("x86_64", "amd64")
+
 
 @dataclass(frozen=True)
 class Constraints:
@@ -20,6 +22,7 @@ class Constraints:
         device: type of device, "cpu" or "cuda".
         machines: `platform.machine()` in lower case must be one of these; empty for any.
         operators: names under `torch.ops` that this build of torch must have, such as "onednn.qconv_prepack".
+        slow_without_vnni: x86 processors without VNNI are refused: the operator runs there, many times slower than the reference.
         capability: smallest CUDA compute capability, (major, minor).
         kinds, weight_bits, activation_bits: what a layer may be.
         channel_multiple: inputs and outputs must both be multiples of this.
@@ -32,6 +35,7 @@ class Constraints:
     device: str
     machines: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
+    slow_without_vnni: bool = False
     capability: tuple[int, int] | None = None
     kinds: tuple[str, ...] = ("linear", "conv2d")
     weight_bits: tuple[int, ...] = BITS
@@ -50,6 +54,8 @@ def machine_lacks(constraints: Constraints) -> str | None:
     missing = [name for name in constraints.operators if not _has_operator(name)]
     if missing:
         return f"torch {torch.__version__} has no operator {missing[0]}"
+    if constraints.slow_without_vnni and machine in X86 and not torch.cpu._is_vnni_supported():
+        return "the processor has no VNNI, without which this product is slower than the reference"
     if constraints.device != "cuda":
         return None
     if not torch.cuda.is_available():

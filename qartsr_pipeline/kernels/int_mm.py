@@ -36,7 +36,13 @@ def has_vnni() -> bool:
 
 CONSTRAINTS = (
     # CPU: sums of one product read memory that is not theirs (torch 2.13); a signed left factor needs VNNI for 8-bit weights
-    Constraints(device="cpu", shortest_sum=2, needs_vnni=frozenset((8, bits) for bits in (2, 3, 4, 6, 8)), has_vnni=has_vnni),
+    Constraints(
+        device="cpu",
+        slow_without_vnni=True,
+        shortest_sum=2,
+        needs_vnni=frozenset((8, bits) for bits in (2, 3, 4, 6, 8)),
+        has_vnni=has_vnni,
+    ),
     Constraints(device="cuda", capability=(7, 5), channel_multiple=8),
 )
 PATCH_BYTES = 1 << 24

@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
+from qartsr_pipeline.kernels.constraints import X86, Constraints, unavailable_because, unmet
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.operand import quantized_rows
 from qartsr_pipeline.kernels.weights import weight_bytes
@@ -40,7 +40,7 @@ def has_vnni() -> bool:
 CONSTRAINTS = (
     Constraints(
         device="cpu",
-        machines=("x86_64", "amd64"),
+        machines=X86,
         operators=(
             "onednn.qconv_prepack",
             "onednn.qconv2d_pointwise",

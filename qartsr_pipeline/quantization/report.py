@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -31,6 +32,12 @@ class LayerReport:
     packed_bytes: int
     prepared_bytes: int
     kernel: str
+
+    @property
+    def full_rank(self) -> int:
+        """Of a branch that could be the whole layer."""
+        outputs, inputs, *kernel = self.shape
+        return min(outputs * math.prod(kernel), inputs)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ def _bits(model: nn.Module, layers: list[LayerReport]) -> str:
         return str(model.dtype).removeprefix("torch.")
     counted = Counter(f"W{layer.weight_bits}A{layer.activation_bits}" for layer in layers)
     parts = [f"{bits} x {count}" for bits, count in counted.most_common()]
+    wide = sum(layer.rank >= layer.full_rank > 0 for layer in layers)
+    parts += [f"{wide} with a branch of full rank"] if wide else []  # these run in 16 bits in all but name
     folding = model.hf_quantizer.quantization_config.scheme().folding
     return ", ".join(parts + ([f"folded at T = {folding.timestep}"] if folding else []))
 

@@ -17,7 +17,13 @@ from safetensors.torch import load_file
 
 STEPS = 4
 SMALL = ["images=2", "image_size=64", "cached_batches=1"]
-SMALL_LAYERS = ["layer.branch_rank=2", "layer.adapter_rank=2", "layer.smoothing=ones", "layer.bounds=minmax"]
+SMALL_LAYERS = [
+    "layer.branch_rank=2",
+    "layer.branch_budget=0",
+    "layer.adapter_rank=2",
+    "layer.smoothing=ones",
+    "layer.bounds=minmax",
+]
 
 
 def small(recipe):
@@ -86,10 +92,9 @@ def test_a_run_makes_a_folder_that_loads_and_shows_the_comparison(nodes, comfy, 
 
 
 def test_a_cancelled_run_goes_on_to_the_same_checkpoint(nodes, comfy, models, monkeypatch):
-    from calibration import engine, report_plots
+    from calibration import report_plots
 
     monkeypatch.setattr(report_plots, "_png", lambda figure: b"")  # drawing takes longer than the run
-    before = engine.tqdm, engine.StopSignals
     quantize(nodes, name="straight", recipe="lsq")
     comfy.progress.clear()
 
@@ -115,7 +120,6 @@ def test_a_cancelled_run_goes_on_to_the_same_checkpoint(nodes, comfy, models, mo
     one, other = weights(models / "straight"), weights(models / "mine")
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[file][name]) for file in one for name, tensor in one[file].items())
-    assert (engine.tqdm, engine.StopSignals) == before
 
 
 def test_what_cannot_be_made_is_explained_before_anything_runs(nodes, models, tmp_path, monkeypatch):

@@ -206,3 +206,13 @@ def test_extreme_codes_do_not_overflow(backend: str, bits: tuple[int, int]):
             layer.weight_zero_point.fill_(0)
         x = torch.full(shape, 1e6)
         assert torch.equal(compute(backend, layer, x), compute("reference", layer, x))
+
+
+@pytest.mark.parametrize(
+    ("vnni", "machine", "usable"), [(False, "x86_64", False), (True, "x86_64", True), (False, "arm64", True)]
+)
+def test_a_product_that_would_be_slow_is_left_to_the_reference(vnni: bool, machine: str, usable: bool, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    reason = BACKENDS["int_mm"].unavailable()
+    assert reason is None if usable else "no VNNI, without which this product is slower" in reason

@@ -1,0 +1,55 @@
+"""`qartsr bench`, and the times that it is made of."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from qartsr_pipeline.cli import main
+from qartsr_pipeline.command_line.bench import summary
+from qartsr_pipeline.kernels import list_backends
+from qartsr_pipeline.timing import STAGES, kinds_timed, tensor_bytes, time_stages
+from tiny_models import build_tiny_pipeline
+
+
+def test_the_table_has_what_is_compared_and_every_backend_that_can(tiny_folder, capsys):
+    assert main(["bench", str(tiny_folder), "--against", "tiny-w2a2", "--size", "16", "--rounds", "1", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    rows = re.findall(r"^\| (.+?) \| (\d+\.\d+) \| (\d+\.\d\d) \|", said, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["tiny-w2a2", str(tiny_folder)] and rows[0][2] == "1.00"
+    assert said.startswith("cpu: ") and "16 x 16 to 64 x 64" in said and "float32" in said
+    assert main(["bench", "tiny-w2a2", "--size", "16", "--rounds", "1", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    for backend in list_backends():
+        assert (f"| tiny-w2a2 on {backend} |" in said) != (f"not on {backend}: " in said)
+
+
+def test_stages_are_timed_apart_and_give_the_pipelines_picture():
+    network = build_tiny_pipeline().network()
+    up = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, 32, 32)).astype(np.float32))
+    times, picture = time_stages(network, up)
+    assert tuple(times) == STAGES and min(times.values()) > 0
+    with torch.no_grad():
+        assert torch.equal(picture, network.decode(network.step(network.encode(up))))
+
+
+def test_layers_are_timed_by_kind_and_left_without_hooks():
+    network = build_tiny_pipeline().network()
+    with kinds_timed(network) as seconds:
+        times, _ = time_stages(network, torch.zeros(1, 3, 32, 32))
+        found = seconds()
+    assert {"convolution 3 x 3", "linear", "normalization", "activation"} <= found.keys()
+    assert 0 < sum(found.values()) < sum(times.values())
+    assert not any(module._forward_hooks for module in network.unet.modules())
+
+
+def test_medians_are_of_stages_and_of_sums():
+    rounds = [{"a": 1.0, "b": 9.0}, {"a": 2.0, "b": 2.0}, {"a": 3.0, "b": 1.0}]
+    assert summary(rounds) == {"a": 2.0, "b": 2.0, "total": 4.0}
+
+
+def test_bytes_are_those_of_all_tensors():
+    network = build_tiny_pipeline().network()
+    expected = 4 * sum(p.numel() for model in (network.unet, network.vae) for p in model.parameters())
+    assert tensor_bytes(network) == pytest.approx(expected, rel=1e-3)
