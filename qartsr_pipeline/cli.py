@@ -105,7 +105,7 @@ def _add_upscale(commands: argparse._SubParsersAction) -> None:
     upscale.add_argument("--color-fix", choices=("wavelet", "adain", "none"), default="wavelet", help="default: wavelet")
     upscale.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
     upscale.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: auto")
-    upscale.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    upscale.add_argument("--overwrite", action="store_true", help="replace files that exist; else a folder's that are done are skipped")
     upscale.set_defaults(run=_upscale)
 
 

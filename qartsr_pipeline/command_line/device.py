@@ -9,12 +9,18 @@ from .messages import UsageError
 _CPU = "no CUDA or MPS device is available to PyTorch"
 
 
-def choose_device(asked: str) -> tuple[str, str]:
-    """`asked` is auto, cuda, mps or cpu. Returns the device and the reason for it.
+def choose_device(asked: str, own: str | None = None) -> tuple[str, str]:
+    """Returns the device and the reason for it.
+
+    Args:
+        asked: auto, cuda, mps or cpu.
+        own: the device that is left to this process, one of several, such as `cuda:1`; it has the last word.
 
     Raises:
         UsageError: the device that was asked for is not there.
     """
+    if own is not None:
+        return own, "this process's own"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
         device = next(name for name, there in available.items() if there)
@@ -32,6 +38,7 @@ def choose_dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
     """`asked` is auto or a float type's name. Returns the type that floating-point tensors are loaded in, and the reason."""
     if asked != "auto":
         return getattr(torch, asked), "as asked"
+    device = device.partition(":")[0]
     if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
         return torch.bfloat16, "this GPU computes in it at full speed, and it cannot overflow"
     if device == "cuda":

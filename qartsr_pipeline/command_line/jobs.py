@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..picture_files import READABLE_SUFFIXES
@@ -12,10 +12,25 @@ from .messages import UsageError
 
 @dataclass(frozen=True)
 class Job:
-    """One picture: the file to read and the file to write."""
+    """One picture: the file to read and the file to write.
+
+    Attributes:
+        one_of_many: from a folder, or named with others. What an earlier run wrote of those is left alone, so that an interrupted
+            run can be repeated; a file that is named alone must be meant, and one in its place is an error.
+    """
 
     source: Path
     target: Path
+    one_of_many: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs that are to be done, how many were done before, and why others cannot be."""
+
+    pending: list[Job]
+    skipped: int
+    refusals: list[str]
 
 
 def plan_jobs(inputs: Sequence[str], output: str | None, upscale: float) -> list[Job]:
@@ -31,29 +46,54 @@ def plan_jobs(inputs: Sequence[str], output: str | None, upscale: float) -> list
     """
     ending = f"_x{upscale:g}"
     sources = [source for name in inputs for source in _pictures(Path(name), ending)]
+    many = len(sources) > 1 or Path(inputs[0]).is_dir()
     if output is None:
-        return [Job(source, source.with_name(f"{source.stem}{ending}.png")) for source in sources]
+        return [Job(source, source.with_name(f"{source.stem}{ending}.png"), many) for source in sources]
     if _is_folder(output):
-        return [Job(source, Path(output) / f"{source.stem}{ending}.png") for source in sources]
-    if len(sources) > 1 or Path(inputs[0]).is_dir():
+        return [Job(source, Path(output) / f"{source.stem}{ending}.png", many) for source in sources]
+    if many:
         raise UsageError(f"{output} names one file, but there may be several pictures. Give a folder after -o.")
     return [Job(sources[0], Path(output))]
 
 
-def check_job(job: Job, taken: set[Path], overwrite: bool) -> None:
-    """Raises UsageError when the output file may not be written: it is the input, taken by another picture, or there already.
+def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
+    """Looks at all output files before anything is computed."""
+    plan, taken = Plan([], 0, []), set()
+    for job in jobs:
+        try:
+            _check_target(job, taken)
+            done = is_done(job, overwrite)
+        except UsageError as error:
+            plan.refusals.append(str(error))
+            continue
+        if done:
+            plan = replace(plan, skipped=plan.skipped + 1)
+        else:
+            plan.pending.append(job)
+    return plan
 
-    Args:
-        taken: the resolved output files of the jobs before this one; this one's is added.
+
+def is_done(job: Job, overwrite: bool) -> bool:
+    """Whether the output file is there, whole as all that are written, and may stay.
+
+    Raises:
+        UsageError: it is there, but the picture was named alone.
     """
+    if overwrite or not job.target.exists():
+        return False
+    if job.one_of_many and job.target.is_file():
+        return True
+    raise UsageError(f"{job.target} exists already. Add --overwrite to replace it, or give another output with -o.")
+
+
+def _check_target(job: Job, taken: set[Path]) -> None:
+    """Raises UsageError when the output file is the input, or that of a job before, as listed in `taken`; this one's is added."""
     target = job.target.resolve()
     if target == job.source.resolve():
         raise UsageError(f"{job.target} is the input itself. Give another output file.")
     if target in taken:
         raise UsageError(f"{job.source} would be written to {job.target} like a picture before it. Rename one of them.")
     taken.add(target)
-    if job.target.exists() and not overwrite:
-        raise UsageError(f"{job.target} exists already. Add --overwrite to replace it, or give another output with -o.")
 
 
 def _pictures(path: Path, ending: str) -> list[Path]:
