@@ -85,4 +85,11 @@ def tensor_bytes(network: OneStepNetwork) -> int:
     models = (network.unet, network.vae)
     tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
     kept = sum(m.prepared.bytes for model in models for m in model.modules() if isinstance(m, DeployedLayer))
-    return kept + sum(t.numel() * t.element_size() for t in tensors.values())
+    return kept + sum(map(_bytes, tensors.values()))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of what a tensor is stored in, also if it is quantized by a library that wraps several tensors into one."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

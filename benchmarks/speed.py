@@ -1,0 +1,186 @@
+"""Seconds, memory and error of a whole enlargement: ours against peers, in one run, in turns.
+
+    python -m benchmarks.speed --shape tiny --size 512
+    python -m benchmarks.speed --shape sd21 --size 512 --device cuda --contenders fp32 bf16 "bf16 compiled" "ours W4A4"
+    python -m benchmarks.speed --table benchmarks/results/speed_tiny_cpu.json
+
+Every contender lives in a process of its own, so that its peak of memory is its own; the processes take turns, one at a time.
+Medians and ranges over the rounds; ratios are against the first contender. `--size` is the side of the enlarged picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.footprint import processor
+
+TITLES = {
+    "tiny": "the small models that ship",
+    "sd21": "Stable Diffusion 2.1's shape with RANDOM weights: about speed and memory only, errors mean nothing",
+}
+
+
+def peak_megabytes(device: str) -> float:
+    """Of this process: allocated on the GPU, or resident."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def work(connection: Connection, name: str, args: argparse.Namespace) -> None:
+    """A contender's process: builds it, then runs it as often as it is told to."""
+    import torch
+
+    from qartsr_pipeline.timing import kinds_timed, tensor_bytes, time_stages
+
+    torch.set_num_threads(args.threads)
+    try:
+        network = CONTENDERS[name].build(args.shape, args.device)
+        dtype = next(p.dtype for p in network.vae.parameters() if p.dtype.is_floating_point)
+        up = torch.rand(1, 3, args.size, args.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        up = torch.nn.functional.avg_pool2d(up, 9, 1, 4).mul(4).clamp(-1, 1).to(args.device, dtype)
+        loaded, picture = peak_megabytes(args.device), time_stages(network, up)[1]
+        connection.send({"loaded_mb": loaded, "picture": picture.float().cpu().numpy()})
+        while (order := connection.recv()) == "time":
+            connection.send(time_stages(network, up)[0])
+        facts: dict[str, Any] = {"peak_mb": peak_megabytes(args.device), "weights_mb": tensor_bytes(network) / 1e6}
+        with kinds_timed(network) as seconds:
+            if order == "kinds" and "compiled" not in name:
+                time_stages(network, up)
+            connection.send(facts | {"kinds": seconds()})
+    except Exception as error:  # told to the parent, which goes on without this contender
+        connection.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a contender; those that fail have an "error"."""
+    import numpy as np
+
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, rows = {}, [], {}
+    for name in args.contenders:
+        print(f"loading {name}", file=sys.stderr, flush=True)
+        pipes[name], other = context.Pipe()
+        process = context.Process(target=work, args=(other, name, args), daemon=True)
+        process.start()
+        other.close()
+        processes.append(process)
+        rows[name] = {"name": name, "rounds": []} | pipes[name].recv()
+    alive = [name for name in args.contenders if "error" not in rows[name]]
+    for turn in range(args.rounds):
+        print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
+        for name in alive:
+            pipes[name].send("time")
+            rows[name]["rounds"].append(pipes[name].recv())
+    for name in alive:
+        pipes[name].send("kinds")
+        rows[name] |= pipes[name].recv()
+    first = rows[alive[0]]["picture"] if alive else None
+    for name in alive:
+        error = np.square(rows[name].pop("picture") - first).mean()
+        rows[name]["psnr_to_first"] = float(10 * np.log10(4 / error)) if error else None
+    for process in processes:
+        process.join(10)
+    return list(rows.values())
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    setting = result["setting"]
+    lines = [
+        f"{setting['size']} x {setting['size']} pixels out, {TITLES[setting['shape']]}. {result['hardware']}. Median (range) of"
+        f" {setting['rounds']} rounds, in turns.\n",
+        "| | seconds | ratio | encode | UNet | decode | peak MB | weights MB | dB to the first |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    base = None
+    for row in result["rows"]:
+        if "error" in row:
+            lines.append(f"| {row['name']} | {row['error'].splitlines()[0][:100]} | | | | | | | |")
+            continue
+        sums = [sum(stages.values()) for stages in row["rounds"]]
+        median = statistics.median(sums)
+        base = base or median
+        stages = [f"{statistics.median(r[stage] for r in row['rounds']):.3f}" for stage in row["rounds"][0]]
+        decibels = row["psnr_to_first"]
+        cells = [row["name"], f"{median:.3f} ({min(sums):.3f}-{max(sums):.3f})", f"{median / base:.2f}", *stages]
+        cells += [f"{row['peak_mb']:.0f}", f"{row['weights_mb']:.1f}", "" if decibels is None else f"{decibels:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *kinds_table(result["rows"])])
+
+
+def kinds_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Seconds of each kind of layer, where they were timed."""
+    rows = [row for row in rows if row.get("kinds")]
+    kinds = sorted({kind for row in rows for kind in row["kinds"]})
+    lines = ["| seconds by kind of layer | " + " | ".join(kinds) + " |", "| :-- |" + " --: |" * len(kinds)]
+    return lines + [
+        f"| {row['name']} | " + " | ".join(f"{row['kinds'].get(kind, 0):.3f}" for kind in kinds) + " |" for row in rows
+    ]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Seconds of the stages as stacked bars."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if "error" not in row]
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(rows)), layout="constrained")
+    left = [0.0] * len(rows)
+    for stage in rows[0]["rounds"][0]:
+        seconds = [statistics.median(r[stage] for r in row["rounds"]) for row in rows]
+        axes.barh([row["name"] for row in rows], seconds, left=left, label=stage)
+        left = [a + b for a, b in zip(left, seconds, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", choices=tuple(TITLES), default="tiny")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help="; ".join(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/speed_SHAPE_DEVICE.json")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="only print the table of an earlier run, and draw its plot")
+    args = parser.parse_args()
+    if args.table:
+        result = json.loads(args.table.read_text(encoding="utf-8"))
+        print(report(result))
+        plot(result, args.table.with_suffix(".png"))
+        return
+    usual = [n for n, c in CONTENDERS.items() if c.listed and c.installed and args.device in c.devices]
+    args.contenders = args.contenders or usual
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    rows = measure(args)
+    import torch
+
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, {args.threads} threads"
+    setting = {"shape": args.shape, "size": args.size, "rounds": args.rounds, "device": args.device}
+    capability = torch.backends.cpu.get_cpu_capability()
+    result = {"setting": setting, "hardware": f"{name} ({capability}), torch {torch.__version__}", "rows": rows}
+    output = args.output or Path(f"benchmarks/results/speed_{args.shape}_{args.device}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(report(result))
+    plot(result, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
