@@ -1,4 +1,4 @@
-"""The command `qartsr`: upscale | info | convert | demo.
+"""The command `qartsr`: upscale | info | bench | convert | demo.
 
 Exit codes: 0 done, 2 something could not be done (one line says what, why, and the ways out), 130 interrupted. Nothing heavy is
 imported before a command runs, so that `qartsr --help` and usage errors are quick.
@@ -47,6 +47,12 @@ def _info(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from .command_line.bench import run
+
+    return run(options)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from .demo import run
 
@@ -76,12 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--layers", action="store_true", help="list every layer")
     info.add_argument("--json", action="store_true", help="print everything, layers included, as JSON")
     info.set_defaults(run=_info)
+    bench = _add_bench(commands)
     demo = commands.add_parser("demo", help="upscale the sample photograph on the CPU and compare")
     demo.add_argument("-o", "--output", default="demo_output", metavar="FOLDER", help="default: demo_output")
     demo.add_argument("--model", default=DEFAULT_CHECKPOINT, help=_MODEL_HELP)
     demo.set_defaults(run=_demo)
     sources = _add_convert(commands)
-    for command in (commands.choices["upscale"], info, demo, *sources):
+    for command in (commands.choices["upscale"], info, bench, demo, *sources):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -105,8 +112,22 @@ def _add_upscale(commands: argparse._SubParsersAction) -> None:
     upscale.add_argument("--color-fix", choices=("wavelet", "adain", "none"), default="wavelet", help="default: wavelet")
     upscale.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
     upscale.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: auto")
-    upscale.add_argument("--overwrite", action="store_true", help="replace files that exist; else a folder's that are done are skipped")
+    upscale.add_argument(
+        "--overwrite", action="store_true", help="replace files that exist; else a folder's that are done are skipped"
+    )
     upscale.set_defaults(run=_upscale)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    bench = commands.add_parser("bench", help="time a checkpoint on this machine, by stage and kernels")
+    bench.add_argument("model", nargs="?", default=DEFAULT_CHECKPOINT, metavar="DIR", help=_MODEL_HELP)
+    bench.add_argument("--against", metavar="DIR", help="another checkpoint, such as the full-precision one: ratio 1")
+    bench.add_argument("--size", type=int, default=128, metavar="N", help="side of the picture before enlargement; default: 128")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    bench.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
+    bench.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: auto")
+    bench.set_defaults(run=_bench)
+    return bench
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> list[argparse.ArgumentParser]:
