@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from qartsr_pipeline.kernels import int_mm, onednn, reference
+from qartsr_pipeline.kernels import float_product, int_mm, onednn, reference
 from qartsr_pipeline.kernels.compiled import make_operator
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 
@@ -38,7 +38,9 @@ def _triton() -> dict[str, ModuleType]:
 # In order of preference. Triton's kernels stand behind `torch._int_mm` until they have run on a GPU, which
 # `benchmarks/triton_gpu_check.py` is for.
 BACKENDS: dict[str, ModuleType] = (
-    {backend.NAME: backend for backend in (onednn, int_mm)} | _triton() | {reference.NAME: reference}
+    {backend.NAME: backend for backend in (onednn, int_mm)}
+    | _triton()
+    | {backend.NAME: backend for backend in (float_product, reference)}
 )
 
 _forced: ContextVar[str | None] = ContextVar("qartsr_backend", default=None)

@@ -46,3 +46,12 @@ def quantized_rows(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int, b
         codes[part].copy_(block if bits < 8 else block.to(torch.int16))
     codes = codes.view(torch.uint8)
     return codes.add_(offset % 256) if offset else codes
+
+
+def quantized_floats(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int, bits: int) -> torch.Tensor:
+    """Centred codes of a matrix (rows, C), float32; arguments as for `quantized_rows`."""
+    codes = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    low, high = -zero_point, 2**bits - 1 - zero_point
+    for part in blocks(*x.shape):
+        torch.mul(x[part], multiplier, out=codes[part]).round_().clamp_(low, high).nan_to_num_(nan=0.0)
+    return codes

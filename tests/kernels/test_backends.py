@@ -23,7 +23,7 @@ from qartsr_pipeline.kernels.operand import BLOCK_ELEMENTS, quantized_rows
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 BIT_PAIRS = list(itertools.product(BITS, BITS))
-FAST = [name for name in ("onednn", "int_mm") if BACKENDS[name].unavailable() is None]
+FAST = [name for name in ("onednn", "int_mm", "float") if BACKENDS[name].unavailable() is None]
 # what this processor's sums are wide enough for
 COMPUTED = [
     (backend, bits)
@@ -181,7 +181,7 @@ import test_backends as t
 for name in t.FAST:
     specs = {b: t.random_layer(t.nn.Linear(8, 8), t.LayerScheme(*b)).spec for b in t.BIT_PAIRS}
     refused = [b for b, spec in specs.items() if t.BACKENDS[name].unsupported(spec, "cpu")]
-    wide = {"onednn": [(8, 8)], "int_mm": [b for b in t.BIT_PAIRS if b[0] == 8]}[name]
+    wide = {"onednn": [(8, 8)], "int_mm": [b for b in t.BIT_PAIRS if b[0] == 8], "float": []}[name]
     assert refused == wide or (name == "int_mm" and not refused), refused  # torch does not take oneDNN on every processor
     for bits in t.BIT_PAIRS:
         if bits not in refused and max(bits) >= 6:

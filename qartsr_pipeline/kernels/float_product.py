@@ -1,0 +1,86 @@
+"""The same integers multiplied as float32 numbers, for processors that multiply bytes no faster: oneDNN's float kernels.
+
+Codes are rounded and clamped as in every backend, and are exact in float32; scale and bias ride on the product, and oneDNN adds the
+16-bit branch in place. Against the reference: constants are made once, and every pass over a feature map that can be left out is.
+Feature maps are channels-last.
+
+Memory: four bytes a weight beside the stored ones, as much as the float model has, unless `prepared.low_memory`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
+from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.onednn import add_branch, as_map, compute_dtype, hidden_rows
+from qartsr_pipeline.kernels.operand import quantized_floats
+from qartsr_pipeline.kernels.weights import weight_bytes
+
+NAME = "float"
+CONSTRAINTS = (Constraints(device="cpu", operators=("mkldnn._linear_pointwise", "mkldnn._convolution_pointwise_")),)
+
+
+def unavailable() -> str | None:
+    return unavailable_because(CONSTRAINTS)
+
+
+def unsupported(spec: LayerSpec, device: str) -> str | None:
+    return unmet(CONSTRAINTS, spec, device)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer's constants. `weight` is the codes times both scales; `down` has phi in it."""
+
+    weight: torch.Tensor
+    multiplier: torch.Tensor
+    zero_point: int
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+
+
+def prepare(layer: StoredLayer, dtype: torch.dtype) -> Prepared:
+    weight = weight_bytes(layer).float()
+    scale = (layer.weight_scale * layer.input_scale).view(-1, *[1] * (weight.dim() - 1))
+    has_branch = layer.spec.rank > 0
+    return Prepared(
+        weight.mul_(scale),
+        layer.smooth / layer.input_scale,
+        int(layer.input_zero_point),
+        (layer.branch_down * layer.smooth).to(dtype) if has_branch else None,
+        layer.branch_up.to(dtype) if has_branch else None,
+    )
+
+
+def _prepared(x: torch.Tensor, layer: StoredLayer) -> Prepared:
+    dtype = compute_dtype(x)
+    return layer.prepared.get(layer, (NAME, dtype), lambda stored: prepare(stored, dtype))
+
+
+def _codes(rows: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Tensor:
+    return quantized_floats(rows, ready.multiplier, ready.zero_point, layer.spec.activation_bits)
+
+
+def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """(..., C) -> (..., N), in x's dtype."""
+    ready = _prepared(x, layer)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = F.linear(_codes(rows, ready, layer), ready.weight, layer.bias)
+    if layer.spec.rank:
+        y += F.linear(hidden_rows(rows, ready), ready.up)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, H', W'), in x's dtype, channels-last."""
+    spec, ready = layer.spec, _prepared(x, layer)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last input
+    codes = as_map(_codes(rows, ready, layer), x)
+    y = F.conv2d(codes, ready.weight, layer.bias, spec.stride, spec.padding).to(compute_dtype(x))
+    if spec.rank:
+        add_branch(y, as_map(hidden_rows(rows, ready), x), ready, spec)
+    return y.to(x.dtype)
