@@ -1,8 +1,8 @@
 """The same integers multiplied as float32 numbers, for processors that multiply bytes no faster: oneDNN's float kernels.
 
-Codes are rounded and clamped as in every backend, and are exact in float32; scale and bias ride on the product, and oneDNN adds the
-16-bit branch in place. Against the reference: constants are made once, and every pass over a feature map that can be left out is.
-Feature maps are channels-last.
+Codes are rounded and clamped as in every backend, and are exact in float32; scale and bias ride on the product, and oneDNN adds
+the 16-bit branch in place. Against the reference: constants are made once, and every pass over a feature map that can be left out
+is. Feature maps are channels-last.
 
 Memory: four bytes a weight beside the stored ones, as much as the float model has, unless `prepared.low_memory`.
 """
