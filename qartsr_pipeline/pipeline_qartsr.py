@@ -25,6 +25,7 @@ from .image.resize import enlarged_size
 from .image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
 from .image.tiles import Tile, TileGrid
 from .input_checks import check_arguments, check_components
+from .offloading import check_group_offload, keep_prepared, offload_buffers
 from .one_step import OneStepNetwork
 from .overflow import compute_dtype
 from .prompt_embedding import PromptEmbedding
@@ -165,6 +166,25 @@ class QArtSRPipeline(DiffusionPipeline):
             if kwargs.get("dtype") in dtypes:
                 del kwargs["dtype"]
         return super().to(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; the buffers that hold quantized weights leave the device, too."""
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+        offload_buffers(self)
+        keep_prepared(self, False)
+
+    def enable_group_offload(
+        self, onload_device: torch.device, *args: Any, offload_type: str = "block_level", **kwargs: Any
+    ) -> None:
+        """As in diffusers, with `offload_type` by name; ValueError for what cannot work here, see `check_group_offload`."""
+        check_group_offload(self, offload_type, kwargs.get("offload_to_disk_path"), kwargs.get("use_stream", False))
+        super().enable_group_offload(onload_device, *args, offload_type=offload_type, **kwargs)
+        keep_prepared(self, False)
+
+    def remove_all_hooks(self) -> None:
+        """As in diffusers."""
+        super().remove_all_hooks()
+        keep_prepared(self)
 
     def check_inputs(self, **arguments: Any) -> None:
         """Checks the arguments of `__call__` except the pictures; raises TypeError or ValueError that names the argument."""
