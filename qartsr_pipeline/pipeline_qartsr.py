@@ -16,8 +16,9 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint_files import check_checkpoint, fetch, write_checksums
+from .checkpoint_files import CheckpointError, check_checkpoint, fetch, write_checksums
 from .generic_loading import forget_origin, without_entry_point, write_entry_point
+from .hub_upload import take_upload_arguments, upload
 from .image.input_conversion import to_pictures
 from .image.output_conversion import from_pictures, stack_if_equal
 from .image.picture import Picture
@@ -126,7 +127,13 @@ class QArtSRPipeline(DiffusionPipeline):
         """
         hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = fetch(pretrained_model_name_or_path, **hub_arguments)
-        check_checkpoint(folder)
+        try:
+            check_checkpoint(folder)
+        except FileNotFoundError as error:  # the Hub's cache consists of links
+            raise CheckpointError(
+                f"{folder} lacks {error.filename}: the link to it leads nowhere. A download was interrupted, or the cache was"
+                " copied without what it links to. Download or copy the checkpoint again, whole."
+            ) from error
         return super().from_pretrained(str(folder), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -134,16 +141,17 @@ class QArtSRPipeline(DiffusionPipeline):
 
         Args:
             save_directory: created if missing.
-            kwargs: as for `DiffusionPipeline.save_pretrained`.
+            kwargs: as for `DiffusionPipeline.save_pretrained`; with `push_to_hub=True` the whole folder is uploaded.
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError("`safe_serialization` must be True: checkpoints are stored as safetensors only.")
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError("`push_to_hub=True` would upload without checksums. Call pipeline.push_to_hub(repo_id) instead.")
+        upload_arguments = take_upload_arguments(kwargs)
         super().save_pretrained(os.fspath(save_directory), **kwargs)
         write_entry_point(Path(save_directory))
         forget_origin(Path(save_directory))
         write_checksums(Path(save_directory))
+        if upload_arguments is not None:
+            upload(self, Path(save_directory), **upload_arguments)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> dict | tuple:
