@@ -26,7 +26,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
-RANKS = (2, 4, 8, 12, 16, 24, 32, 48, 64)
+RANKS = (4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def test_the_readmes_commands_are_known(tmp_path, monkeypatch, capsys):
     """Each parses; what it then complains about is the picture or model that is not there."""
     monkeypatch.chdir(tmp_path)
     commands = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("qartsr ")]
-    assert {command[1] for command in commands} == {"upscale", "info", "demo", "convert"}
+    assert {command[1] for command in commands} == {"upscale", "info", "bench", "demo", "convert"}
     for command in commands:
         _parser().parse_args(command[1:])
         if command[1] == "upscale":
