@@ -108,6 +108,8 @@ def errors_by_rank(
             for name, value in plain._parameters.items():
                 if name.startswith(("log_smooth", "input_")):
                     candidate._parameters[name].copy_(value)
+            if hasattr(candidate, "set_input_range"):  # dynamic activations
+                candidate.set_input_range(float(sample.lower.min()))
             set_branch(candidate, rows, options)
         errors[rank] = float((squared_errors(candidate, rows) * weights).sum()) / len(rows)
     return errors

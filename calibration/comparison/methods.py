@@ -25,6 +25,10 @@ def _per_module(recipe: Recipe, change: Callable[[Stage], Stage]) -> Recipe:
     return replace(recipe, stages=tuple(s if s.modules == "all" else change(s) for s in recipe.stages))
 
 
+def _with_layer(recipe: Recipe, **changes: Any) -> Recipe:
+    return replace(recipe, layer=replace(recipe.layer, **changes))
+
+
 def _jointly(stage: Stage) -> Stage:
     return replace(stage, modules="all", loss={k: v for k, v in stage.loss.items() if k != "module_l2"})
 
@@ -41,12 +45,13 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "qartsr-forward": ("forward order", partial(_per_module, change=lambda stage: replace(stage, order="forward"))),
     "qartsr-joint": ("joint instead of per module", partial(_per_module, change=_jointly)),
     "qartsr-no-et": ("no ET", _only_per_module),
+    "qartsr-one-rank": ("rank 8 everywhere", lambda recipe: _with_layer(recipe, branch_rank=8, branch_budget=0)),
     "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0, branch_budget=0)),
     "qartsr-no-smoothing": ("no smoothing", partial(_without, part="smoothing", smoothing="none")),
     "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0)),
 }
-# A method's published rank is another thing where layers have 16 to 96 channels: also with the main method's rank.
-SAME_RANK = "svdquant-same-rank"
+# A method's published rank is another thing where layers have 16 to 96 channels: also with the main method's budget.
+SAME_BUDGET = "svdquant-same-budget"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Method:
 
 def method_names() -> tuple[str, ...]:
     """Everything that --methods takes."""
-    return (*METHODS, SAME_RANK, *ABLATIONS)
+    return (*METHODS, SAME_BUDGET, *ABLATIONS)
 
 
 def make_method(name: str, steps: int) -> Method:
@@ -75,9 +80,10 @@ def make_method(name: str, steps: int) -> Method:
     if name in ABLATIONS:
         label, change = ABLATIONS[name]
         kind, recipe = "ablation", change(load_recipe(MAIN))
-    elif name == SAME_RANK:
-        kind, recipe, budget = "method", load_recipe("svdquant"), load_recipe(MAIN).layer.branch_budget
-        label, recipe = f"{recipe.method}, same budget", replace(recipe, layer=replace(recipe.layer, branch_budget=budget))
+    elif name == SAME_BUDGET:
+        kind, recipe, main = "method", load_recipe("svdquant"), load_recipe(MAIN).layer
+        label = f"{recipe.method}, same budget"
+        recipe = _with_layer(recipe, branch_rank=main.branch_rank, branch_budget=main.branch_budget)
     else:
         kind, recipe = "method", load_recipe(name)
         label = recipe.method

@@ -193,7 +193,8 @@ def test_each_ablation_leaves_out_one_thing():
     for part, layer in (("branch", "branch_rank"), ("adapter", "adapter_rank"), ("smoothing", "smoothing")):
         changed = recipe[f"qartsr-no-{part}"]
         assert getattr(changed.layer, layer) in (0, "none") and all(part not in s.train for s in changed.stages)
-        assert replace(changed.layer, **{layer: getattr(main.layer, layer)}) == main.layer
+        kept = {name: getattr(main.layer, name) for name in (layer, "branch_budget")}
+        assert replace(changed.layer, **kept) == main.layer
 
 
 def test_passionsr_is_also_measured_at_the_bits_of_its_publication():
@@ -202,7 +203,8 @@ def test_passionsr_is_also_measured_at_the_bits_of_its_publication():
         "maxmin-w4a4-seed0", "passionsr-w4a4-seed0", "passionsr-w8a8-seed0",
     ]  # fmt: skip
     assert len(compare.first_cells(both, ["w8a8"])) == 2
-    assert make_method(methods.SAME_RANK, 6).recipe.layer.branch_rank == load_recipe("qartsr").layer.branch_rank
+    same, main = make_method(methods.SAME_BUDGET, 6).recipe.layer, load_recipe("qartsr").layer
+    assert (same.branch_rank, same.branch_budget) == (main.branch_rank, main.branch_budget) and main.branch_budget > 0
     assert make_method("maxmin", 6).recipe.steps == 0 and make_method("lsq", 6).recipe.steps == 6
     assert all(make_method(name, 6).name == name for name in method_names())
 

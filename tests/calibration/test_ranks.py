@@ -70,3 +70,10 @@ def test_a_budget_beats_one_rank_for_all_and_is_stored(tmp_path):
     loaded = QArtSRPipeline.from_pretrained(tmp_path / "model")
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(picture(loaded), picture(pipeline))
+
+
+def test_layers_on_other_grids_get_ranks_too():
+    changes = ("images=2", "image_size=32", "layer.branch_rank=8", "layer.branch_budget=0.1", "layer.branch_rounds=1")
+    pipeline, result = calibrated(small_recipe(*changes, name="svdquant"))
+    assert torch.isfinite(picture(pipeline)).all()
+    assert len({layer.layer_scheme.rank for layer in all_layers(pipeline).values()}) > 1
