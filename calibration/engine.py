@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,23 @@ from tqdm import tqdm
 
 from calibration.blocks import Block, Turn, find_blocks, turns
 from calibration.calibration_state import load_calibration, load_parameters, save_calibration, started_from
-from calibration.data.degradations import DEGRADATIONS
-from calibration.data.pairs import SCALE, Patches, sample_pair
+from calibration.data.pairs import Patches
 from calibration.extended import end_to_end_loss
 from calibration.initialise import Initialisation, initialise, relative_output_error
 from calibration.losses import Perceptual
-from calibration.observers import InputSample, observe
+from calibration.observers import InputSample
 from calibration.optimization import keep_zero_inside, parameter_groups
 from calibration.other_grids import layer_kinds
-from calibration.ranks import ranks_within_budget
-from calibration.recipe import Recipe, Stage, parse_bits
+from calibration.recipe import Recipe, Stage
 from calibration.rpq import module_loss, record, start_turn
+from calibration.schemes import COMPONENTS, fold_and_make_schemes, give_ranks, observe_full_precision
 from calibration.tensor_store import TensorStore
 from calibration.training_state import StopSignals
 from calibration.warm_start import record_of_folder, start_from_folder
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.quantization.calibrating import CalibratingMixin, Kinds, calibrating_layers, prepare
-from qartsr_pipeline.quantization.fold import fold
-from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers, prepare
+from qartsr_pipeline.quantization.scheme import QuantizationScheme
 
-COMPONENTS = ("unet", "vae")
 Watch = Callable[[int, int], bool]
 MEMORY_FOR_ACTIVATIONS = 2 * 2**30  # bytes of recorded block outputs that stay in memory; more go to disk
 
@@ -96,89 +93,6 @@ def weights_digest(pipeline: QArtSRPipeline) -> str:
                     digest.update(f"{component}.{name}.{key}".encode())
                     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def fold_and_make_schemes(pipeline: QArtSRPipeline, recipe: Recipe, bits: tuple[int, int]) -> dict[str, QuantizationScheme]:
-    """Folds the UNet's constants in place, and gives the schemes of UNet and VAE.
-
-    Layers that the recipe keeps at more bits have no low-rank branch. Where ranks are under a budget, `give_ranks` gives them.
-
-    Raises:
-        ValueError: the pipeline is quantized already, or there is no quantizer of so many bits.
-    """
-    if any(getattr(getattr(pipeline, name), "is_quantized", False) for name in COMPONENTS):
-        raise ValueError("the model is quantized already; quantize the full-precision model that it was made from")
-    default = LayerScheme(*bits, 0 if recipe.layer.branch_budget else recipe.layer.branch_rank)
-    folding = fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))
-    schemes = {}
-    for component in COMPONENTS:
-        kept = {}
-        for pattern, text in recipe.keep.items():
-            if pattern.startswith(f"{component}."):
-                weights, activations = parse_bits(text)
-                kept[pattern.removeprefix(f"{component}.")] = LayerScheme(max(weights, bits[0]), max(activations, bits[1]))
-        plain = QuantizationScheme(default, kept)
-        for name in quantizable_layers(getattr(pipeline, component), plain):
-            rank = next((rank for p, rank in recipe.layer.branch_ranks.items() if fnmatchcase(f"{component}.{name}", p)), None)
-            if rank is not None and plain.for_layer(name) == default:
-                kept[name] = replace(default, rank=rank)
-        schemes[component] = QuantizationScheme(default, kept, folding if component == "unet" else None)
-    return schemes
-
-
-def observe_full_precision(
-    pipeline: QArtSRPipeline,
-    schemes: dict[str, QuantizationScheme],
-    recipe: Recipe,
-    patches: Patches,
-    seed: int,
-    degradation: str,
-) -> dict[str, InputSample]:
-    """ "component.layer" -> sample of its input over the recipe's calibration pictures; the pipeline is still full precision."""
-    layers = {
-        f"{component}.{name}": layer
-        for component in COMPONENTS
-        for name, (layer, _) in quantizable_layers(getattr(pipeline, component), schemes[component]).items()
-    }
-    rng = np.random.default_rng(seed)
-    batches = [
-        DEGRADATIONS[degradation](patches.sample(min(4, recipe.images - start), recipe.image_size, rng), SCALE, rng)
-        for start in range(0, recipe.images, 4)
-    ]
-    with tqdm(batches, desc="observe", unit="batch", leave=False) as bar:
-        return observe(layers, lambda low: pipeline(low, color_fix=None, output_type="pt"), bar)
-
-
-def give_ranks(
-    pipeline: QArtSRPipeline,
-    schemes: dict[str, QuantizationScheme],
-    recipe: Recipe,
-    kinds: Kinds,
-    samples: dict[str, InputSample],
-    patches: Patches,
-    seed: int,
-    degradation: str,
-) -> dict[str, QuantizationScheme]:
-    """The schemes with a rank for every layer, within the recipe's budget; the pipeline is still full precision."""
-    layers = {
-        f"{component}.{name}": (layer, replace(scheme, rank=recipe.layer.branch_rank))
-        for component in COMPONENTS
-        for name, (layer, scheme) in quantizable_layers(getattr(pipeline, component), schemes[component]).items()
-        if scheme == schemes[component].default
-    }
-    for component in COMPONENTS:
-        getattr(pipeline, component).requires_grad_(False)
-    side, device = min(recipe.image_size, 128), pipeline.vae.device
-    batches = (
-        sample_pair(patches, 2, side, np.random.default_rng([seed, index]), degradation)[0].to(device) for index in range(4)
-    )
-    ranks = ranks_within_budget(pipeline, layers, kinds, samples, batches, recipe.layer.branch_budget, recipe.layer.bounds)
-    given = {component: dict(schemes[component].overrides) for component in COMPONENTS}
-    for name, rank in ranks.items():
-        component, _, layer = name.partition(".")
-        if rank:
-            given[component][layer] = replace(schemes[component].default, rank=rank)
-    return {component: replace(schemes[component], overrides=given[component]) for component in COMPONENTS}
 
 
 @dataclass

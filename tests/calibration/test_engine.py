@@ -102,6 +102,25 @@ def test_only_what_a_stage_names_is_trained():
     assert changed == {"adapter_up", "adapter_down"}
 
 
+def test_a_stage_trains_the_layers_that_it_names():
+    recipe = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1", "stages.1.layers=vae.decoder.*")
+    start = all_layers(calibrated(small_recipe("steps=0"))[0])
+    for name, layer in all_layers(calibrated(recipe)[0]).items():
+        changed = any(not torch.equal(p, start[name].get_parameter(key)) for key, p in layer.named_parameters(recurse=False))
+        assert changed == name.startswith("vae.decoder."), name
+
+
+def test_layers_have_the_ranks_that_patterns_give_them():
+    ranks = "layer.branch_ranks={'vae.*conv_shortcut': 0, 'vae.*': 1}"
+    for more in ([], ["layer.branch_budget=0.05"]):
+        pipeline, _ = calibrated(small_recipe("steps=0", ranks, *more))
+        for name, layer in all_layers(pipeline).items():
+            if name.startswith("vae.") and layer.layer_scheme.weight_bits == 4:
+                assert layer.layer_scheme.rank == (0 if name.endswith("conv_shortcut") else 1), name
+    with pytest.raises(RecipeError, match="branch_ranks.vae.. is -1"):
+        small_recipe("layer.branch_ranks={'vae.*': -1}")
+
+
 class Interrupting(SmoothPatches):
     """Asks the run to stop while it draws the patches of a given call."""
 

@@ -131,3 +131,27 @@ def test_freezing_that_fails_leaves_the_model_as_it_was(model: nn.Module):
     with pytest.raises(ValueError, match="log_smooth of .* is not finite"):
         freeze(model, QuantizationScheme())
     assert list(calibrating_layers(model)) == list(layers)
+
+
+def test_a_remembered_weight_follows_every_change():
+    """Weights that are not trained are quantized once; whatever they are made of may change."""
+    layer = CalibratingLinear.from_layer(nn.Linear(8, 6), LayerScheme(4, 4, 2), adapter_rank=2)
+    layer.requires_grad_(False)
+    layer.branch_down.normal_()
+    x = torch.randn(3, 8)
+    seen = [layer(x)]
+    assert layer.qweight is layer.qweight
+    for name in ("log_smooth", "branch_up", "adapter_up", "weight_upper"):
+        layer.get_parameter(name).add_(0.3)
+        seen.append(layer(x))
+        assert not torch.equal(seen[-1], seen[-2]), name
+    layer.layer_scheme = LayerScheme(2, 4, 2)
+    assert not torch.equal(layer(x), seen[-1])
+    assert not torch.equal(copy.deepcopy(layer).qweight, torch.zeros(6, 8)) and torch.equal(
+        copy.deepcopy(layer).qweight, layer.qweight
+    )
+    with torch.inference_mode():
+        again = layer(x)
+    layer.adapter_up.requires_grad_(True)
+    layer(x).sum().backward()  # nothing that was made in inference mode is in the way
+    assert layer.adapter_up.grad is not None and torch.equal(again, layer(x))
