@@ -1,277 +1,50 @@
 """The engine: quantizes a full-precision pipeline as a recipe says. It knows no method by name.
 
-Observers see the full-precision model, every layer's parameters are set (`initialise`), then the recipe's stages train them. A
-step is a function of the parameters, the seed and its number: what is resumed from a saved state ends bit for bit as if never
-stopped, on the same machine with the same number of threads.
+Observers see the full-precision model, every layer's parameters are set (`initialise`), then the recipe's stages train them
+(`stages`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from calibration.blocks import Block, Turn, find_blocks, turns
-from calibration.calibration_state import load_calibration, load_parameters, save_calibration, started_from
+from calibration.calibration_state import load_parameters, started_from
 from calibration.data.pairs import Patches
-from calibration.extended import end_to_end_loss
-from calibration.initialise import Initialisation, initialise, relative_output_error
+from calibration.initialise import Initialisation, initialise
 from calibration.losses import Perceptual
-from calibration.observers import InputSample
-from calibration.optimization import keep_zero_inside, parameter_groups
 from calibration.other_grids import layer_kinds
-from calibration.recipe import Recipe, Stage
-from calibration.rpq import module_loss, record, start_turn
+from calibration.recipe import Recipe
 from calibration.schemes import COMPONENTS, fold_and_make_schemes, give_ranks, observe_full_precision
-from calibration.tensor_store import TensorStore
-from calibration.training_state import StopSignals
+from calibration.stages import Calibrated, Run, Watch, weights_digest
 from calibration.warm_start import record_of_folder, start_from_folder
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers, prepare
-from qartsr_pipeline.quantization.scheme import QuantizationScheme
-
-Watch = Callable[[int, int], bool]
-MEMORY_FOR_ACTIVATIONS = 2 * 2**30  # bytes of recorded block outputs that stay in memory; more go to disk
-
-
-class Stopped(Exception):
-    """Training was asked to stop; the state is saved."""
-
-
-@dataclass
-class Calibrated:
-    """What a run made, beside the pipeline itself.
-
-    Attributes:
-        schemes: of UNet and VAE, to freeze with.
-        losses: stage -> loss of every step.
-        turns: of every module's turn: stage, module, loss of its first and last step.
-        errors_before, layer_errors: "component.layer" -> relative squared error of the layer's output alone on calibration
-            inputs, |y_q - y|^2 / |y|^2, before and after training.
-        histograms: "component.layer" -> histogram of its smoothed input, and the bounds: counts, edges, lower, upper.
-        weights: SHA-256 of the original weights, the same before and after.
-        start: what is recorded of the run that it started from.
-        stopped: whether it was asked to stop before the end.
-    """
-
-    schemes: dict[str, QuantizationScheme]
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    turns: list[dict[str, Any]] = field(default_factory=list)
-    errors_before: dict[str, float] = field(default_factory=dict)
-    layer_errors: dict[str, float] = field(default_factory=dict)
-    histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    weights: str = ""
-    start: dict[str, Any] | None = None
-    stopped: bool = False
-
-
-def all_layers(pipeline: QArtSRPipeline) -> dict[str, CalibratingMixin]:
-    """ "component.layer" -> calibrating layer."""
-    return {
-        f"{component}.{name}": layer
-        for component in COMPONENTS
-        for name, layer in calibrating_layers(getattr(pipeline, component)).items()
-    }
-
-
-def weights_digest(pipeline: QArtSRPipeline) -> str:
-    """SHA-256 over the weights and biases of a folded UNet and of the VAE, without quantization parameters."""
-    digest = hashlib.sha256()
-    for component in COMPONENTS:
-        for name, module in getattr(pipeline, component).named_modules():
-            for key in ("weight", "bias"):
-                tensor = module._parameters.get(key)
-                if tensor is not None:
-                    digest.update(f"{component}.{name}.{key}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@dataclass
-class Run:
-    """One calibration while it goes on. Its position and what `state` holds: stage, turn, step, parameters, optimizer.
-
-    Attributes:
-        every: steps between saved states; 0 for none.
-        watch: see `quantize`.
-    """
-
-    pipeline: QArtSRPipeline
-    full_precision: QArtSRPipeline
-    recipe: Recipe
-    patches: Patches
-    seed: int
-    degradation: str
-    perceptual: Perceptual | None
-    result: Calibrated
-    state: Path | None = None
-    every: int = 20
-    identity: dict[str, Any] = field(default_factory=dict)
-    watch: Watch | None = None
-
-    def __post_init__(self) -> None:
-        self.blocks: list[Block] = find_blocks(self.pipeline)
-        self.layers = all_layers(self.pipeline)
-        self.names = {id(layer): name for name, layer in self.layers.items()}
-        self.stage_index = self.turn_index = self.step = 0
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.optimizer_state: dict[str, Any] | None = None
-
-    def train(self) -> None:
-        """Runs the stages from the position on.
-
-        Raises:
-            Stopped: asked to; saved. FloatingPointError: the loss is no number; the last saved state is kept.
-        """
-        done = sum(len(losses) for losses in self.result.losses.values())
-        with StopSignals() as self.stop, tqdm(total=self._total(), initial=done, unit="step", mininterval=1) as self.bar:
-            for index, stage in enumerate(self.recipe.stages):
-                if index >= self.stage_index:
-                    self._stage(index, stage)
-        for block in self.blocks:
-            block.quantize(True)
-
-    def _total(self) -> int:
-        return sum(sum(self.recipe.steps_of(stage, 1)) for stage in self.recipe.stages)
-
-    def _stage(self, index: int, stage: Stage) -> None:
-        order = turns(self.blocks, stage.modules, stage.order)
-        steps = self.recipe.steps_of(stage, len(order))
-        if not sum(steps):
-            return
-        if stage.modules == "all":
-            for block in self.blocks:
-                block.quantize(True)
-            self._turn(stage, order, steps, 0, lambda step: self._end_to_end(index, stage, step))
-            self._next_stage()
-            return
-        for block in self.blocks:
-            block.quantize(False)
-        folder = self.state.parent if self.state else None
-        with TensorStore(MEMORY_FOR_ACTIVATIONS, folder) as store:
-            count = min(self.recipe.cached_batches, sum(steps))
-            recording = record(
-                self.pipeline, self.blocks, stage, self.patches, [self.seed, index, 1], count, store, self.degradation
-            )
-            for number, turn in enumerate(order):
-                start_turn(self.blocks, turn, stage)
-                if number >= self.turn_index:
-                    first = sum(steps[:number])  # so that not every module begins with the same batch
-                    self._turn(
-                        stage, order, steps, number,
-                        lambda step, turn=turn, first=first: module_loss(
-                            recording, turn, stage.loss, first + step, self.perceptual
-                        ),
-                    )  # fmt: skip
-        self._next_stage()
-
-    def _next_stage(self) -> None:
-        self.stage_index, self.turn_index, self.step = self.stage_index + 1, 0, 0
-        self.optimizer = None
-        self.save()
-
-    def _end_to_end(self, index: int, stage: Stage, step: int) -> torch.Tensor:
-        seed = [self.seed, index, 2, step]
-        return end_to_end_loss(self.pipeline, self.full_precision, self.patches, stage, seed, self.perceptual, self.degradation)
-
-    def _turn(self, stage: Stage, order: list[Turn], steps: list[int], number: int, loss_of: Any) -> None:
-        """All steps of one turn, from the position on."""
-        self._make_optimizer(stage, order[: number + 1] if stage.others == "quantized_so_far" else [order[number]])
-        losses = self.result.losses.setdefault(stage.name, [])
-        self.bar.set_description_str(f"{stage.name} {order[number].name}" if len(order) > 1 else stage.name, refresh=False)
-        while self.step < steps[number]:
-            loss = self._step(stage, self._rate(stage, steps[number]), loss_of)
-            losses.append(loss)
-            self.step += 1
-            self.bar.update()
-            self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-            if self.watch is not None and self.watch(self.bar.n, self.bar.total):
-                self.stop.requested = True
-            if self.stop.requested or (self.every and len(losses) % self.every == 0):
-                self.save()
-            if self.stop.requested:
-                raise Stopped
-        if len(order) > 1 and steps[number]:
-            last = losses[-steps[number] :]
-            self.result.turns.append({"stage": stage.name, "module": order[number].name, "first": last[0], "last": last[-1]})
-        self.turn_index, self.step = number + 1, 0
-
-    def _make_optimizer(self, stage: Stage, so_far: list[Turn]) -> None:
-        """Adam over the parameters of the turns so far; what it knows of those before is kept."""
-        known: set[int] = set()
-        if self.optimizer is None or stage.others == "full_precision":
-            for layer in self.layers.values():
-                layer.requires_grad_(False)
-            self.optimizer, fresh = None, so_far
-        else:
-            known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-            fresh = so_far[-1:]
-        groups = [
-            group
-            for turn in fresh
-            for block in turn.blocks
-            for group in parameter_groups(self._trained(block, stage), stage.train, known)
-        ]
-        if self.optimizer is None:
-            self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        else:
-            for group in groups:
-                self.optimizer.add_param_group(group)
-        if self.optimizer_state is not None:
-            self.optimizer.load_state_dict(self.optimizer_state)
-            self.optimizer_state = None
-
-    def _trained(self, block: Block, stage: Stage) -> list[CalibratingMixin]:
-        return [layer for layer in block.layers if fnmatchcase(self.names[id(layer)], stage.layers)]
-
-    def _rate(self, stage: Stage, steps: int) -> float:
-        if stage.modules != "all" and stage.others == "quantized_so_far":
-            return stage.lr
-        return stage.lr * min(1.0, (self.step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * self.step / steps))
-
-    def _step(self, stage: Stage, rate: float, loss_of: Any) -> float:
-        loss = loss_of(self.step)
-        if not torch.isfinite(loss):
-            kept = f"{self.state} has the state before it: " if self.state and self.state.exists() else ""
-            raise FloatingPointError(
-                f"the loss of step {self.step} of {stage.name}, {self.bar.desc}, is {float(loss.detach())}: {kept}"
-                f"start again with a smaller learning rate than {stage.lr:g}"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["relative"] * rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        keep_zero_inside(self.layers.values())
-        return float(loss.detach())
-
-    def save(self) -> None:
-        """Writes the state, where the run has one."""
-        if self.state is None:
-            return
-        position = {"stage_index": self.stage_index, "turn_index": self.turn_index, "step": self.step}
-        result = {"losses": self.result.losses, "turns": self.result.turns, "errors_before": self.result.errors_before}
-        optimizer = self.optimizer.state_dict() if self.optimizer else None
-        save_calibration(self.state, self.layers, self.identity, position | result | {"optimizer": optimizer})
-
-    def restore(self) -> None:
-        """Takes up the state's position, parameters and optimizer; see `load_calibration` for what is raised."""
-        entries = load_calibration(self.state, self.layers, self.identity)
-        self.stage_index, self.turn_index, self.step = (entries[k] for k in ("stage_index", "turn_index", "step"))
-        self.result.losses, self.result.turns = entries["losses"], entries["turns"]
-        self.result.errors_before = entries["errors_before"]
-        self.optimizer_state = entries["optimizer"]
+from qartsr_pipeline.quantization.calibrating import prepare
 
 
 def quantize(
+    pipeline: QArtSRPipeline,
+    full_precision: QArtSRPipeline,
+    recipe: Recipe,
+    bits: tuple[int, int],
+    patches: Patches,
+    seed: int = 0,
+    state: Path | None = None,
+    **options: Any,
+) -> Calibrated:
+    """Quantizes UNet and VAE in place; afterwards their layers are calibrating ones, to be frozen or measured.
+
+    Arguments and errors are those of `begin`, which this completes.
+
+    Raises:
+        FloatingPointError: the loss is no number any more. OSError: disk full.
+    """
+    return begin(pipeline, full_precision, recipe, bits, patches, seed, state, **options).complete()
+
+
+def begin(
     pipeline: QArtSRPipeline,
     full_precision: QArtSRPipeline,
     recipe: Recipe,
@@ -285,8 +58,8 @@ def quantize(
     start: Path | None = None,
     data: dict[str, Any] | None = None,
     watch: Watch | None = None,
-) -> Calibrated:
-    """Quantizes UNet and VAE in place; afterwards their layers are calibrating ones, to be frozen or measured.
+) -> Run:
+    """Replaces the layers of UNet and VAE by calibrating ones, whose parameters are set but not trained.
 
     Args:
         pipeline: full precision.
@@ -303,7 +76,7 @@ def quantize(
 
     Raises:
         ValueError: already quantized; the recipe needs a perceptual loss and there is none; or ``state`` is of another run.
-        FloatingPointError: the loss is no number any more. OSError: disk full.
+        OSError: disk full.
     """
     if perceptual is None and recipe.is_perceptual:
         raise ValueError(f"the recipe of {recipe.method} has a perceptual loss: give one, see calibration.losses.load_perceptual")
@@ -338,6 +111,7 @@ def quantize(
         every,
         identity,
         watch,
+        samples,
     )
     if state is not None and state.exists():
         run.restore()
@@ -349,33 +123,4 @@ def quantize(
         elif start:
             load_parameters(start, run.layers, identity["weights"])
         run.save()
-    try:
-        run.train()
-    except Stopped:
-        run.result.stopped = True
-        return run.result
-    run.result.layer_errors = {name: relative_output_error(layer, samples[name].rows) for name, layer in run.layers.items()}
-    run.result.histograms = histograms(run.layers, samples)
-    run.result.weights, run.result.start = weights_digest(pipeline), identity["start"]
-    for layer in run.layers.values():
-        layer.requires_grad_(False)
-    return run.result
-
-
-@torch.no_grad()
-def histograms(layers: dict[str, CalibratingMixin], samples: dict[str, InputSample]) -> dict[str, dict[str, Any]]:
-    """Of the smoothed input of every layer that has input bounds, see `Calibrated`."""
-    found = {}
-    for name, layer in layers.items():
-        if "input_lower" not in layer._parameters:
-            continue
-        values = (samples[name].rows * layer.smooth).flatten()
-        lower, upper = float(values.min()), float(values.max())
-        counts = torch.histc(values, 64, lower, upper)
-        found[name] = {
-            "counts": [int(count) for count in counts],
-            "edges": np.linspace(lower, upper, 65).tolist(),
-            "lower": float(layer.input_lower),
-            "upper": float(layer.input_upper),
-        }
-    return found
+    return run

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
+from calibration.input_bounds import SHRINK, input_bounds
 from calibration.observers import InputSample
 from calibration.recipe import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.arithmetic.affine import fake_quantize
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
-SHRINK = tuple(1 - 0.05 * i for i in range(15))  # of the extremes, 1.0 down to 0.3
 SEARCHED = (None, 0.25, 0.5, 0.75)  # exponents a
 SMALLEST_PHI = 1e-4  # of a channel that nobody reads, relative to the geometric mean of the others
 
@@ -148,42 +148,6 @@ def _weight_bounds(layer: CalibratingMixin, energy: torch.Tensor, options: Initi
         layer.weight_lower[better], layer.weight_upper[better] = lower[better] * factor, upper[better] * factor
 
 
-def input_bounds(
-    smoothed: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, importance: torch.Tensor, bits: int, options: Initialisation
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds of phi x, scalars; always lower <= 0 <= upper.
-
-    Args:
-        smoothed: (positions, C) sample of phi x.
-        lower, upper: its extremes over everything seen, scalars.
-        importance: (C,) how much an error in each channel weighs.
-    """
-    zero = torch.zeros(())
-    lower, upper = torch.minimum(lower, zero), torch.maximum(upper, zero)
-    if options.bounds == "minmax":
-        return lower, upper
-    if options.bounds == "percentile":
-        inside = options.percentile / 100
-        flat = smoothed.flatten()
-        low = flat.kthvalue(max(1, round(flat.numel() * (1 - inside)))).values
-        high = flat.kthvalue(max(1, round(flat.numel() * inside))).values
-        return torch.minimum(low, zero), torch.maximum(high, zero)
-    # both ends together, then each alone: the full grid costs five times as much
-    factors = (1.0, 1.0)
-    for candidates in (
-        lambda _: [(f, f) for f in SHRINK],
-        lambda b: [(f, b[1]) for f in SHRINK],
-        lambda b: [(b[0], f) for f in SHRINK],
-    ):
-        factors = min(
-            candidates(factors),
-            key=lambda f: float(
-                ((fake_quantize(smoothed, lower * f[0], upper * f[1], bits) - smoothed).square() * importance).sum()
-            ),
-        )
-    return lower * factors[0], upper * factors[1]
-
-
 @dataclass(frozen=True)
 class _Inputs:
     """What layers that share an input are set from, less the offset: rows (positions, C), and extremes (C,) of all seen."""
@@ -224,7 +188,7 @@ def _set_input_bounds(layers: list[CalibratingMixin], inputs: _Inputs, seen: tor
         ends = torch.stack([inputs.lower, inputs.upper]) * first.smooth
     ends = ends[:, read] if read.any() else torch.zeros(2, 1)
     bits = first.layer_scheme.activation_bits
-    lower, upper = input_bounds(seen[:, read], ends.min(), ends.max(), importance[read], bits, options)
+    lower, upper = input_bounds(seen[:, read], ends.min(), ends.max(), importance[read], bits, options.bounds, options.percentile)
     first.input_lower.copy_(lower)
     first.input_upper.copy_(upper)
 

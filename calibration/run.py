@@ -30,11 +30,12 @@ from calibration.data.fingerprint import data_fingerprint, hardware, versions
 from calibration.data.overlap import file_digests, overlap
 from calibration.data.pairs import Patches
 from calibration.data.photographs import PhotographPatches, list_photographs
-from calibration.engine import Calibrated, Watch, quantize
+from calibration.engine import quantize
 from calibration.losses import PERCEPTUAL, load_perceptual
 from calibration.pipeline_folder import save_pipeline
 from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
 from calibration.run_report import make_report
+from calibration.stages import Calibrated, Watch
 from calibration.teacher import pictures as training_pictures
 from calibration.training_state import write_whole
 from calibration.warm_start import RECORD_NAME
@@ -218,7 +219,7 @@ def run(args: argparse.Namespace, watch: Watch | None = None) -> bool:
     """What the command does, once its arguments are parsed; False if it was stopped before the end.
 
     Args:
-        watch: for programs that call this where no signal reaches it: see `calibration.engine.quantize`.
+        watch: for programs that call this where no signal reaches it: see `calibration.engine.begin`.
     """
     start = time.perf_counter()
     job = load_job(args)

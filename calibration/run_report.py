@@ -10,10 +10,10 @@ import torch
 
 from calibration.data.degradations import bicubic_degradation
 from calibration.data.photographs import as_pixels
-from calibration.engine import Calibrated
 from calibration.evaluation import Candidate, evaluate_pipelines, read_original
 from calibration.evaluation_report import markdown, summarize
 from calibration.report import ReportData, write_report
+from calibration.stages import Calibrated
 
 if TYPE_CHECKING:
     from calibration.run import Job

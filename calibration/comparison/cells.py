@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from calibration.comparison.learning_rate import calibrate, sweep, with_rate
+from calibration.comparison.learning_rate import Trials, sweep, with_rate
 from calibration.comparison.methods import Cell
 from calibration.comparison.setting import Comparison, Model, write_json
 from calibration.comparison.table import full_precision_name
 from calibration.data.fingerprint import hardware, versions
 from calibration.data.photographs import as_pixels
-from calibration.engine import all_layers
 from calibration.evaluation import Candidate, evaluate_pipelines
 from calibration.evaluation_report import mean, summarize
 from calibration.perceptual_metrics import load_metrics
+from calibration.stages import all_layers
 from qartsr_pipeline import QArtSRPipeline
 
 COLOR_FIXES = ("wavelet", None)  # the pipeline's default, and the network's own colours
@@ -151,9 +151,10 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     model = comparison.models[cell.model]
     if not model.references:
         full_precision(comparison, cell.model, again=True)
-    chosen = sweep(comparison, cell) if cell.method.recipe.stages else {"factor": None, "losses": {}}
+    trials = Trials(comparison, cell)
+    chosen = sweep(comparison, cell, trials) if cell.method.recipe.stages else {"factor": None, "losses": {}}
     recipe = with_rate(cell.method.recipe, chosen["factor"] or 1.0)
-    pipeline, calibrated = calibrate(comparison, cell, recipe, cell.key)
+    pipeline, calibrated = trials.calibrate(recipe, cell.key)
     sheet = None if cell.model else full_precision(comparison, "")["sheet"]
 
     def made(where: Path, what: str, picture: torch.Tensor) -> None:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from calibration.comparison.methods import Cell
 from calibration.comparison.setting import Comparison, Model, write_json
 from calibration.data.pairs import held_out_pairs
-from calibration.engine import Calibrated, quantize
+from calibration.engine import begin
 from calibration.network_run import picture_of
 from calibration.recipe import Recipe, parse_bits
+from calibration.stages import Calibrated, Run
 from qartsr_pipeline import QArtSRPipeline
 
 SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it
@@ -32,33 +33,39 @@ def with_rate(recipe: Recipe, factor: float, share: float = 1.0) -> Recipe:
     return replace(recipe, stages=stages, steps=math.ceil(recipe.steps * share))
 
 
-def calibrate(comparison: Comparison, cell: Cell, recipe: Recipe, name: str) -> tuple[QArtSRPipeline, Calibrated]:
-    """Quantizes the cell's model in simulation.
+class Trials:
+    """Calibrations of one cell with different learning rates and numbers of steps: its layers are set once."""
 
-    Args:
-        name: of the file that holds the state in between.
+    def __init__(self, comparison: Comparison, cell: Cell):
+        self.comparison, self.cell = comparison, cell
+        self._run: Run | None = None
 
-    Raises:
-        StoppedError: by Ctrl-C; the state is saved.
-    """
-    model = comparison.models[cell.model]
-    pipeline = model.fresh()
-    state = comparison.output / "states" / f"{name}.pt"
-    state.parent.mkdir(parents=True, exist_ok=True)
-    calibrated = quantize(
-        pipeline,
-        model.pipeline,
-        recipe,
-        parse_bits(cell.bits),
-        comparison.patches,
-        cell.seed,
-        state,
-        perceptual=model.perceptual if recipe.is_perceptual else None,
-    )
-    if calibrated.stopped:
-        raise StoppedError
-    state.unlink(missing_ok=True)
-    return pipeline, calibrated
+    def calibrate(self, recipe: Recipe, name: str) -> tuple[QArtSRPipeline, Calibrated]:
+        """Quantizes the cell's model in simulation. What was returned before is trained anew, and no longer what it was.
+
+        Args:
+            name: of the file that holds the state in between.
+
+        Raises:
+            StoppedError: by Ctrl-C; the state is saved.
+        """
+        state = self.comparison.output / "states" / f"{name}.pt"
+        state.parent.mkdir(parents=True, exist_ok=True)
+        if self._run is None:
+            self._run = self._begin(recipe)
+            self._parameters = self._run.parameters()
+        self._run.start_again(recipe, self._parameters, state)
+        calibrated = self._run.complete()
+        if calibrated.stopped:
+            raise StoppedError
+        state.unlink(missing_ok=True)
+        return self._run.pipeline, calibrated
+
+    def _begin(self, recipe: Recipe) -> Run:
+        model, comparison = self.comparison.models[self.cell.model], self.comparison
+        perceptual = model.perceptual if recipe.is_perceptual else None
+        bits, seed = parse_bits(self.cell.bits), self.cell.seed
+        return begin(model.fresh(), model.pipeline, recipe, bits, comparison.patches, seed, perceptual=perceptual)
 
 
 @torch.no_grad()
@@ -72,8 +79,11 @@ def held_out_loss(comparison: Comparison, model: Model, pipeline: QArtSRPipeline
     return loss if math.isfinite(loss) else math.inf
 
 
-def sweep(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+def sweep(comparison: Comparison, cell: Cell, trials: Trials) -> dict[str, Any]:
     """Chooses the learning rate of a cell's group with a few steps, by the distance to full precision on held-out patches.
+
+    Args:
+        trials: of the cell.
 
     Returns:
         "factor", and "losses" by factor (None where training diverged).
@@ -82,15 +92,16 @@ def sweep(comparison: Comparison, cell: Cell) -> dict[str, Any]:
         ValueError: training diverged with every rate. StoppedError: by Ctrl-C.
     """
     first = replace(cell, seed=0)
+    trials = trials if cell == first else Trials(comparison, first)
     settings = comparison.settings(first) | {"factors": list(SWEPT), "share": SWEEP_SHARE, "metrics": None}
     path = comparison.output / "sweeps" / f"{cell.group}.json"
     known = comparison.finished(path, settings)
     if known:
         return known
-    losses = {factor: _short_run(comparison, first, factor) for factor in SWEPT}
+    losses = {factor: _short_run(trials, factor) for factor in SWEPT}
     best = min(losses, key=losses.__getitem__)
     for factor in FURTHER.get(best, ()) if losses[best] < math.inf else ():
-        losses[factor] = _short_run(comparison, first, factor)
+        losses[factor] = _short_run(trials, factor)
         if losses[factor] >= losses[best]:
             break
         best = factor
@@ -102,11 +113,12 @@ def sweep(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     return chosen
 
 
-def _short_run(comparison: Comparison, cell: Cell, factor: float) -> float:
+def _short_run(trials: Trials, factor: float) -> float:
     """Loss on held-out patches after a part of the steps with learning rates times ``factor``; infinite if training diverges."""
+    cell, comparison = trials.cell, trials.comparison
     recipe = with_rate(cell.method.recipe, factor, SWEEP_SHARE)
     try:
-        pipeline, _ = calibrate(comparison, cell, recipe, f"sweep-{cell.group}-x{factor:g}")
+        pipeline, _ = trials.calibrate(recipe, f"sweep-{cell.group}-x{factor:g}")
     except FloatingPointError:
         return math.inf
     return held_out_loss(comparison, comparison.models[cell.model], pipeline)

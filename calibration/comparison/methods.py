@@ -50,8 +50,8 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "qartsr-no-smoothing": ("no smoothing", partial(_without, part="smoothing", smoothing="none")),
     "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0)),
 }
-# A method's published rank is another thing where layers have 16 to 96 channels: also with the main method's budget.
-SAME_BUDGET = "svdquant-same-budget"
+# A published rank is another thing where layers have 16 to 96 channels: each of the two also with what the other has.
+SAME_BUDGET, SAME_RANK = "svdquant-same-budget", "qartsr-same-rank"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Method:
 
 def method_names() -> tuple[str, ...]:
     """Everything that --methods takes."""
-    return (*METHODS, SAME_BUDGET, *ABLATIONS)
+    return (*METHODS, SAME_BUDGET, SAME_RANK, *ABLATIONS)
 
 
 def make_method(name: str, steps: int) -> Method:
@@ -80,10 +80,11 @@ def make_method(name: str, steps: int) -> Method:
     if name in ABLATIONS:
         label, change = ABLATIONS[name]
         kind, recipe = "ablation", change(load_recipe(MAIN))
-    elif name == SAME_BUDGET:
-        kind, recipe, main = "method", load_recipe("svdquant"), load_recipe(MAIN).layer
-        label = f"{recipe.method}, same budget"
-        recipe = _with_layer(recipe, branch_rank=main.branch_rank, branch_budget=main.branch_budget)
+    elif name in (SAME_BUDGET, SAME_RANK):
+        own, other = ("svdquant", MAIN) if name == SAME_BUDGET else (MAIN, "svdquant")
+        kind, recipe, layer = "method", load_recipe(own), load_recipe(other).layer
+        label = f"{recipe.method}, ranks of {load_recipe(other).method}"
+        recipe = _with_layer(recipe, branch_rank=layer.branch_rank, branch_budget=layer.branch_budget)
     else:
         kind, recipe = "method", load_recipe(name)
         label = recipe.method

@@ -12,8 +12,8 @@ import torch
 
 from calibration.comparison.methods import Cell
 from calibration.data.photographs import PhotographPatches
-from calibration.engine import weights_digest
 from calibration.losses import Perceptual, load_perceptual
+from calibration.stages import weights_digest
 from calibration.training_state import write_whole
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch

@@ -16,9 +16,9 @@ from calibration.comparison import learning_rate, methods, table
 from calibration.comparison.cells import CROP, most_restored, stored_size
 from calibration.comparison.methods import Cell, make_method, method_names
 from calibration.data.dead_leaves import DeadLeaves
-from calibration.engine import Calibrated, all_layers
 from calibration.other_grids import layer_kinds
 from calibration.recipe import Layer, load_recipe
+from calibration.stages import Calibrated, all_layers
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 from tiny_models import build_tiny_pipeline
@@ -41,37 +41,57 @@ def pictures(tmp_path_factory):
 
 
 class Engine:
-    """In the place of `calibration.engine.quantize`: spoils the last layer, less so with the right learning rate."""
+    """In the place of `calibration.engine.begin`: spoils the last layer, less so with the right learning rate."""
 
     def __init__(self):
+        self.begun: list[tuple[str, int]] = []
         self.calls: list[tuple[str, int, int]] = []
         self.stop_at: int | None = None
         self.diverges_at: float | None = None
 
-    def __call__(self, pipeline, full_precision, recipe, bits, patches, seed, state, perceptual=None) -> Calibrated:
-        self.calls.append((recipe.method, recipe.steps, seed))
-        state.write_text("in between")
-        if len(self.calls) == self.stop_at:
-            return Calibrated({}, stopped=True)
-        error = ERROR[recipe.method] * (1 + 0.1 * seed) * 4 / bits[0]
-        if recipe.stages:
-            factor = recipe.stages[-1].lr / load_recipe(recipe.method.lower()).stages[-1].lr
-            if factor == pytest.approx(self.diverges_at):
-                raise FloatingPointError("the loss is nan")
-            error *= 1 + abs(np.log(factor / BEST_RATE[recipe.method]))
-        with torch.no_grad():
-            pipeline.vae.decoder.conv_out.weight.mul_(1 + error)
+    def __call__(self, pipeline, full_precision, recipe, bits, patches, seed, perceptual=None) -> Run:
+        self.begun.append((recipe.method, seed))
+        return Run(self, pipeline, bits, seed)
+
+
+class Run:
+    """In the place of `calibration.stages.Run`."""
+
+    def __init__(self, engine: Engine, pipeline, bits: tuple[int, int], seed: int):
+        self.engine, self.pipeline, self.bits, self.seed = engine, pipeline, bits, seed
+        self.weight = pipeline.vae.decoder.conv_out.weight
         prepare(pipeline.vae, QuantizationScheme(LayerScheme(16, 16, 1)))
         for layer in all_layers(pipeline).values():
             layer.quantizing = False
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight.detach().clone()}
+
+    def start_again(self, recipe, parameters, state) -> None:
+        self.recipe, self.state = recipe, state
+        self.weight.data.copy_(parameters["weight"])
+
+    def complete(self) -> Calibrated:
+        engine, recipe = self.engine, self.recipe
+        engine.calls.append((recipe.method, recipe.steps, self.seed))
+        self.state.write_text("in between")
+        if len(engine.calls) == engine.stop_at:
+            return Calibrated({}, stopped=True)
+        error = ERROR[recipe.method] * (1 + 0.1 * self.seed) * 4 / self.bits[0]
+        if recipe.stages:
+            factor = recipe.stages[-1].lr / load_recipe(recipe.method.lower()).stages[-1].lr
+            if factor == pytest.approx(engine.diverges_at):
+                raise FloatingPointError("the loss is nan")
+            error *= 1 + abs(np.log(factor / BEST_RATE[recipe.method]))
+        self.weight.data.mul_(1 + error)
         return Calibrated({}, {"stage": [error]}, layer_errors={"vae.x": error})
 
 
 @pytest.fixture
 def engine(monkeypatch):
     monkeypatch.setattr(compare, "HELD_OUT", 1)
-    monkeypatch.setattr(learning_rate, "quantize", Engine())
-    return learning_rate.quantize
+    monkeypatch.setattr(learning_rate, "begin", Engine())
+    return learning_rate.begin
 
 
 @pytest.fixture
@@ -131,6 +151,7 @@ def test_the_learning_rate_is_chosen_on_held_out_patches_with_a_third_of_the_ste
     assert made["maxmin-w4a4-seed0"]["learning_rate"]["factor"] is None
     assert [steps for method, steps, _ in engine.calls if method == "LSQ"] == [2, 2, 2, 2, 2, 6]
     assert len(measured) == 7
+    assert engine.begun.count(("LSQ", 0)) == 1  # all of these calibrations start from the same layers
 
 
 def test_held_out_photographs_are_neither_calibrated_nor_evaluated_on(pictures, engine):

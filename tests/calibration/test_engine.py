@@ -11,16 +11,18 @@ import pytest
 import torch
 from recipes_for_tests import SmoothPatches, small_recipe
 
-from calibration import engine, losses
+from calibration import losses, stages
 from calibration.blocks import distributed, find_blocks, turns
 from calibration.data.pairs import degraded_pair
-from calibration.engine import COMPONENTS, all_layers, quantize, weights_digest
+from calibration.engine import begin, quantize
 from calibration.losses import EncoderFeatures
 from calibration.network_run import picture_of
 from calibration.optimization import keep_zero_inside
 from calibration.recipe import RecipeError
 from calibration.replay import Recording
 from calibration.rpq import record
+from calibration.schemes import COMPONENTS
+from calibration.stages import all_layers, weights_digest
 from calibration.tensor_store import TensorStore
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.image.metrics import psnr_y
@@ -91,7 +93,7 @@ def test_what_is_simulated_is_what_is_deployed(tmp_path):
 
 def test_only_what_a_stage_names_is_trained():
     recipe = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1", "stages.1.train=[adapter]")
-    start = dict(engine.all_layers(calibrated(small_recipe("steps=0"))[0]))
+    start = dict(all_layers(calibrated(small_recipe("steps=0"))[0]))
     end = all_layers(calibrated(recipe)[0])
     changed = {
         name
@@ -197,8 +199,8 @@ def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path, monkeypatch):
     def diverging(step_of, *arguments, **kwargs):
         return end_to_end_loss(step_of, *arguments, **kwargs) * (float("nan") if next(calls) == 3 else 1)
 
-    calls, end_to_end_loss = itertools.count(1), engine.end_to_end_loss
-    monkeypatch.setattr(engine, "end_to_end_loss", diverging)
+    calls, end_to_end_loss = itertools.count(1), stages.end_to_end_loss
+    monkeypatch.setattr(stages, "end_to_end_loss", diverging)
     with pytest.raises(FloatingPointError, match="loss of step 2 of ET.* smaller learning rate than 0.003"):
         calibrated(recipe, state=tmp_path / "state.pt", every=1)
     monkeypatch.undo()
@@ -319,3 +321,19 @@ def test_lpips_takes_a_local_backbone_and_is_never_exchanged_silently(monkeypatc
     torch.save({"features.0.weight": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth holds no features.0.weight of shape"):
         losses.load_perceptual("lpips", vae, tmp_path / "other.pth")
+
+
+def test_a_run_that_starts_again_with_another_learning_rate_ends_as_a_new_one(tmp_path):
+    slow, fast = (small_recipe("steps=6", f"stages.1.lr={lr}") for lr in (0.001, 0.01))
+    pipelines = [(build_tiny_pipeline(), build_tiny_pipeline()) for _ in range(2)]
+    run = begin(*pipelines[0], slow, (4, 4), SmoothPatches())
+    parameters = run.parameters()
+    first = run.complete()
+    run.start_again(fast, parameters, tmp_path / "state.pt")
+    second = run.complete()
+    alone = begin(*pipelines[1], fast, (4, 4), SmoothPatches()).complete()
+    assert second.losses == alone.losses != first.losses
+    assert second.layer_errors == alone.layer_errors and second.errors_before == alone.errors_before
+    assert torch.equal(picture(pipelines[0][0]), picture(pipelines[1][0]))
+    with pytest.raises(ValueError, match="starts again with the layers that it has"):
+        run.start_again(small_recipe("layer.branch_rank=3"), parameters, None)

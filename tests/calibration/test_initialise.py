@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from calibration.initialise import Initialisation, initialise, relative_output_error, smoothing_factor
+from calibration.input_bounds import SquaredErrors
 from calibration.observers import observe
 from calibration.other_grids import layer_kinds
 from calibration.recipe import Layer
+from qartsr_pipeline.arithmetic.affine import BITS, fake_quantize
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers, prepare
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 
@@ -143,3 +145,15 @@ def test_steps_start_at_one():
 def test_values_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Initialisation(**wrong)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_squared_errors_are_those_of_the_quantizer(bits):
+    generator = torch.Generator().manual_seed(bits)
+    values = torch.randn(300, 7, generator=generator) * torch.linspace(0.1, 3, 7)
+    weights = torch.rand(7, generator=generator)
+    lower, upper = torch.tensor([-4.0, -0.7, 0.0, -2.0]), torch.tensor([3.0, 1.1, 2.0, 0.0])
+    errors = SquaredErrors(values, weights, bits)(lower, upper)
+    for error, low, high in zip(errors, lower, upper, strict=True):
+        expected = ((fake_quantize(values, low, high, bits) - values).double().square() * weights).sum()
+        assert float(error) == pytest.approx(float(expected), rel=1e-5)

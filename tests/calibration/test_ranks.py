@@ -7,9 +7,10 @@ from recipes_for_tests import SmoothPatches, small_recipe
 from test_engine import calibrated, picture
 
 from calibration.data.pairs import degraded_pair
-from calibration.engine import COMPONENTS, all_layers
 from calibration.network_run import picture_of
 from calibration.ranks import Sensitivity, choose, sensitivities
+from calibration.schemes import COMPONENTS
+from calibration.stages import all_layers
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.freeze import freeze

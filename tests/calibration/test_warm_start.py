@@ -7,7 +7,8 @@ import torch
 from recipes_for_tests import small_recipe
 from test_engine import calibrated, picture
 
-from calibration.engine import COMPONENTS, all_layers
+from calibration.schemes import COMPONENTS
+from calibration.stages import all_layers
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.freeze import freeze
