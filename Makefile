@@ -13,8 +13,9 @@ MINIMUM := .venv-minimum
 demo: $(INSTALLED)
 	$(BIN)/qartsr demo -o demo_output
 
+# One worker a core; each computes with one thread, so that they do not compete for the cores.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -28,6 +28,7 @@ from qartsr_pipeline.arithmetic.affine import fake_quantize
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 SEARCHED = (None, 0.25, 0.5, 0.75)  # exponents a
+FULL_SVD = 512  # sides up to which all singular vectors are computed
 SMALLEST_PHI = 1e-4  # of a channel that nobody reads, relative to the geometric mean of the others
 
 
@@ -104,12 +105,27 @@ def _set_branch(layer: CalibratingMixin, left: torch.Tensor | None = None) -> No
         return
     phi = layer.smooth
     smoothed = _unfolded(layer.merged_weight()) / phi
-    u, s, vh = torch.linalg.svd(smoothed if left is None else smoothed - _unfolded(left), full_matrices=False)
     rank = layer.branch_down.shape[0]
-    root = s[:rank].sqrt()
-    up = (u[:, :rank] * root).view(layer.weight.shape[0], *layer.weight.shape[2:], rank)
+    u, s, vh = _leading(smoothed if left is None else smoothed - _unfolded(left), rank)
+    root = s.sqrt()
+    up = (u * root).view(layer.weight.shape[0], *layer.weight.shape[2:], rank)
     layer.branch_up.copy_(up.movedim(-1, 1))
-    layer.branch_down.copy_(vh[:rank] * root[:, None] * phi)
+    layer.branch_down.copy_(vh * root[:, None] * phi)
+
+
+def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular vectors and values: u (rows, rank), s (rank,), vh (rank, columns).
+
+    Those of large matrices by random projections (Halko et al., arXiv 0909.4061): with thousands of channels, a full
+    decomposition takes minutes.
+    """
+    if min(matrix.shape) <= FULL_SVD:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(matrix, rank + 16, niter=4)
+    return u[:, :rank], s[:rank], v.T[:rank]
 
 
 def _refine_branch(layer: CalibratingMixin, inputs: _Inputs, options: Initialisation) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from calibration.initialise import Initialisation, initialise, set_branch, squared_errors
+from calibration.initialise import Initialisation, initialise, set_branch, squared_errors, weight_bounds
 from calibration.network_run import picture_of
 from calibration.observers import InputSample, as_rows
 from qartsr_pipeline import QArtSRPipeline
@@ -97,22 +97,30 @@ def errors_by_rank(
         bounds: see `Initialisation`.
     """
     kind, options = kinds[isinstance(layer, nn.Conv2d)], Initialisation(bounds, smoothing=(0.5,))
-    rows, errors, plain = sample.rows, {}, None
-    highest = scheme.rank_for(layer)
-    for rank in sorted({0, highest, *(rank for rank in RANKS if rank < highest)}):
+    rows = sample.rows
+    plain, widest = (kind.from_layer(layer, replace(scheme, rank=rank)) for rank in (0, scheme.rank_for(layer)))
+    initialise({"layer": plain}, {"layer": sample}, options)
+    _set_inputs(widest, plain, sample)
+    set_branch(widest, rows, options)
+    candidates = [plain, widest]
+    for rank in (rank for rank in RANKS if rank < scheme.rank_for(layer)):
         candidate: CalibratingMixin = kind.from_layer(layer, replace(scheme, rank=rank))
-        if plain is None:
-            initialise({"layer": candidate}, {"layer": sample}, options)
-            plain = candidate
-        else:
-            for name, value in plain._parameters.items():
-                if name.startswith(("log_smooth", "input_")):
-                    candidate._parameters[name].copy_(value)
-            if hasattr(candidate, "set_input_range"):  # dynamic activations
-                candidate.set_input_range(float(sample.lower.min()))
-            set_branch(candidate, rows, options)
-        errors[rank] = float((squared_errors(candidate, rows) * weights).sum()) / len(rows)
-    return errors
+        _set_inputs(candidate, plain, sample)
+        candidate.branch_up.copy_(widest.branch_up[:, :rank])
+        candidate.branch_down.copy_(widest.branch_down[:rank])
+        weight_bounds(candidate, rows, options)
+        candidates.append(candidate)
+    scores = ((candidate, squared_errors(candidate, rows) * weights) for candidate in candidates)
+    return {candidate.layer_scheme.rank: float(errors.sum()) / len(rows) for candidate, errors in scores}
+
+
+def _set_inputs(layer: CalibratingMixin, other: CalibratingMixin, sample: InputSample) -> None:
+    """Smoothing and input bounds as those of another layer around the same weight."""
+    for name, value in other._parameters.items():
+        if name.startswith(("log_smooth", "input_")):
+            layer._parameters[name].copy_(value)
+    if hasattr(layer, "set_input_range"):  # dynamic activations
+        layer.set_input_range(float(sample.lower.min()))
 
 
 def choose(errors: dict[str, dict[int, float]], costs: dict[str, int], budget: float) -> dict[str, int]:

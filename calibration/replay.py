@@ -75,6 +75,7 @@ class Recording:
         """
         before = self.blocks[: self.blocks.index(upto)]
         needed = {block.part: block for block in before}  # the last of each part
+        own = {block: block.module.__dict__.get("forward") for block in before}
         for block in before:
             if block.part == upto.part or needed[block.part] is block:
                 tensor = self.output(index, block)
@@ -85,5 +86,8 @@ class Recording:
         try:
             yield
         finally:
-            for block in before:
-                del block.module.forward  # the class's own again
+            for block, forward in own.items():
+                if forward is None:
+                    del block.module.forward  # the class's own again
+                else:
+                    block.module.forward = forward

@@ -35,6 +35,7 @@ from calibration.losses import PERCEPTUAL, load_perceptual
 from calibration.pipeline_folder import save_pipeline
 from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
 from calibration.run_report import make_report
+from calibration.sharing import on_the_same_weights
 from calibration.stages import Calibrated, Watch
 from calibration.teacher import pictures as training_pictures
 from calibration.training_state import write_whole
@@ -173,7 +174,8 @@ def load_job(args: argparse.Namespace) -> Job:
     fetch(args.model)
     start_folder(args)
     folder, sweep = at_timestep(args)
-    pipeline, full_precision = (QArtSRPipeline.from_pretrained(folder).to(device) for _ in range(2))
+    pipeline = QArtSRPipeline.from_pretrained(folder).to(device)
+    full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
     return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation, sweep)

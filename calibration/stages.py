@@ -29,6 +29,7 @@ from calibration.optimization import keep_zero_inside, parameter_groups
 from calibration.recipe import Recipe, Stage
 from calibration.rpq import module_loss, record, start_turn
 from calibration.schemes import COMPONENTS
+from calibration.sharing import recomputed
 from calibration.tensor_store import TensorStore
 from calibration.training_state import StopSignals
 from qartsr_pipeline import QArtSRPipeline
@@ -171,7 +172,8 @@ class Run:
             Stopped: asked to; saved. FloatingPointError: the loss is no number; the last saved state is kept.
         """
         done = sum(len(losses) for losses in self.result.losses.values())
-        with StopSignals() as self.stop, tqdm(total=self._total(), initial=done, unit="step", mininterval=1) as self.bar:
+        bar = tqdm(total=self._total(), initial=done, unit="step", mininterval=1)
+        with StopSignals() as self.stop, recomputed(self.blocks), bar as self.bar:
             for index, stage in enumerate(self.recipe.stages):
                 if index >= self.stage_index:
                     self._stage(index, stage)

@@ -45,7 +45,11 @@ def saved(server, entry):
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_each_example_runs(server, workflow):
-    entry = server.run(server.graph(json.loads(workflow.read_text())))
+    graph = server.graph(json.loads(workflow.read_text()))
+    for node in graph.values():
+        if node["class_type"] == "QArtSRQuantize":
+            node["inputs"]["steps"] = 2
+    entry = server.run(graph)
     assert "execution_success" in messages(entry), entry["status"]
     assert all(max(Image.open(path).size) >= 256 for path in saved(server, entry)) and saved(server, entry)
 

@@ -1,0 +1,170 @@
+"""Calibration at the size of Stable Diffusion 2.1: seconds of each stage, seconds a step, and peak memory.
+
+    python -m benchmarks.full_size --steps 6 --output benchmarks/results/full_size_NAME.json
+
+The weights are random, so the pictures are noise: only seconds and bytes mean something. It runs what `calibration/run.py` runs,
+on procedural pictures, with few steps; what a full run takes is extrapolated from the measured steps, and labelled as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+from calibration import engine
+from calibration.data.dead_leaves import DeadLeaves
+from calibration.data.fingerprint import hardware, versions
+from calibration.engine import begin
+from calibration.losses import load_perceptual
+from calibration.pipeline_folder import save_pipeline
+from calibration.recipe import load_recipe, parse_bits, with_values
+from calibration.sharing import on_the_same_weights
+from calibration.training_state import write_whole
+from calibration.warm_start import RECORD_NAME
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.command_line.device import choose_device
+from qartsr_pipeline.convert import stable_diffusion_2_1
+from qartsr_pipeline.prompt_embedding import PromptEmbedding
+from qartsr_pipeline.quantization.freeze import freeze
+
+INITIALISATION = ("observe_full_precision", "give_ranks", "initialise")  # functions that `begin` calls
+
+
+def write_random_model(folder: Path) -> None:
+    """A pipeline folder with the shapes of Stable Diffusion 2.1-base and OSEDiff's timestep, float16 on disk."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**stable_diffusion_2_1.UNET).half()
+    vae = AutoencoderKL(**stable_diffusion_2_1.VAE).half()
+    prompt = PromptEmbedding.from_tensor(torch.randn(1, 77, stable_diffusion_2_1.UNET["cross_attention_dim"]))
+    scheduler = DDPMScheduler(**stable_diffusion_2_1.SCHEDULER)
+    QArtSRPipeline(unet, vae, scheduler, prompt, timestep=999, scale=4).save_pretrained(folder)
+
+
+def peak_gigabytes(device: str) -> float:
+    """Of the GPU, or of the process since it began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@contextmanager
+def timed(stages: dict[str, dict[str, float]], name: str, device: str) -> Iterator[None]:
+    """Adds the seconds of what is done within, and the peak of memory after it."""
+    start = time.perf_counter()
+    yield
+    stages[name] = {
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_gigabytes_so_far": round(peak_gigabytes(device), 2),
+    }
+    print(f"{name}: {stages[name]}", flush=True)
+
+
+def time_the_initialisation(stages: dict[str, dict[str, float]], device: str) -> None:
+    """Makes `begin` tell what each of its parts takes."""
+    for name in INITIALISATION:
+        function = getattr(engine, name)
+
+        def run(*arguments: Any, name: str = name, function: Any = function) -> Any:
+            with timed(stages, name, device):
+                return function(*arguments)
+
+        setattr(engine, name, run)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One calibration of the model in ``folder``, timed."""
+    device, _ = choose_device(args.device)
+    recipe = with_values(load_recipe(args.recipe), [f"steps={args.steps}", *args.set])
+    stages: dict[str, dict[str, float]] = {}
+    with timed(stages, "load", device):
+        pipeline = QArtSRPipeline.from_pretrained(folder).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        full_precision = on_the_same_weights(pipeline)
+    time_the_initialisation(stages, device)
+    ends: list[float] = []
+    perceptual = load_perceptual("encoder", full_precision.vae) if recipe.is_perceptual else None
+    with timed(stages, "begin", device):
+        run = begin(
+            pipeline,
+            full_precision,
+            recipe,
+            parse_bits(args.bits),
+            DeadLeaves(),
+            state=folder / "state.pt",
+            perceptual=perceptual,
+            watch=lambda *_: bool(ends.append(time.perf_counter())),
+        )
+    with timed(stages, "train", device):
+        calibrated = run.complete()
+    with timed(stages, "freeze and save", device):
+        for name, scheme in calibrated.schemes.items():
+            freeze(getattr(pipeline, name), scheme)
+        sizes = save_pipeline(pipeline, folder / "model", RECORD_NAME, {"model": "random weights"})
+    seconds, first = {}, 0
+    for stage, losses in calibrated.losses.items():
+        times = [later - earlier for earlier, later in zip(ends[first:], ends[first + 1 : first + len(losses)], strict=False)]
+        seconds[stage] = [round(value, 2) for value in times]
+        first += len(losses)
+    return {
+        "recipe": recipe.to_dict(),
+        "bits": args.bits,
+        "parameters": {name: sum(p.numel() for p in getattr(full_precision, name).parameters()) for name in ("unet", "vae")},
+        "stages": stages,
+        "seconds_of_steps": seconds,
+        "peak_gigabytes": round(peak_gigabytes(device), 2),
+        "stored_megabytes": round(sizes["total"] / 1e6, 1),
+        "extrapolated_hours": extrapolated(args, stages, seconds),
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def extrapolated(
+    args: argparse.Namespace, stages: dict[str, dict[str, float]], seconds: dict[str, list[float]]
+) -> dict[str, Any]:
+    """What as many steps as ``--full-steps`` would take, at each stage's mean of the measured ones; not measured."""
+    recipe = with_values(load_recipe(args.recipe), [f"steps={args.full_steps}", *args.set])
+    once = sum(stages[name]["seconds"] for name in ("load", "begin", "freeze and save"))
+    training = sum(
+        args.full_steps * stage.share * sum(seconds[stage.name]) / len(seconds[stage.name])
+        for stage in recipe.stages
+        if seconds.get(stage.name)
+    )
+    return {"steps": args.full_steps, "hours": round((once + training) / 3600, 2)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--recipe", default="qartsr")
+    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--steps", type=int, default=6, help="that are run (default: 6)")
+    parser.add_argument("--full-steps", type=int, default=1000, help="that are extrapolated to (default: 1000)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as calibration/run.py")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--folder", type=Path, help="where 4 GB are free (default: a temporary folder)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        write_random_model(Path(folder))
+        result = measure(Path(folder), args)
+    write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    print(
+        json.dumps(
+            {name: result[name] for name in ("stages", "seconds_of_steps", "peak_gigabytes", "extrapolated_hours")}, indent=1
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

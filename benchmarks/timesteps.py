@@ -1,0 +1,153 @@
+"""What the timestep is worth in the end: QArtSR at low bits on every candidate of a timestep search, equal budgets.
+
+    python calibration/trq.py tiny-fp --data PHOTOS --sweep-only --output runs/trq
+    python -m benchmarks.timesteps runs/trq --data PHOTOS --evaluate OTHERS --steps 60 --output runs/timesteps
+
+Every candidate was retrained for the same steps (`calibration/trq.py`); here each is quantized with the same recipe, steps,
+learning rates, seed and pictures, and measured on other photographs. OUTPUT gets a JSON file for every candidate and bit width,
+which are not made again, and timesteps.md, timesteps.json and timesteps.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from calibration.compare import HELD_OUT
+from calibration.comparison.cells import evaluate, full_precision, measured
+from calibration.comparison.learning_rate import Trials
+from calibration.comparison.methods import Cell, make_method
+from calibration.comparison.setting import Comparison, load_model, write_json
+from calibration.comparison.table import COLOR_FIX
+from calibration.data.fingerprint import data_fingerprint, hardware, versions
+from calibration.data.overlap import file_digests, overlap
+from calibration.data.pairs import choose_held_out
+from calibration.data.photographs import PhotographPatches, list_photographs
+from calibration.evaluation import Candidate
+from calibration.training_state import write_whole
+
+
+def read_candidates(search: Path) -> dict[str, dict[str, Any]]:
+    """Folder name -> what `calibration/trq.py` measured there, by timestep.
+
+    Raises:
+        ValueError: there is no finished candidate.
+    """
+    found = {path.parent.name: json.loads(path.read_text())["candidate"] for path in search.glob("t*/result.json")}
+    if not found:
+        raise ValueError(f"{search} has no finished candidate: make some with calibration/trq.py --output {search}")
+    return dict(sorted(found.items(), key=lambda item: item[1]["timestep"]))
+
+
+def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+    """QArtSR on one candidate at one bit width, or what is known of it."""
+    path, settings = comparison.output / "cells" / f"{cell.key}.json", comparison.settings(cell)
+    known = comparison.finished(path, settings)
+    if known:
+        return known
+    start, model = time.perf_counter(), comparison.models[cell.model]
+    if not model.references:
+        full_precision(comparison, cell.model, again=True)
+    pipeline, _ = Trials(comparison, cell).calibrate(cell.method.recipe, cell.key)
+    rows = evaluate(comparison, model, Candidate(cell.method.label, pipeline, False), lambda *_: None)
+    content = {"settings": settings, "metrics": measured(rows, cell.method.label), "seconds": time.perf_counter() - start}
+    write_json(path, content)
+    return content
+
+
+def line_of(comparison: Comparison, name: str, searched: dict[str, Any], steps: int, widths: list[str]) -> dict[str, Any]:
+    """A row of the table: one candidate."""
+    full = full_precision(comparison, name)
+    row = {
+        "timestep": searched["timestep"],
+        "amplification": searched["amplification"],
+        "bypass_cost": searched["full_precision"] - searched["bypass"],
+        "z_error": searched["z_error"],
+        "bicubic": full["bicubic"]["psnr_y"],
+        "full_precision": full["metrics"][COLOR_FIX]["psnr_y"],
+    }
+    for bits in widths:
+        metrics = run_cell(comparison, Cell(make_method("qartsr", steps), bits, model=name))["metrics"][COLOR_FIX]
+        row[bits] = {"psnr_y": metrics["psnr_y"], "to_full_precision": metrics["psnr_y_to_full_precision"]}
+        print(f"T = {row['timestep']}, {bits}: {metrics['psnr_y']:.2f} dB", flush=True)
+    return row
+
+
+def markdown(rows: list[dict[str, Any]], widths: list[str], about: str) -> str:
+    """The table, and what it is of."""
+    shown = [f"{bits.upper()}{what}" for bits in widths for what in (", dB", " to full precision, dB")]
+    head = ["T", "amplification", "bypassing the UNet costs, dB", "z_H error, plain W4A4", "full precision, dB", *shown]
+    lines = ["| " + " | ".join(head) + " |", "| --: " * len(head) + "|"]
+    for row in rows:
+        values = [f"{row[bits][key]:.2f}" for bits in widths for key in ("psnr_y", "to_full_precision")]
+        first = [str(row["timestep"]), f"{row['amplification']:.3f}", f"{row['bypass_cost']:.2f}", f"{row['z_error']:.3f}"]
+        lines.append("| " + " | ".join([*first, f"{row['full_precision']:.2f}", *values]) + " |")
+    return "\n".join([*lines, "", f"Bicubic {rows[0]['bicubic']:.2f} dB. {about}", ""])
+
+
+def plot(rows: list[dict[str, Any]], widths: list[str], path: Path) -> None:
+    """PSNR-Y against the timestep. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, timesteps = figure.subplots(), [row["timestep"] for row in rows]
+    axes.plot(timesteps, [row["full_precision"] for row in rows], marker="o", label="full precision")
+    for bits in widths:
+        axes.plot(timesteps, [row[bits]["psnr_y"] for row in rows], marker="o", label=bits.upper())
+    axes.axhline(rows[0]["bicubic"], linestyle="--", color="0.5", label="bicubic")
+    axes.set(xlabel="timestep T", ylabel="PSNR-Y, dB")
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=100)
+    write_whole(path, content.getvalue())
+
+
+def run(args: argparse.Namespace) -> None:
+    paths, evaluation = list_photographs(args.data), list_photographs(args.evaluate)[: args.limit]
+    seen = overlap(evaluation, file_digests(paths))
+    if seen:
+        raise ValueError(f"{seen[0]} is among the photographs of --data: evaluate on others")
+    candidates, held_out = read_candidates(args.search), choose_held_out(paths, HELD_OUT)
+    models = {name: load_model(str(args.search / name / "model"), "cpu") for name in candidates}
+    patches = PhotographPatches([path for path in paths if path not in set(held_out)])
+    data = {"calibration": data_fingerprint(paths), "evaluation": data_fingerprint(evaluation), "degradation": "bicubic"}
+    comparison = Comparison(args.output, models, patches, held_out, evaluation, data, [], "cpu")
+    rows = [line_of(comparison, name, candidates[name], args.steps, args.bits) for name in candidates]
+    options = json.loads((args.search / next(iter(candidates)) / "result.json").read_text())["made_with"]
+    retrained = " + ".join(f"{phase['steps']} {phase['name']}" for phase in options["phases"])
+    about = (
+        f"Candidates retrained for {retrained} steps from {options['model']}, then QArtSR for {args.steps} steps, one seed, the"
+        f" recipe's learning rates; {len(evaluation)} photographs, colours aligned ({COLOR_FIX}). The first columns are of"
+        " `calibration/trq.py`, on its own held-out photographs."
+    )
+    text = markdown(rows, args.bits, about)
+    report = {"rows": rows, "about": about, "data": data, "versions": versions(), "hardware": hardware("cpu")}
+    write_json(args.output / "timesteps.json", report)
+    write_whole(args.output / "timesteps.md", text.encode())
+    plot(rows, args.bits, args.output / "timesteps.png")
+    print(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("search", type=Path, help="output folder of calibration/trq.py")
+    parser.add_argument("--data", required=True, help="folder of photographs to calibrate on")
+    parser.add_argument("--evaluate", required=True, help="folder of other photographs to measure on")
+    parser.add_argument("--steps", type=int, default=60, help="of QArtSR at each candidate and bit width (default: 60)")
+    parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"], metavar="BITS")
+    parser.add_argument("--limit", type=int, help="only so many photographs of --evaluate, the first by name")
+    parser.add_argument("--output", type=Path, required=True)
+    try:
+        run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; what is finished is kept. Continue with the same command.\n")
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()
