@@ -63,7 +63,7 @@ class QArtSRImport(io.ComfyNode):
                     tooltip="The enlargement that the model was trained at. Only matters for diffusers; OSEDiff's is 4.",
                 ),
             ],
-            outputs=[io.String.Output(id="text", tooltip="What was written, as the node shows it.")],
+            outputs=[io.String.Output(id="text", display_name="text", tooltip="What was written, as the node shows it.")],
             is_output_node=True,
         )
 

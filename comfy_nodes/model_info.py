@@ -23,7 +23,7 @@ class QArtSRModelInfo(io.ComfyNode):
             category=CATEGORY,
             description="Shows scheme, bits, bytes and kernels of a model, and where it runs.",
             inputs=[QArtSRModel.Input("model", tooltip="From QArtSR Load Model.")],
-            outputs=[io.String.Output(id="text", tooltip="What the node shows.")],
+            outputs=[io.String.Output(id="text", display_name="text", tooltip="What the node shows.")],
             is_output_node=True,
         )
 

@@ -74,10 +74,11 @@ class QArtSRQuantize(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     id="comparison",
+                    display_name="comparison",
                     tooltip="The sample photograph: reduced, enlarged by bicubic resampling, by the full-precision model, by the"
                     " quantized one, and the original; below, a detail of each.",
                 ),
-                io.String.Output(id="text", tooltip="What was written."),
+                io.String.Output(id="text", display_name="text", tooltip="What was written."),
             ],
             is_output_node=True,
         )

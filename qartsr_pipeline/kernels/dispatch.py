@@ -71,7 +71,12 @@ def choose_backend(spec: LayerSpec, device: str) -> ModuleType:
         RuntimeError: if one is demanded that cannot; the message says why.
         ValueError: see `forced_backend`.
     """
-    forced = forced_backend()
+    return BACKENDS[_choose(spec, device, forced_backend())]
+
+
+@cache  # asking costs more than a small layer: CUDA for its capability, oneDNN for its operators
+def _choose(spec: LayerSpec, device: str, forced: str | None) -> str:
+    """The name of the backend; see `choose_backend`. What was refused is asked for again."""
     reasons: dict[str, str] = {}
     for name, backend in BACKENDS.items():
         if forced not in (None, name):
@@ -80,7 +85,7 @@ def choose_backend(spec: LayerSpec, device: str) -> ModuleType:
         if reason is None:
             if name == reference.NAME and reasons:
                 _announce_slow_fallback(device, reasons)
-            return backend
+            return name
         reasons[name] = reason
     raise RuntimeError(
         f"no kernel backend can compute {spec} on {device} ({_listed(reasons)}). Leave the choice open, or use another device"

@@ -37,9 +37,11 @@ def test_the_reference_runs_everywhere():
         assert choose_backend(SPEC, "cpu").NAME == "reference"
 
 
-def test_the_first_that_can_is_chosen(fast_first):
+def test_the_first_that_can_is_chosen(fast_first, forget_choices):
     assert choose_backend(SPEC, "cpu").NAME == "reference"
     fast_first["picky"].unsupported = lambda spec, device: None if spec.weight_bits == 4 else "4 bits only"
+    assert choose_backend(SPEC, "cpu").NAME == "reference"  # the choice for such a layer is made once
+    forget_choices()
     assert choose_backend(SPEC, "cpu").NAME == "picky"
 
 
