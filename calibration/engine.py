@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from calibration.calibration_state import load_parameters, started_from
+from calibration.calibration_state import load_parameters, quantization_parameters, started_from
 from calibration.data.pairs import Patches
 from calibration.initialise import Initialisation, initialise
 from calibration.losses import Perceptual
@@ -20,6 +20,7 @@ from calibration.recipe import Recipe
 from calibration.schemes import COMPONENTS, fold_and_make_schemes, give_ranks, observe_full_precision
 from calibration.stages import Calibrated, Run, Watch, weights_digest
 from calibration.warm_start import record_of_folder, start_from_folder
+from calibration.workers import ALONE, Workers
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import prepare
 
@@ -58,6 +59,7 @@ def begin(
     start: Path | None = None,
     data: dict[str, Any] | None = None,
     watch: Watch | None = None,
+    workers: Workers = ALONE,
 ) -> Run:
     """Replaces the layers of UNet and VAE by calibrating ones, whose parameters are set but not trained.
 
@@ -73,6 +75,7 @@ def begin(
             from.
         data: fingerprint of the pictures behind ``patches``: a state is not continued with others.
         watch: called after every step with the steps done and those in all; True stops the run there, saved as after Ctrl-C.
+        workers: the processes that share the work; all call this with the same arguments.
 
     Raises:
         ValueError: already quantized; the recipe needs a perceptual loss and there is none; or ``state`` is of another run.
@@ -94,9 +97,10 @@ def begin(
     samples = observe_full_precision(pipeline, schemes, recipe, patches, seed, degradation)
     kinds = layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
     if recipe.layer.branch_budget:
-        schemes = give_ranks(pipeline, schemes, recipe, kinds, samples, patches, seed, degradation)
+        schemes = workers.of_first(lambda: give_ranks(pipeline, schemes, recipe, kinds, samples, patches, seed, degradation))
     torch.manual_seed(seed)  # adapters start from random numbers
     for component in COMPONENTS:
+        getattr(pipeline, component).requires_grad_(False)
         prepare(getattr(pipeline, component), schemes[component], recipe.layer.adapter_rank, kinds)
     run = Run(
         pipeline,
@@ -107,13 +111,14 @@ def begin(
         degradation,
         perceptual,
         Calibrated(schemes),
-        state,
-        every,
-        identity,
-        watch,
-        samples,
+        state=state,
+        every=every,
+        identity=identity,
+        watch=watch,
+        samples=samples,
+        workers=workers,
     )
-    if state is not None and state.exists():
+    if workers.of_first(lambda: state is not None and state.exists()):
         run.restore()
     else:
         options = Initialisation.of(recipe.layer)
@@ -123,4 +128,5 @@ def begin(
         elif start:
             load_parameters(start, run.layers, identity["weights"])
         run.save()
+    workers.as_first(quantization_parameters(run.layers).values())
     return run

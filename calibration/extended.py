@@ -13,6 +13,7 @@ from calibration.data.pairs import Patches, sample_pair
 from calibration.losses import Perceptual, picture_loss, relative_l2
 from calibration.network_run import outputs_of, picture_of
 from calibration.recipe import Stage
+from calibration.workers import ALONE, Workers
 from qartsr_pipeline import QArtSRPipeline
 
 
@@ -24,15 +25,17 @@ def end_to_end_loss(
     seed: list[int],
     perceptual: Perceptual | None,
     degradation: str = "bicubic",
+    workers: Workers = ALONE,
 ) -> torch.Tensor:
     """The loss of one step, a scalar.
 
     Args:
         seed: of this step's patches.
+        workers: who share them.
     """
     rng = np.random.default_rng(seed)
     up, _ = sample_pair(patches, stage.batch, stage.patch, rng, degradation)
-    up = up.to(pipeline.vae.device)
+    up = workers.part(up).to(pipeline.vae.device)
     with torch.no_grad(), outputs_of({"unet": full_precision.unet}) as wanted:
         target = picture_of(full_precision, up)
     with outputs_of({"unet": pipeline.unet}) as seen:

@@ -20,6 +20,7 @@ from calibration.network_run import outputs_of, picture_of
 from calibration.recipe import Stage
 from calibration.replay import Recording
 from calibration.tensor_store import TensorStore
+from calibration.workers import ALONE, Workers
 from qartsr_pipeline import QArtSRPipeline
 
 
@@ -32,12 +33,14 @@ def record(
     count: int,
     store: TensorStore,
     degradation: str = "bicubic",
+    workers: Workers = ALONE,
 ) -> Recording:
     """Runs the full-precision network on the stage's batches, and keeps what every block returns.
 
     Args:
         seed: of the patches.
         count: batches.
+        workers: who share each batch.
     """
     quantizing = {block: block.layers[0].quantizing for block in blocks}
     for block in blocks:
@@ -46,7 +49,7 @@ def record(
     for index in range(count):
         rng = np.random.default_rng([*seed, index])
         up, _ = sample_pair(patches, stage.batch, stage.patch, rng, degradation)
-        recording.add(up.to(pipeline.vae.device))
+        recording.add(workers.part(up).to(pipeline.vae.device))
     for block, before in quantizing.items():
         block.quantize(before)
     return recording

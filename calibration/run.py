@@ -3,6 +3,7 @@
     python calibration/run.py                                        the small model to W4A4, on procedural pictures
     python calibration/run.py MODEL --bits w2a2 --data PHOTOS --steps 2000 --output runs/mine
     python calibration/run.py --resume --output runs/mine            after Ctrl-C, a crash or a full disk
+    accelerate launch calibration/run.py MODEL ..                    on several GPUs, which share every batch
 
 The run's folder gets `model/` (a complete pipeline folder, with `quantization.json` that records how it was made),
 `report/index.html`, and `state.pt`, which `--resume` and `--start` read. Budgets are counted in steps; a resumed run ends bit for
@@ -40,9 +41,11 @@ from calibration.stages import Calibrated, Watch
 from calibration.teacher import pictures as training_pictures
 from calibration.training_state import write_whole
 from calibration.warm_start import RECORD_NAME
+from calibration.workers import ALONE, Workers
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
+from qartsr_pipeline.command_line.processes import join_processes
 from qartsr_pipeline.quantization.freeze import freeze
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
@@ -126,6 +129,7 @@ class Job:
     data: dict[str, Any]
     evaluation: list[Path]
     sweep: list[dict[str, Any]] | None = None
+    workers: Workers = ALONE
 
 
 def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | None]:
@@ -151,7 +155,7 @@ def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | 
     return model, [row | {"chosen": row["timestep"] == sweep["chosen"]} for row in sweep["rows"]]
 
 
-def load_job(args: argparse.Namespace) -> Job:
+def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     """Checks everything that can be checked before the first step.
 
     Raises:
@@ -160,8 +164,11 @@ def load_job(args: argparse.Namespace) -> Job:
     changes = [] if args.steps is None else [f"steps={args.steps}"]
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
     LayerScheme(*bits)  # is there such a quantizer?
+    workers.check(recipe)
     if args.timestep not in ("keep", "search") and not args.timestep.isdecimal():
         raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
+    if args.timestep != "keep" and workers.several:
+        raise ValueError("--timestep: one process retrains the model; give what it wrote, OUTPUT/timestep/model, to several")
     evaluation = list_photographs(args.evaluate) if args.evaluate else [SAMPLE]
     patches, data = DeadLeaves(), {"procedural": "dead leaves"}
     if args.data:
@@ -170,15 +177,15 @@ def load_job(args: argparse.Namespace) -> Job:
         seen = overlap(evaluation, data["files"])
         if seen:
             raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
-    device, _ = choose_device(args.device)
+    device = workers.processes.device or choose_device(args.device)[0]
     fetch(args.model)
-    start_folder(args)
+    workers.of_first(lambda: start_folder(args))
     folder, sweep = at_timestep(args)
     pipeline = QArtSRPipeline.from_pretrained(folder).to(device)
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
-    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation, sweep)
+    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation, sweep, workers)
 
 
 def start_folder(args: argparse.Namespace) -> None:
@@ -217,14 +224,15 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
     }
 
 
-def run(args: argparse.Namespace, watch: Watch | None = None) -> bool:
+def run(args: argparse.Namespace, watch: Watch | None = None, workers: Workers = ALONE) -> bool:
     """What the command does, once its arguments are parsed; False if it was stopped before the end.
 
     Args:
+        workers: the processes that were launched together; the first one writes.
         watch: for programs that call this where no signal reaches it: see `calibration.engine.begin`.
     """
     start = time.perf_counter()
-    job = load_job(args)
+    job = load_job(args, workers)
     weights = Path(args.perceptual_weights) if args.perceptual_weights else None
     perceptual = load_perceptual(args.perceptual, job.full_precision.vae, weights) if job.recipe.is_perceptual else None
     calibrated = quantize(
@@ -240,9 +248,10 @@ def run(args: argparse.Namespace, watch: Watch | None = None) -> bool:
         start=args.start and start_of(args.start),
         data={name: value for name, value in job.data.items() if name != "files"},
         watch=watch,
+        workers=workers,
     )
-    if calibrated.stopped:
-        return False
+    if calibrated.stopped or not workers.is_main:
+        return not calibrated.stopped
     record = record_of(job, calibrated, perceptual.name if perceptual else None)
     if job.recipe.layer.deployable:
         for name, scheme in calibrated.schemes.items():
@@ -258,9 +267,14 @@ def run(args: argparse.Namespace, watch: Watch | None = None) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
+    workers = Workers(join_processes(parser.parse_args(argv).device))
+    if not workers.is_main:  # the first process speaks for all
+        parser.exit = lambda status=0, message=None: sys.exit(status)
+        parser.error = lambda message: sys.exit(2)
     try:
-        args = parse(argv)
-        finished = run(args)
+        args = workers.of_first(lambda: parse(argv))
+        finished = run(args, workers=workers)
+        workers.processes.gather(finished)
     except trq.Stopped:
         finished = False
     except KeyboardInterrupt:

@@ -32,6 +32,7 @@ from calibration.schemes import COMPONENTS
 from calibration.sharing import recomputed
 from calibration.tensor_store import TensorStore
 from calibration.training_state import StopSignals
+from calibration.workers import ALONE, Workers
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
 from qartsr_pipeline.quantization.scheme import QuantizationScheme
@@ -101,6 +102,7 @@ class Run:
         every: steps between saved states; 0 for none.
         watch: see `engine.begin`.
         samples: of every layer's input, by name.
+        workers: the processes that share the work.
     """
 
     pipeline: QArtSRPipeline
@@ -116,6 +118,7 @@ class Run:
     identity: dict[str, Any] = field(default_factory=dict)
     watch: Watch | None = None
     samples: dict[str, InputSample] = field(default_factory=dict)
+    workers: Workers = ALONE
 
     def __post_init__(self) -> None:
         self.blocks: list[Block] = find_blocks(self.pipeline)
@@ -172,7 +175,7 @@ class Run:
             Stopped: asked to; saved. FloatingPointError: the loss is no number; the last saved state is kept.
         """
         done = sum(len(losses) for losses in self.result.losses.values())
-        bar = tqdm(total=self._total(), initial=done, unit="step", mininterval=1)
+        bar = tqdm(total=self._total(), initial=done, unit="step", mininterval=1, disable=not self.workers.is_main)
         with StopSignals() as self.stop, recomputed(self.blocks), bar as self.bar:
             for index, stage in enumerate(self.recipe.stages):
                 if index >= self.stage_index:
@@ -200,7 +203,15 @@ class Run:
         with TensorStore(MEMORY_FOR_ACTIVATIONS, folder) as store:
             count = min(self.recipe.cached_batches, sum(steps))
             recording = record(
-                self.pipeline, self.blocks, stage, self.patches, [self.seed, index, 1], count, store, self.degradation
+                self.pipeline,
+                self.blocks,
+                stage,
+                self.patches,
+                [self.seed, index, 1],
+                count,
+                store,
+                self.degradation,
+                self.workers,
             )
             for number, turn in enumerate(order):
                 start_turn(self.blocks, turn, stage)
@@ -221,7 +232,9 @@ class Run:
 
     def _end_to_end(self, index: int, stage: Stage, step: int) -> torch.Tensor:
         seed = [self.seed, index, 2, step]
-        return end_to_end_loss(self.pipeline, self.full_precision, self.patches, stage, seed, self.perceptual, self.degradation)
+        return end_to_end_loss(
+            self.pipeline, self.full_precision, self.patches, stage, seed, self.perceptual, self.degradation, self.workers
+        )
 
     def _turn(self, stage: Stage, order: list[Turn], steps: list[int], number: int, loss_of: Any) -> None:
         """All steps of one turn, from the position on."""
@@ -236,6 +249,8 @@ class Run:
             self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
             if self.watch is not None and self.watch(self.bar.n, self.bar.total):
                 self.stop.requested = True
+            if self.workers.several:
+                self.stop.requested = self.workers.anyone(self.stop.requested)
             if self.stop.requested or (self.every and len(losses) % self.every == 0):
                 self.save()
             if self.stop.requested:
@@ -280,23 +295,25 @@ class Run:
 
     def _step(self, stage: Stage, rate: float, loss_of: Any) -> float:
         loss = loss_of(self.step)
-        if not torch.isfinite(loss):
+        value = self.workers.mean(loss.detach())
+        if not math.isfinite(value):
             kept = f"{self.state} has the state before it: " if self.state and self.state.exists() else ""
             raise FloatingPointError(
-                f"the loss of step {self.step} of {stage.name}, {self.bar.desc}, is {float(loss.detach())}: {kept}"
+                f"the loss of step {self.step} of {stage.name}, {self.bar.desc}, is {value}: {kept}"
                 f"start again with a smaller learning rate than {stage.lr:g}"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = group["relative"] * rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.workers.average_gradients(parameter for group in self.optimizer.param_groups for parameter in group["params"])
         self.optimizer.step()
         keep_zero_inside(self.layers.values())
-        return float(loss.detach())
+        return value
 
     def save(self) -> None:
         """Writes the state, where the run has one."""
-        if self.state is None:
+        if self.state is None or not self.workers.is_main:
             return
         position = {"stage_index": self.stage_index, "turn_index": self.turn_index, "step": self.step}
         result = {"losses": self.result.losses, "turns": self.result.turns, "errors_before": self.result.errors_before}
