@@ -18,7 +18,7 @@ from tiny_models import build_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "images=2 image_size=32 cached_batches=2 layer.branch_rank=2 layer.branch_budget=0.1 layer.adapter_rank=2".split()
-BATCHES = [f"stages.{number}.{setting}" for number in (0, 1) for setting in ("patch=16", "batch=2")]
+BATCHES = [f"stages.{number}.{setting}" for number in (0, 1) for setting in ("patch=16", "batch=2", "lr=0.0003")]
 
 
 def test_a_batch_is_shared_without_a_rest():
@@ -55,6 +55,6 @@ def test_two_processes_do_what_one_does(tmp_path):
     one, two = (record["loss"] for record in records)
     assert sum(len(losses) for losses in two.values()) == 6
     for stage, losses in one.items():
-        assert two[stage] == pytest.approx(losses, rel=1e-2)
+        assert two[stage] == pytest.approx(losses, rel=1e-2)  # a sum in another order may round a code the other way
     refused = command(2, tmp_path / "model", "--device", "cpu", "--output", tmp_path / "3", "--set", "stages.1.batch=3")
     assert refused.returncode != 0 and refused.stderr.count("has 3 patches, which 2 processes cannot share") == 1
