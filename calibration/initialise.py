@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from calibration.input_bounds import SHRINK, input_bounds
 from calibration.observers import InputSample
@@ -262,7 +263,7 @@ def initialise(layers: dict[str, CalibratingMixin], samples: dict[str, InputSamp
     for name, layer in layers.items():
         groups.setdefault(id(layer.log_smooth), []).append(name)
     errors = {}
-    for names in groups.values():
+    for names in tqdm(groups.values(), desc="initialise", unit="layer", leave=False, disable=len(groups) == 1):
         group, sample = [layers[name] for name in names], samples[names[0]]
         inputs = _set_offset(group, sample, options)
         w_largest = torch.stack([_unfolded(layer.weight.float()).abs().amax(0) for layer in group]).amax(0)
