@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             perceptual=perceptual,
             watch=lambda *_: bool(ends.append(time.perf_counter())),
         )
+    ends.append(time.perf_counter())
     with timed(stages, "train", device):
         calibrated = run.complete()
     with timed(stages, "freeze and save", device):
@@ -112,7 +114,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         sizes = save_pipeline(pipeline, folder / "model", RECORD_NAME, {"model": "random weights"})
     seconds, first = {}, 0
     for stage, losses in calibrated.losses.items():
-        times = [later - earlier for earlier, later in zip(ends[first:], ends[first + 1 : first + len(losses)], strict=False)]
+        times = [later - earlier for earlier, later in zip(ends[first:], ends[first + 1 : first + 1 + len(losses)], strict=True)]
         seconds[stage] = [round(value, 2) for value in times]
         first += len(losses)
     return {
@@ -133,11 +135,13 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def extrapolated(
     args: argparse.Namespace, stages: dict[str, dict[str, float]], seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """What as many steps as ``--full-steps`` would take, at each stage's mean of the measured ones; not measured."""
-    recipe = with_values(load_recipe(args.recipe), [f"steps={args.full_steps}", *args.set])
+    """What as many steps as ``--full-steps`` would take, at each stage's median of the measured ones; not measured. What a stage
+    does once (recording its batches) is in its first step.
+    """
+    recipe = with_values(load_recipe(args.recipe), [*args.set, f"steps={args.full_steps}"])
     once = sum(stages[name]["seconds"] for name in ("load", "begin", "freeze and save"))
     training = sum(
-        args.full_steps * stage.share * sum(seconds[stage.name]) / len(seconds[stage.name])
+        sum(recipe.steps_of(stage, 1)) * statistics.median(seconds[stage.name])
         for stage in recipe.stages
         if seconds.get(stage.name)
     )

@@ -14,19 +14,17 @@ import argparse
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calibration.compare import HELD_OUT
+from calibration.compare import prepare
 from calibration.comparison.cells import evaluate, full_precision, measured
-from calibration.comparison.learning_rate import Trials
+from calibration.comparison.learning_rate import StoppedError, Trials
 from calibration.comparison.methods import Cell, make_method
 from calibration.comparison.setting import Comparison, load_model, write_json
 from calibration.comparison.table import COLOR_FIX
-from calibration.data.fingerprint import data_fingerprint, hardware, versions
-from calibration.data.overlap import file_digests, overlap
-from calibration.data.pairs import choose_held_out
-from calibration.data.photographs import PhotographPatches, list_photographs
+from calibration.data.fingerprint import hardware, versions
 from calibration.evaluation import Candidate
 from calibration.training_state import write_whole
 
@@ -107,25 +105,20 @@ def plot(rows: list[dict[str, Any]], widths: list[str], path: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    paths, evaluation = list_photographs(args.data), list_photographs(args.evaluate)[: args.limit]
-    seen = overlap(evaluation, file_digests(paths))
-    if seen:
-        raise ValueError(f"{seen[0]} is among the photographs of --data: evaluate on others")
-    candidates, held_out = read_candidates(args.search), choose_held_out(paths, HELD_OUT)
-    models = {name: load_model(str(args.search / name / "model"), "cpu") for name in candidates}
-    patches = PhotographPatches([path for path in paths if path not in set(held_out)])
-    data = {"calibration": data_fingerprint(paths), "evaluation": data_fingerprint(evaluation), "degradation": "bicubic"}
-    comparison = Comparison(args.output, models, patches, held_out, evaluation, data, [], "cpu")
+    candidates = read_candidates(args.search)
+    folders = {name: str(args.search / name / "model") for name in candidates}
+    args.model, args.model_t999, args.metrics, args.device = next(iter(folders.values())), None, [], "cpu"
+    comparison = replace(prepare(args), models={name: load_model(folder, "cpu") for name, folder in folders.items()})
     rows = [line_of(comparison, name, candidates[name], args.steps, args.bits) for name in candidates]
     options = json.loads((args.search / next(iter(candidates)) / "result.json").read_text())["made_with"]
     retrained = " + ".join(f"{phase['steps']} {phase['name']}" for phase in options["phases"])
     about = (
         f"Candidates retrained for {retrained} steps from {options['model']}, then QArtSR for {args.steps} steps, one seed, the"
-        f" recipe's learning rates; {len(evaluation)} photographs, colours aligned ({COLOR_FIX}). The first columns are of"
-        " `calibration/trq.py`, on its own held-out photographs."
+        f" recipe's learning rates; {len(comparison.evaluation)} photographs, colours aligned ({COLOR_FIX}). The first columns"
+        " are of `calibration/trq.py`, on its own held-out photographs."
     )
     text = markdown(rows, args.bits, about)
-    report = {"rows": rows, "about": about, "data": data, "versions": versions(), "hardware": hardware("cpu")}
+    report = {"rows": rows, "about": about, "data": comparison.data, "versions": versions(), "hardware": hardware("cpu")}
     write_json(args.output / "timesteps.json", report)
     write_whole(args.output / "timesteps.md", text.encode())
     plot(rows, args.bits, args.output / "timesteps.png")
@@ -143,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     try:
         run(parser.parse_args(argv))
-    except KeyboardInterrupt:
+    except (StoppedError, KeyboardInterrupt):
         parser.exit(130, "\nstopped; what is finished is kept. Continue with the same command.\n")
     except (OSError, ValueError, FloatingPointError, ImportError) as error:
         parser.error(" ".join(str(error).split()))

@@ -78,11 +78,13 @@ def begin(
         workers: the processes that share the work; all call this with the same arguments.
 
     Raises:
-        ValueError: already quantized; the recipe needs a perceptual loss and there is none; or ``state`` is of another run.
+        ValueError: already quantized; the recipe needs a perceptual loss and there is none; ``state`` is of another run; or the
+            processes cannot share a batch evenly.
         OSError: disk full.
     """
     if perceptual is None and recipe.is_perceptual:
         raise ValueError(f"the recipe of {recipe.method} has a perceptual loss: give one, see calibration.losses.load_perceptual")
+    workers.check(recipe)
     schemes = fold_and_make_schemes(pipeline, recipe, bits)
     identity = {
         "recipe": recipe.to_dict(),
@@ -100,7 +102,6 @@ def begin(
         schemes = workers.of_first(lambda: give_ranks(pipeline, schemes, recipe, kinds, samples, patches, seed, degradation))
     torch.manual_seed(seed)  # adapters start from random numbers
     for component in COMPONENTS:
-        getattr(pipeline, component).requires_grad_(False)
         prepare(getattr(pipeline, component), schemes[component], recipe.layer.adapter_rank, kinds)
     run = Run(
         pipeline,

@@ -107,14 +107,14 @@ def _set_branch(layer: CalibratingMixin, left: torch.Tensor | None = None) -> No
     phi = layer.smooth
     smoothed = _unfolded(layer.merged_weight()) / phi
     rank = layer.branch_down.shape[0]
-    u, s, vh = _leading(smoothed if left is None else smoothed - _unfolded(left), rank)
+    u, s, vh = leading_vectors(smoothed if left is None else smoothed - _unfolded(left), rank)
     root = s.sqrt()
     up = (u * root).view(layer.weight.shape[0], *layer.weight.shape[2:], rank)
     layer.branch_up.copy_(up.movedim(-1, 1))
     layer.branch_down.copy_(vh * root[:, None] * phi)
 
 
-def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def leading_vectors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The leading singular vectors and values: u (rows, rank), s (rank,), vh (rank, columns).
 
     Those of large matrices by random projections (Halko et al., arXiv 0909.4061): with thousands of channels, a full
@@ -125,7 +125,7 @@ def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
         return u[:, :rank], s[:rank], vh[:rank]
     with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, rank + 16, niter=4)
+        u, s, v = torch.svd_lowrank(matrix, min(rank + 16, *matrix.shape), niter=4)
     return u[:, :rank], s[:rank], v.T[:rank]
 
 

@@ -129,7 +129,6 @@ class Job:
     data: dict[str, Any]
     evaluation: list[Path]
     sweep: list[dict[str, Any]] | None = None
-    workers: Workers = ALONE
 
 
 def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | None]:
@@ -164,7 +163,6 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     changes = [] if args.steps is None else [f"steps={args.steps}"]
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
     LayerScheme(*bits)  # is there such a quantizer?
-    workers.check(recipe)
     if args.timestep not in ("keep", "search") and not args.timestep.isdecimal():
         raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
     if args.timestep != "keep" and workers.several:
@@ -179,13 +177,14 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
             raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
     device = workers.processes.device or choose_device(args.device)[0]
     fetch(args.model)
-    workers.of_first(lambda: start_folder(args))
+    if workers.is_main:
+        start_folder(args)
     folder, sweep = at_timestep(args)
     pipeline = QArtSRPipeline.from_pretrained(folder).to(device)
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
-    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation, sweep, workers)
+    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation, sweep)
 
 
 def start_folder(args: argparse.Namespace) -> None:
@@ -232,7 +231,7 @@ def run(args: argparse.Namespace, watch: Watch | None = None, workers: Workers =
         watch: for programs that call this where no signal reaches it: see `calibration.engine.begin`.
     """
     start = time.perf_counter()
-    job = load_job(args, workers)
+    job = workers.together(lambda: load_job(args, workers))
     weights = Path(args.perceptual_weights) if args.perceptual_weights else None
     perceptual = load_perceptual(args.perceptual, job.full_precision.vae, weights) if job.recipe.is_perceptual else None
     calibrated = quantize(
@@ -268,9 +267,6 @@ def run(args: argparse.Namespace, watch: Watch | None = None, workers: Workers =
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     workers = Workers(join_processes(parser.parse_args(argv).device))
-    if not workers.is_main:  # the first process speaks for all
-        parser.exit = lambda status=0, message=None: sys.exit(status)
-        parser.error = lambda message: sys.exit(2)
     try:
         args = workers.of_first(lambda: parse(argv))
         finished = run(args, workers=workers)
@@ -282,7 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         parser.error(" ".join(str(error).split()))
     if not finished:
-        parser.exit(130, f"\nstopped and saved. Continue with: python calibration/run.py --resume --output {args.output}\n")
+        how = f"python calibration/run.py --resume --output {args.output}"
+        parser.exit(130, f"\nstopped and saved. Continue with: {how}\n" if workers.is_main else None)
 
 
 if __name__ == "__main__":

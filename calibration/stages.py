@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ def weights_digest(pipeline: QArtSRPipeline) -> str:
     return digest.hexdigest()
 
 
+def _without_rates(recipe: Recipe) -> Recipe:
+    return replace(recipe, steps=0, stages=tuple(replace(stage, lr=1.0) for stage in recipe.stages))
+
+
 @dataclass
 class Run:
     """One calibration while it goes on. Its position and what `state` holds: stage, turn, step, parameters, optimizer.
@@ -156,16 +160,16 @@ class Run:
 
     @torch.no_grad()
     def start_again(self, recipe: Recipe, parameters: dict[str, torch.Tensor], state: Path | None) -> None:
-        """Back to ``parameters``, to be trained by another recipe with the same layers; or to ``state`` where it exists."""
-        if recipe.layer != self.recipe.layer:
-            raise ValueError("a run starts again with the layers that it has: quantize anew for others")
+        """Back to ``parameters``, or to ``state`` where it exists, to be trained by a recipe of other steps or learning rates."""
+        if _without_rates(recipe) != _without_rates(self.recipe):
+            raise ValueError("a run starts again with other steps and learning rates only: quantize anew for other recipes")
         for name, parameter in quantization_parameters(self.layers).items():
             parameter.copy_(parameters[name])
         self.recipe, self.state = recipe, state
         self.identity = self.identity | {"recipe": recipe.to_dict()}
         self.result = Calibrated(self.result.schemes, errors_before=self.result.errors_before)
         self._to_the_beginning()
-        if state is not None and state.exists():
+        if self.workers.of_first(lambda: state is not None and state.exists()):
             self.restore()
 
     def train(self) -> None:
@@ -249,11 +253,10 @@ class Run:
             self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
             if self.watch is not None and self.watch(self.bar.n, self.bar.total):
                 self.stop.requested = True
-            if self.workers.several:
-                self.stop.requested = self.workers.anyone(self.stop.requested)
-            if self.stop.requested or (self.every and len(losses) % self.every == 0):
+            stop = self.workers.anyone(self.stop.requested)  # asked once: a signal may come at any moment
+            if stop or (self.every and len(losses) % self.every == 0):
                 self.save()
-            if self.stop.requested:
+            if stop:
                 raise Stopped
         if len(order) > 1 and steps[number]:
             last = losses[-steps[number] :]

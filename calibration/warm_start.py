@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from calibration.initialise import Initialisation, set_branch, weight_bounds
+from calibration.initialise import Initialisation, leading_vectors, set_branch, weight_bounds
 from calibration.observers import InputSample
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.arithmetic.affine import code_range
@@ -119,11 +119,10 @@ def _weight_of(deployed: DeployedLayer) -> torch.Tensor:
 
 def _set_adapter(layer: CalibratingMixin, difference: torch.Tensor) -> None:
     """F1 F2 = ``difference``, of the weight's shape, as far as its rank goes."""
-    u, s, vh = torch.linalg.svd(difference.flatten(1), full_matrices=False)
-    rank = min(layer.adapter_down.shape[0], len(s))
-    root = s[:rank].sqrt()
-    layer.adapter_up.zero_()[:, :rank] = u[:, :rank] * root
-    layer.adapter_down[:rank] = vh[:rank] * root[:, None]
+    u, s, vh = leading_vectors(difference.flatten(1), layer.adapter_down.shape[0])
+    root = s.sqrt()
+    layer.adapter_up.zero_()[:, : len(s)] = u * root
+    layer.adapter_down[: len(s)] = vh * root[:, None]
 
 
 def _set_weight_bounds(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Tensor, options: Initialisation) -> None:

@@ -1,11 +1,13 @@
 """The processes of one calibration, as `accelerate launch calibration/run.py` starts them: each takes its part of every batch.
 
 Gradients are averaged, so the parameters stay the same everywhere; what one process would compute differs by the order of sums
-only. The first process reads, decides and writes; the others follow. Exchange is by gloo, on any device.
+only. All read the pictures and set their layers; what is decided, such as ranks, the first one decides, and it alone writes.
+Exchange is by gloo, on any device.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +19,7 @@ from calibration.recipe import Recipe
 from qartsr_pipeline.command_line.processes import Processes
 
 T = TypeVar("T")
+PATIENCE = 1.0  # seconds: the launcher stops all as soon as one ends, and the first process is to say why
 
 
 @dataclass(frozen=True)
@@ -72,22 +75,46 @@ class Workers:
     def as_first(self, tensors: Iterable[torch.Tensor]) -> None:
         """Makes the tensors what they are in the first process."""
         for tensor in tensors if self.several else ():
-            dist.broadcast(tensor.data, 0)
+            values = tensor.detach().clone()
+            dist.broadcast(values, 0)
+            with torch.no_grad():
+                tensor.copy_(values)  # not behind autograd's back: layers remember what they made of a tensor's version
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns, or raises, in the first process; the others do not call it."""
+        """What ``make`` returns in the first process; the others do not call it, and end if it raises."""
         if not self.several:
             return make()
-        value, error = None, None
-        if self.is_main:
-            try:
-                value = make()
-            except (Exception, SystemExit) as raised:
-                error = raised
+        value, error = _attempt(make) if self.is_main else (None, None)
         value, error = self.processes.of_main((value, error))
-        if error is not None:
-            raise error
+        self._raise(error)
         return value
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns here, once all are done with it. If it raises anywhere, the first process raises that, and the
+        others end. It must not wait for other processes itself.
+        """
+        if not self.several:
+            return make()
+        value, error = _attempt(make)
+        errors: list[BaseException | None] = [None] * self.processes.count
+        dist.all_gather_object(errors, error)
+        self._raise(next((found for found in errors if found is not None), None))
+        return value
+
+    def _raise(self, error: BaseException | None) -> None:
+        if error is None:
+            return
+        if self.is_main:
+            raise error
+        time.sleep(PATIENCE)
+        raise SystemExit(2)
+
+
+def _attempt(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return make(), None
+    except (Exception, SystemExit) as error:
+        return None, error
 
 
 ALONE = Workers()

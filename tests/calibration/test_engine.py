@@ -335,5 +335,11 @@ def test_a_run_that_starts_again_with_another_learning_rate_ends_as_a_new_one(tm
     assert second.losses == alone.losses != first.losses
     assert second.layer_errors == alone.layer_errors and second.errors_before == alone.errors_before
     assert torch.equal(picture(pipelines[0][0]), picture(pipelines[1][0]))
-    with pytest.raises(ValueError, match="starts again with the layers that it has"):
+    run.start_again(fast, parameters, tmp_path / "stopped.pt")
+    run.watch = lambda done, _: done == 3
+    assert run.complete().stopped
+    run.watch = None
+    run.start_again(fast, parameters, tmp_path / "stopped.pt")  # where it was stopped
+    assert run.complete().losses == alone.losses
+    with pytest.raises(ValueError, match="starts again with other steps and learning rates only"):
         run.start_again(small_recipe("layer.branch_rank=3"), parameters, None)

@@ -6,9 +6,9 @@ import torch
 from recipes_for_tests import SmoothPatches, small_recipe
 from test_engine import picture
 
-from calibration import sharing
+from calibration import initialise, sharing
 from calibration.engine import quantize
-from calibration.initialise import _leading
+from calibration.initialise import leading_vectors
 from calibration.sharing import on_the_same_weights
 from tiny_models import build_tiny_pipeline
 
@@ -29,9 +29,8 @@ def test_blocks_that_run_again_in_the_backward_pass_train_the_same(monkeypatch):
         monkeypatch.setattr(sharing, "LARGE", large)
         pipeline = build_tiny_pipeline()
         block = pipeline.vae.decoder.mid_block.resnets[0]
-        handle = block.conv_shortcut if block.conv_shortcut else block.norm1
         calls = []
-        handle.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        block.norm1.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
         results.append(quantize(pipeline, build_tiny_pipeline(), recipe, (4, 4), SmoothPatches()))
         runs.append(sum(calls))
         assert "forward" not in block.__dict__
@@ -39,12 +38,13 @@ def test_blocks_that_run_again_in_the_backward_pass_train_the_same(monkeypatch):
     assert runs[1] > runs[0]
 
 
-def test_leading_singular_vectors_of_large_matrices_leave_next_to_nothing_more():
+def test_leading_singular_vectors_of_large_matrices_leave_next_to_nothing_more(monkeypatch):
+    monkeypatch.setattr(initialise, "FULL_SVD", 500)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(900, 600, generator=generator) * torch.linspace(1, 0.1, 600)
     state = torch.random.get_rng_state()
     left = {}
-    for limit, (u, s, vh) in {True: _leading(matrix, 32), False: torch.linalg.svd(matrix)}.items():
+    for limit, (u, s, vh) in {True: leading_vectors(matrix, 32), False: torch.linalg.svd(matrix)}.items():
         left[limit] = float((matrix - u[:, :32] * s[:32] @ vh[:32]).norm())
-    assert left[False] <= left[True] * 1.00001 <= left[False] * 1.02
+    assert left[False] < left[True] <= left[False] * 1.02  # by other means, and as good
     assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's random numbers change
