@@ -20,11 +20,17 @@ def compare(pictures: dict[str, np.ndarray], detail: tuple[int, int, int, int]) 
     bar, gap = 32, 8
     detail_height = round(width * (detail[3] - detail[1]) / (detail[2] - detail[0]))
     sheet = Image.new("RGB", (len(pictures) * (width + gap) - gap, bar + height + gap + detail_height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    draw = ImageDraw.Draw(sheet)
     for column, (caption, pixels) in enumerate(pictures.items()):
         left, picture = column * (width + gap), Image.fromarray(pixels)
-        draw.text((left + 4, 4), caption, fill="black", font=font)
+        draw.text((left + 4, bar // 2), caption, fill="black", font=_font_for(caption, width - 8), anchor="lm")
         sheet.paste(picture, (left, bar))
         enlarged = picture.crop(detail).resize((width, detail_height), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, bar + height + gap))
     return np.asarray(sheet)
+
+
+def _font_for(caption: str, width: int) -> ImageFont.FreeTypeFont:
+    """The largest font, up to 20 pixels, in which the caption takes no more than ``width``."""
+    fonts = (ImageFont.load_default(size) for size in range(20, 8, -1))
+    return next((font for font in fonts if font.getlength(caption) <= width), ImageFont.load_default(8))
