@@ -29,6 +29,13 @@ def patches():
     return DeadLeaves()
 
 
+@pytest.fixture(autouse=True)
+def few_small_pictures(monkeypatch):
+    """The tiny model has two levels: its attention would see 128 x 128 positions of a picture of 256 pixels."""
+    monkeypatch.setattr("calibration.data.pairs.VALIDATION_SIDE", 64)
+    monkeypatch.setattr(trq, "latents_for_fit", lambda *arguments: latents_for_fit(*arguments[:3], count=2))
+
+
 @pytest.fixture
 def model():
     return teacher_of(build_tiny_pipeline(timestep=100)).requires_grad_(False)
