@@ -163,6 +163,7 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     changes = [] if args.steps is None else [f"steps={args.steps}"]
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
     LayerScheme(*bits)  # is there such a quantizer?
+    workers.check(recipe)
     if args.timestep not in ("keep", "search") and not args.timestep.isdecimal():
         raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
     if args.timestep != "keep" and workers.several:
