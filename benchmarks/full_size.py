@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 
+from benchmarks.contenders import full_precision as random_network
 from calibration import engine
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.fingerprint import hardware, versions
@@ -43,12 +44,10 @@ INITIALISATION = ("observe_full_precision", "give_ranks", "initialise")  # funct
 
 def write_random_model(folder: Path) -> None:
     """A pipeline folder with the shapes of Stable Diffusion 2.1-base and OSEDiff's timestep, float16 on disk."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(**stable_diffusion_2_1.UNET).half()
-    vae = AutoencoderKL(**stable_diffusion_2_1.VAE).half()
-    prompt = PromptEmbedding.from_tensor(torch.randn(1, 77, stable_diffusion_2_1.UNET["cross_attention_dim"]))
-    scheduler = DDPMScheduler(**stable_diffusion_2_1.SCHEDULER)
-    QArtSRPipeline(unet, vae, scheduler, prompt, timestep=999, scale=4).save_pretrained(folder)
+    network = random_network("sd21")
+    prompt, scheduler = PromptEmbedding.from_tensor(network.prompt_embeds), DDPMScheduler(**stable_diffusion_2_1.SCHEDULER)
+    pipeline = QArtSRPipeline(network.unet.half(), network.vae.half(), scheduler, prompt, timestep=network.timestep, scale=4)
+    pipeline.save_pretrained(folder)
 
 
 def peak_gigabytes(device: str) -> float:

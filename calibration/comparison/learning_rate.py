@@ -79,11 +79,8 @@ def held_out_loss(comparison: Comparison, model: Model, pipeline: QArtSRPipeline
     return loss if math.isfinite(loss) else math.inf
 
 
-def sweep(comparison: Comparison, cell: Cell, trials: Trials) -> dict[str, Any]:
+def sweep(trials: Trials) -> dict[str, Any]:
     """Chooses the learning rate of a cell's group with a few steps, by the distance to full precision on held-out patches.
-
-    Args:
-        trials: of the cell.
 
     Returns:
         "factor", and "losses" by factor (None where training diverged).
@@ -91,6 +88,7 @@ def sweep(comparison: Comparison, cell: Cell, trials: Trials) -> dict[str, Any]:
     Raises:
         ValueError: training diverged with every rate. StoppedError: by Ctrl-C.
     """
+    comparison, cell = trials.comparison, trials.cell
     first = replace(cell, seed=0)
     trials = trials if cell == first else Trials(comparison, first)
     settings = comparison.settings(first) | {"factors": list(SWEPT), "share": SWEEP_SHARE, "metrics": None}

@@ -81,10 +81,11 @@ def make_method(name: str, steps: int) -> Method:
         label, change = ABLATIONS[name]
         kind, recipe = "ablation", change(load_recipe(MAIN))
     elif name in (SAME_BUDGET, SAME_RANK):
-        own, other = ("svdquant", MAIN) if name == SAME_BUDGET else (MAIN, "svdquant")
-        kind, recipe, layer = "method", load_recipe(own), load_recipe(other).layer
-        label = f"{recipe.method}, ranks of {load_recipe(other).method}"
-        recipe = _with_layer(recipe, branch_rank=layer.branch_rank, branch_budget=layer.branch_budget)
+        kind, recipe, other = "method", load_recipe("svdquant"), load_recipe(MAIN)
+        if name == SAME_RANK:
+            recipe, other = other, recipe
+        label = f"{recipe.method}, ranks of {other.method}"
+        recipe = _with_layer(recipe, branch_rank=other.layer.branch_rank, branch_budget=other.layer.branch_budget)
     else:
         kind, recipe = "method", load_recipe(name)
         label = recipe.method
