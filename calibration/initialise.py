@@ -7,7 +7,8 @@ In this order, each for one layer (or the layers that share an input) at a time
 3. low-rank branch: the leading singular vectors of the smoothed weight (SVDQuant, arXiv 2411.05007, sec. 4.2); where rounds of
    refinement are asked for, then those of what quantization leaves of it, as long as the output's error falls;
 4. weight bounds per output channel: extremes, or the shrunken extremes of least squared error;
-5. input bounds: the same, or percentiles.
+5. input bounds: the same, or percentiles;
+6. where that is asked for, the branch again: fitted to what quantization leaves of the layer's outputs (`calibration.branches`).
 
 Layers on other grids (`calibration.other_grids`) leave out what they do not have, and rotated ones are measured as rotated.
 
@@ -17,19 +18,21 @@ over the taps, as if their inputs were independent: positions are sampled, not n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
+from calibration.branches import branch_from_weight, fit_branch, unfolded
 from calibration.input_bounds import SHRINK, input_bounds
 from calibration.observers import InputSample
 from calibration.recipe import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.arithmetic.affine import fake_quantize
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
-SEARCHED = (None, 0.25, 0.5, 0.75)  # exponents a
-FULL_SVD = 512  # sides up to which all singular vectors are computed
+SEARCHED = (None, 0.25, 0.5, 0.75, 1.0)  # exponents a
 SMALLEST_PHI = 1e-4  # of a channel that nobody reads, relative to the geometric mean of the others
 
 
@@ -43,6 +46,7 @@ class Initialisation:
         smoothing: exponents a that are tried, None among them for phi = 1 (next to 0 where nobody reads the channel); none at all
             to leave phi at 1 everywhere.
         branch_rounds: of refinement, at most.
+        branch_fit: whether branches are fitted to the outputs (`calibration.branches.fit_branch`), where that lowers the error.
         offset: "none" or "zero" to leave it alone, "mean" of the inputs, or "centre" of their extremes.
     """
 
@@ -51,6 +55,7 @@ class Initialisation:
     smoothing: tuple[float | None, ...] = SEARCHED
     offset: str = "none"
     branch_rounds: int = 0
+    branch_fit: bool = False
 
     def __post_init__(self):
         if self.bounds not in BOUNDS:
@@ -64,16 +69,11 @@ class Initialisation:
     def of(cls, layer: Layer) -> Initialisation:
         """What a recipe says of its layers."""
         smoothing = {"none": (), "ones": (None,), "search": SEARCHED}[layer.smoothing]
-        return cls(layer.bounds, layer.percentile, smoothing, layer.offset, layer.branch_rounds)
+        return cls(layer.bounds, layer.percentile, smoothing, layer.offset, layer.branch_rounds, layer.branch_fit)
 
 
 def _has(layer: CalibratingMixin, parameter: str) -> bool:
     return parameter in layer._parameters
-
-
-def _unfolded(weight: torch.Tensor) -> torch.Tensor:
-    """(N, C, kh, kw) or (N, C) -> (N * taps, C)."""
-    return weight.movedim(1, -1).reshape(-1, weight.shape[1])
 
 
 def smoothing_factor(x_largest: torch.Tensor, w_largest: torch.Tensor, exponent: float | None) -> torch.Tensor:
@@ -90,7 +90,7 @@ def smoothing_factor(x_largest: torch.Tensor, w_largest: torch.Tensor, exponent:
 @torch.no_grad()
 def set_branch(layer: CalibratingMixin, rows: torch.Tensor, options: Initialisation) -> None:
     """Branch, and weight bounds around what it leaves, of a layer whose smoothing is set, for inputs (positions, C)."""
-    _set_branch(layer)
+    branch_from_weight(layer)
     weight_bounds(layer, rows, options)
 
 
@@ -100,48 +100,35 @@ def weight_bounds(layer: CalibratingMixin, rows: torch.Tensor, options: Initiali
     _weight_bounds(layer, (rows * layer.smooth).square().mean(0), options)
 
 
-def _set_branch(layer: CalibratingMixin, left: torch.Tensor | None = None) -> None:
-    """The leading singular vectors of the smoothed weight, with what is merged into it, less ``left``, of its shape."""
-    if not layer.has_branch:
-        return
-    phi = layer.smooth
-    smoothed = _unfolded(layer.merged_weight()) / phi
-    rank = layer.branch_down.shape[0]
-    u, s, vh = leading_vectors(smoothed if left is None else smoothed - _unfolded(left), rank)
-    root = s.sqrt()
-    up = (u * root).view(layer.weight.shape[0], *layer.weight.shape[2:], rank)
-    layer.branch_up.copy_(up.movedim(-1, 1))
-    layer.branch_down.copy_(vh * root[:, None] * phi)
-
-
-def leading_vectors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading singular vectors and values: u (rows, rank), s (rank,), vh (rank, columns).
-
-    Those of large matrices by random projections (Halko et al., arXiv 0909.4061): with thousands of channels, a full
-    decomposition takes minutes.
+def _improve(layer: CalibratingMixin, rows: torch.Tensor, least: float, change: Callable[[], None]) -> float:
+    """Makes a change to branch, adapter and weight bounds, and takes it back unless the output's error falls below ``least``;
+    returns the lower of the two.
     """
-    if min(matrix.shape) <= FULL_SVD:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank]
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(matrix, min(rank + 16, *matrix.shape), niter=4)
-    return u[:, :rank], s[:rank], v.T[:rank]
+    parts = [
+        p for n, p in layer.named_parameters() if n.startswith(("branch_", "adapter_", "weight_")) and not n.endswith("step")
+    ]
+    before = [part.clone() for part in parts]
+    change()
+    error = _output_error(layer, rows)
+    if error < least:
+        return error
+    for part, value in zip(parts, before, strict=True):
+        part.copy_(value)
+    return least
 
 
 def _refine_branch(layer: CalibratingMixin, inputs: _Inputs, options: Initialisation) -> None:
     """Branch and quantized weight in turns, each from what the other leaves of the weight, as in SVDQuant's released program."""
-    parts = [p for name, p in layer.named_parameters() if name.startswith(("branch_", "weight_")) and not name.endswith("step")]
     energy = (inputs.rows * layer.smooth).square().mean(0)
+
+    def again() -> None:
+        branch_from_weight(layer, layer.qweight)
+        _weight_bounds(layer, energy, options)
+
     least = _output_error(layer, inputs.rows)
     for _ in range(options.branch_rounds if layer.has_branch else 0):
-        before = [part.clone() for part in parts]
-        _set_branch(layer, layer.qweight)
-        _weight_bounds(layer, energy, options)
-        error = _output_error(layer, inputs.rows)
-        if error >= least:
-            for part, value in zip(parts, before, strict=True):
-                part.copy_(value)
+        error = _improve(layer, inputs.rows, least, again)
+        if error == least:
             return
         least = error
 
@@ -197,7 +184,7 @@ def _set_offset(layers: list[CalibratingMixin], sample: InputSample, options: In
 def _set_input_bounds(layers: list[CalibratingMixin], inputs: _Inputs, seen: torch.Tensor, options: Initialisation) -> None:
     """``seen`` (positions, C) are the rows as the quantizer sees them: smoothed, and rotated where that is wanted."""
     first = layers[0]
-    importance = sum(_unfolded(layer.residual_weight()).square().sum(0) for layer in layers)
+    importance = sum(unfolded(layer.residual_weight()).square().sum(0) for layer in layers)
     read = importance > 0  # bounds need not hold channels that nobody reads
     if hasattr(first, "transform_rows"):
         ends = torch.stack([seen.amin(0), seen.amax(0)])
@@ -218,21 +205,30 @@ def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor,
     seen = first.transform_rows(smoothed) if hasattr(first, "transform_rows") else smoothed
     energy = seen.square().mean(0)
     for layer in layers:
-        _set_branch(layer)
+        if options.branch_fit and _has(layer, "adapter_up"):
+            layer.adapter_up.zero_()  # of another phi
+        branch_from_weight(layer)
         _weight_bounds(layer, energy, options)
     if _has(first, "input_lower"):
         _set_input_bounds(layers, inputs, seen, options)
-    return sum(_output_error(layer, inputs.rows) for layer in layers)
+    errors = [_output_error(layer, inputs.rows) for layer in layers]
+    if not options.branch_fit:
+        return sum(errors)
+    fits = (partial(fit_branch, layer, inputs.rows) for layer in layers)
+    return sum(
+        _improve(layer, inputs.rows, error, fit) if layer.has_branch else error
+        for layer, error, fit in zip(layers, errors, fits, strict=True)
+    )
 
 
 @torch.no_grad()
 def squared_errors(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
     """(N,) squared error of each output channel, summed over inputs (positions, C) from which the offset is taken already."""
-    wanted = rows @ _unfolded(layer.weight.float()).T
-    got = layer.quantized_input(rows, layer.smooth) @ _unfolded(layer.qweight).T
+    wanted = rows @ unfolded(layer.weight.float()).T
+    got = layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
     if layer.has_branch:
         up, down = layer.stored_branch()
-        got = got + (rows * layer.smooth @ down.T) @ _unfolded(up).T
+        got = got + (rows * layer.smooth @ down.T) @ unfolded(up).T
     return (got - wanted).square().sum(0).view(layer.weight.shape[0], -1).sum(1)
 
 
@@ -241,7 +237,7 @@ def _output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:
 
 
 def _output_power(layer: CalibratingMixin, rows: torch.Tensor) -> float:
-    return float((rows @ _unfolded(layer.weight.float()).T).square().sum())
+    return float((rows @ unfolded(layer.weight.float()).T).square().sum())
 
 
 @torch.no_grad()
@@ -266,7 +262,7 @@ def initialise(layers: dict[str, CalibratingMixin], samples: dict[str, InputSamp
     for names in tqdm(groups.values(), desc="initialise", unit="layer", leave=False, disable=len(groups) == 1):
         group, sample = [layers[name] for name in names], samples[names[0]]
         inputs = _set_offset(group, sample, options)
-        w_largest = torch.stack([_unfolded(layer.weight.float()).abs().amax(0) for layer in group]).amax(0)
+        w_largest = torch.stack([unfolded(layer.weight.float()).abs().amax(0) for layer in group]).amax(0)
         candidates = [smoothing_factor(inputs.largest, w_largest, exponent) for exponent in options.smoothing]
         candidates = candidates or [torch.ones_like(w_largest)]
         scores = [_set_for(group, inputs, phi, options) for phi in candidates]

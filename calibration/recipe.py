@@ -63,7 +63,9 @@ class Layer:
         branch_budget: share of the layers' own multiplications that all branches may cost. Every layer then has its own rank, up
             to branch_rank, where that removes most of the picture's error; 0 gives all layers branch_rank.
         branch_rounds: of refinement of that start at most: the branch from what quantization leaves of the weight, and again.
-        adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0; 0 for none.
+        branch_fit: whether that start is then fitted to what quantization leaves of the layer's outputs on the calibration inputs.
+        adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0, or at what keeps
+            the residual weight as it is when a branch is fitted; 0 for none.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
         rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix.
@@ -80,6 +82,7 @@ class Layer:
     branch_ranks: dict[str, int] = field(default_factory=dict)
     branch_budget: float = 0.0
     branch_rounds: int = 0
+    branch_fit: bool = False
     adapter_rank: int = 0
     bounds: str = "minmax"
     percentile: float = 99.9
@@ -109,8 +112,11 @@ class Layer:
             raise RecipeError("layer.offset needs static activations: dynamic ones are symmetric around 0")
         if self.branch_budget and not self.branch_rank:
             raise RecipeError("layer.branch_budget needs a branch_rank, the highest that a layer may get")
-        if self.branch_rounds and (not self.branch_rank or self.rotation != "none"):
-            raise RecipeError("layer.branch_rounds needs a branch, and no rotation: give it with those or not at all")
+        if not isinstance(self.branch_fit, bool):
+            raise RecipeError(f"layer.branch_fit is {self.branch_fit!r}, expected true or false")
+        for name in ("branch_rounds", "branch_fit"):
+            if getattr(self, name) and (not self.has_branches or self.rotation != "none"):
+                raise RecipeError(f"layer.{name} needs a branch, and no rotation: give it with those or not at all")
 
     @property
     def has_branches(self) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from calibration.initialise import Initialisation, leading_vectors, set_branch, weight_bounds
+from calibration.branches import set_adapter
+from calibration.initialise import Initialisation, set_branch, weight_bounds
 from calibration.observers import InputSample
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.arithmetic.affine import code_range
@@ -88,7 +89,7 @@ def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Ten
         raise ValueError(f"{deployed} is of another model than the layer with a weight of {shape}: start from the same model")
     layer.log_smooth.copy_(deployed.smooth.log())
     if "adapter_up" in own:
-        _set_adapter(layer, _weight_of(deployed) - layer.weight.float())
+        set_adapter(layer, _weight_of(deployed) - layer.weight.float())
     if scheme.rank_for(layer) == spec.rank:
         if spec.rank:
             layer.branch_up.copy_(deployed.branch_up)
@@ -115,14 +116,6 @@ def _weight_of(deployed: DeployedLayer) -> torch.Tensor:
     if deployed.spec.rank:
         weight = weight + torch.einsum("nr...,rc->nc...", deployed.branch_up.float(), deployed.branch_down.float())
     return weight * deployed.smooth.view(over_inputs)
-
-
-def _set_adapter(layer: CalibratingMixin, difference: torch.Tensor) -> None:
-    """F1 F2 = ``difference``, of the weight's shape, as far as its rank goes."""
-    u, s, vh = leading_vectors(difference.flatten(1), layer.adapter_down.shape[0])
-    root = s.sqrt()
-    layer.adapter_up.zero_()[:, : len(s)] = u * root
-    layer.adapter_down[: len(s)] = vh * root[:, None]
 
 
 def _set_weight_bounds(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Tensor, options: Initialisation) -> None:

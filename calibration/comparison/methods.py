@@ -46,7 +46,7 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "qartsr-joint": ("joint instead of per module", partial(_per_module, change=_jointly)),
     "qartsr-no-et": ("no ET", _only_per_module),
     "qartsr-one-rank": ("rank 8 everywhere", lambda recipe: _with_layer(recipe, branch_rank=8, branch_budget=0)),
-    "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0, branch_budget=0)),
+    "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0, branch_budget=0, branch_fit=False)),
     "qartsr-no-smoothing": ("no smoothing", partial(_without, part="smoothing", smoothing="none")),
     "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0)),
 }

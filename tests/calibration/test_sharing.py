@@ -6,9 +6,9 @@ import torch
 from recipes_for_tests import SmoothPatches, small_recipe
 from test_engine import picture
 
-from calibration import initialise, sharing
+from calibration import branches, sharing
+from calibration.branches import leading_vectors
 from calibration.engine import quantize
-from calibration.initialise import leading_vectors
 from calibration.sharing import on_the_same_weights
 from tiny_models import build_tiny_pipeline
 
@@ -39,7 +39,7 @@ def test_blocks_that_run_again_in_the_backward_pass_train_the_same(monkeypatch):
 
 
 def test_leading_singular_vectors_of_large_matrices_leave_next_to_nothing_more(monkeypatch):
-    monkeypatch.setattr(initialise, "FULL_SVD", 500)
+    monkeypatch.setattr(branches, "FULL_SVD", 500)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(900, 600, generator=generator) * torch.linspace(1, 0.1, 600)
     state = torch.random.get_rng_state()

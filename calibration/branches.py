@@ -1,0 +1,92 @@
+"""How the 16-bit low-rank branch of a layer starts: from its weight, then from what quantization leaves of its outputs.
+
+Weights are "unfolded" here, (N * taps, C): a convolution's branch goes through ``rank`` channels at every position, and each tap
+of its kernel counts as outputs of its own, as if the taps' inputs were independent (our reading).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+
+FULL_SVD = 512  # sides up to which all singular vectors are computed
+RIDGE = 1e-3  # of the inputs' mean square, for inputs that hardly vary in some direction
+
+
+def unfolded(weight: torch.Tensor) -> torch.Tensor:
+    """(N, C, kh, kw) or (N, C) -> (N * taps, C)."""
+    return weight.movedim(1, -1).reshape(-1, weight.shape[1])
+
+
+def leading_vectors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular vectors and values: u (rows, rank), s (rank,), vh (rank, columns).
+
+    Those of large matrices by random projections (Halko et al., arXiv 0909.4061): with thousands of channels, a full
+    decomposition takes minutes.
+    """
+    if min(matrix.shape) <= FULL_SVD:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(matrix, min(rank + 16, *matrix.shape), niter=4)
+    return u[:, :rank], s[:rank], v.T[:rank]
+
+
+@torch.no_grad()
+def branch_from_weight(layer: CalibratingMixin, left: torch.Tensor | None = None) -> None:
+    """The leading singular vectors of the smoothed weight, with what is merged into it, less ``left``, of its shape."""
+    if not layer.has_branch:
+        return
+    smoothed = unfolded(layer.merged_weight()) / layer.smooth
+    u, s, vh = leading_vectors(smoothed if left is None else smoothed - unfolded(left), layer.branch_down.shape[0])
+    root = s.sqrt()
+    _store(layer, u * root, vh * root[:, None])
+
+
+def _store(layer: CalibratingMixin, up: torch.Tensor, down: torch.Tensor) -> None:
+    """``up`` (N * taps, rank) and ``down`` (rank, C), for smoothed inputs."""
+    up = up.view(layer.weight.shape[0], *layer.weight.shape[2:], -1)
+    layer.branch_up.copy_(up.movedim(-1, 1))
+    layer.branch_down.copy_(down * layer.smooth)
+
+
+@torch.no_grad()
+def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
+    """The branch that brings the quantized layer's outputs on a sample closest to full precision's, all else being as it is.
+
+    Given the quantized residual weight R and inputs q, the branch B of that rank which minimises |X W^T - q R^T - x B^T|, x being
+    the smoothed inputs: reduced-rank regression, as in QERA (arXiv 2410.06040), here also for what the inputs lose.
+    The merged adapter takes up the change of the branch, so that R stays as it is; as far as the adapter's rank goes.
+
+    Args:
+        layer: its smoothing, bounds and branch are set.
+        rows: X, (positions, C), less the offset.
+    """
+    if not layer.has_branch:
+        return
+    smoothed, residual = rows * layer.smooth, layer.residual_weight()
+    left = rows @ unfolded(layer.weight.float()).T - layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
+    gram = smoothed.T @ smoothed
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=1e-12))
+    root = torch.linalg.cholesky(gram)
+    whitened = torch.linalg.solve_triangular(root, smoothed.T @ left, upper=False)
+    u, s, vh = leading_vectors(whitened, layer.branch_down.shape[0])
+    down = torch.linalg.solve_triangular(root.T, u, upper=True).T
+    balance = (s / down.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)  # |up| = |down|, which trains best
+    _store(layer, vh.T * (s / balance), down * balance[:, None])
+    if "adapter_up" in layer._parameters:
+        change = (residual - layer.residual_weight()) * layer.smooth.view(1, -1, *[1] * (residual.dim() - 2))
+        merged = layer.merged_weight() - layer.weight.float()
+        set_adapter(layer, merged + change)
+
+
+@torch.no_grad()
+def set_adapter(layer: CalibratingMixin, difference: torch.Tensor) -> None:
+    """F1 F2 = ``difference``, of the weight's shape, as far as the adapter's rank goes. Rows of F2 have length 1, as about those of
+    a new layer, so that directions without difference are trained as well.
+    """
+    u, s, vh = leading_vectors(difference.flatten(1), layer.adapter_down.shape[0])
+    layer.adapter_up.zero_()[:, : len(s)] = u * s
+    layer.adapter_down[: len(s)] = vh
