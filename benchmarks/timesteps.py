@@ -13,20 +13,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calibration.compare import prepare
-from calibration.comparison.cells import evaluate, full_precision, measured
-from calibration.comparison.learning_rate import StoppedError, Trials
+from calibration.comparison.cells import full_precision, run_cell
+from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import Cell, make_method
 from calibration.comparison.setting import Comparison, load_model, write_json
 from calibration.comparison.table import COLOR_FIX
 from calibration.data.fingerprint import hardware, versions
-from calibration.evaluation import Candidate
 from calibration.training_state import write_whole
+
+FACTOR = 0.3  # of the recipe's learning rates: what the comparison's search finds for so few steps
 
 
 def read_candidates(search: Path) -> dict[str, dict[str, Any]]:
@@ -41,22 +41,6 @@ def read_candidates(search: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items(), key=lambda item: item[1]["timestep"]))
 
 
-def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
-    """QArtSR on one candidate at one bit width, or what is known of it."""
-    path, settings = comparison.output / "cells" / f"{cell.key}.json", comparison.settings(cell)
-    known = comparison.finished(path, settings)
-    if known:
-        return known
-    start, model = time.perf_counter(), comparison.models[cell.model]
-    if not model.references:
-        full_precision(comparison, cell.model, again=True)
-    pipeline, _ = Trials(comparison, cell).calibrate(cell.method.recipe, cell.key)
-    rows = evaluate(comparison, model, Candidate(cell.method.label, pipeline, False), lambda *_: None)
-    content = {"settings": settings, "metrics": measured(rows, cell.method.label), "seconds": time.perf_counter() - start}
-    write_json(path, content)
-    return content
-
-
 def line_of(comparison: Comparison, name: str, searched: dict[str, Any], steps: int, widths: list[str]) -> dict[str, Any]:
     """A row of the table: one candidate."""
     full = full_precision(comparison, name)
@@ -69,7 +53,7 @@ def line_of(comparison: Comparison, name: str, searched: dict[str, Any], steps: 
         "full_precision": full["metrics"][COLOR_FIX]["psnr_y"],
     }
     for bits in widths:
-        metrics = run_cell(comparison, Cell(make_method("qartsr", steps), bits, model=name))["metrics"][COLOR_FIX]
+        metrics = run_cell(comparison, Cell(make_method("qartsr", steps), bits, model=name), FACTOR)["metrics"][COLOR_FIX]
         row[bits] = {"psnr_y": metrics["psnr_y"], "to_full_precision": metrics["psnr_y_to_full_precision"]}
         print(f"T = {row['timestep']}, {bits}: {metrics['psnr_y']:.2f} dB", flush=True)
     return row
@@ -114,8 +98,8 @@ def run(args: argparse.Namespace) -> None:
     retrained = " + ".join(f"{phase['steps']} {phase['name']}" for phase in options["phases"])
     about = (
         f"Candidates retrained for {retrained} steps from {options['model']}, then QArtSR for {args.steps} steps, one seed, the"
-        f" recipe's learning rates; {len(comparison.evaluation)} photographs, colours aligned ({COLOR_FIX}). The first columns"
-        " are of `calibration/trq.py`, on its own held-out photographs."
+        f" recipe's learning rates times {FACTOR}; {len(comparison.evaluation)} photographs, colours aligned ({COLOR_FIX})."
+        " The first columns are of `calibration/trq.py`, on its own held-out photographs."
     )
     text = markdown(rows, args.bits, about)
     report = {"rows": rows, "about": about, "data": comparison.data, "versions": versions(), "hardware": hardware("cpu")}

@@ -84,8 +84,9 @@ def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
 
 @torch.no_grad()
 def set_adapter(layer: CalibratingMixin, difference: torch.Tensor) -> None:
-    """F1 F2 = ``difference``, of the weight's shape, as far as the adapter's rank goes. Rows of F2 have length 1, as about those of
-    a new layer, so that directions without difference are trained as well.
+    """F1 F2 = ``difference``, of the weight's shape, as far as the adapter's rank goes.
+
+    Rows of F2 have length 1, as about those of a new layer, so that directions without difference are trained as well.
     """
     u, s, vh = leading_vectors(difference.flatten(1), layer.adapter_down.shape[0])
     layer.adapter_up.zero_()[:, : len(s)] = u * s

@@ -63,7 +63,7 @@ class Layer:
         branch_budget: share of the layers' own multiplications that all branches may cost. Every layer then has its own rank, up
             to branch_rank, where that removes most of the picture's error; 0 gives all layers branch_rank.
         branch_rounds: of refinement of that start at most: the branch from what quantization leaves of the weight, and again.
-        branch_fit: whether that start is then fitted to what quantization leaves of the layer's outputs on the calibration inputs.
+        branch_fit: whether that start is then fitted to what quantization leaves of the layer's outputs, on a sample of inputs.
         adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0, or at what keeps
             the residual weight as it is when a branch is fitted; 0 for none.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).

@@ -136,13 +136,16 @@ def full_precision(comparison: Comparison, name: str, again: bool = False) -> di
     return content
 
 
-def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+def run_cell(comparison: Comparison, cell: Cell, factor: float | None = None) -> dict[str, Any]:
     """Makes and measures a cell, or reads it where it is finished.
+
+    Args:
+        factor: of the recipe's learning rates; None to search for it.
 
     Raises:
         ValueError: it is there, of other settings. StoppedError: by Ctrl-C; what is done of it is saved.
     """
-    settings = comparison.settings(cell)
+    settings = comparison.settings(cell) | ({} if factor is None else {"factor": factor})
     path = comparison.output / "cells" / f"{cell.key}.json"
     known = comparison.finished(path, settings)
     if known:
@@ -152,7 +155,8 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     if not model.references:
         full_precision(comparison, cell.model, again=True)
     trials = Trials(comparison, cell)
-    chosen = sweep(trials) if cell.method.recipe.stages else {"factor": None, "losses": {}}
+    searched = factor is None and cell.method.recipe.stages
+    chosen = sweep(trials) if searched else {"factor": factor, "losses": {}}
     recipe = with_rate(cell.method.recipe, chosen["factor"] or 1.0)
     pipeline, calibrated = trials.calibrate(recipe, cell.key)
     sheet = None if cell.model else full_precision(comparison, "")["sheet"]
