@@ -6,6 +6,7 @@ Observers see the full-precision model, every layer's parameters are set (`initi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from calibration.data.pairs import Patches
 from calibration.initialise import Initialisation, initialise
 from calibration.losses import Perceptual
 from calibration.other_grids import layer_kinds
+from calibration.preparation import Preparation
 from calibration.recipe import Recipe
 from calibration.schemes import COMPONENTS, fold_and_make_schemes, give_ranks, observe_full_precision
 from calibration.stages import Calibrated, Run, Watch, weights_digest
@@ -59,6 +61,7 @@ def begin(
     start: Path | None = None,
     data: dict[str, Any] | None = None,
     watch: Watch | None = None,
+    preparing: Callable[[str, int, int], None] | None = None,
     workers: Workers = ALONE,
 ) -> Run:
     """Replaces the layers of UNet and VAE by calibrating ones, whose parameters are set but not trained.
@@ -75,6 +78,7 @@ def begin(
             from.
         data: fingerprint of the pictures behind ``patches``: a state is not continued with others.
         watch: called after every step with the steps done and those in all; True stops the run there, saved as after Ctrl-C.
+        preparing: told of what is done before the first step, see `Preparation`.
         workers: the processes that share the work; all call this with the same arguments.
 
     Raises:
@@ -96,10 +100,13 @@ def begin(
         "perceptual": perceptual.name if perceptual else None,
         "start": None if start is None else record_of_folder(start) if start.is_dir() else started_from(start),
     }
-    samples = observe_full_precision(pipeline, schemes, recipe, patches, seed, degradation)
+    preparation = Preparation(preparing, shown=workers.is_main)
+    samples = observe_full_precision(pipeline, schemes, recipe, patches, seed, degradation, preparation)
     kinds = layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
     if recipe.layer.branch_budget:
-        schemes = workers.of_first(lambda: give_ranks(pipeline, schemes, recipe, kinds, samples, patches, seed, degradation))
+        schemes = workers.of_first(
+            lambda: give_ranks(pipeline, schemes, recipe, kinds, samples, patches, seed, degradation, preparation)
+        )
     torch.manual_seed(seed)  # adapters start from random numbers
     for component in COMPONENTS:
         prepare(getattr(pipeline, component), schemes[component], recipe.layer.adapter_rank, kinds)
@@ -123,7 +130,7 @@ def begin(
         run.restore()
     else:
         options = Initialisation.of(recipe.layer)
-        run.result.errors_before = initialise(run.layers, samples, options)
+        run.result.errors_before = initialise(run.layers, samples, options, preparation)
         if start and start.is_dir():
             start_from_folder(start, run.layers, samples, options)
         elif start:

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from calibration.branches import branch_from_weight, fit_branch, unfolded
 from calibration.input_bounds import SHRINK, input_bounds
 from calibration.observers import InputSample
+from calibration.preparation import QUIET, Preparation
 from calibration.recipe import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.arithmetic.affine import fake_quantize
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
@@ -249,7 +249,12 @@ def relative_output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def initialise(layers: dict[str, CalibratingMixin], samples: dict[str, InputSample], options: Initialisation) -> dict[str, float]:
+def initialise(
+    layers: dict[str, CalibratingMixin],
+    samples: dict[str, InputSample],
+    options: Initialisation,
+    preparation: Preparation = QUIET,
+) -> dict[str, float]:
     """Sets the parameters of all layers; layers that share their input parameters are set together.
 
     Returns:
@@ -259,7 +264,7 @@ def initialise(layers: dict[str, CalibratingMixin], samples: dict[str, InputSamp
     for name, layer in layers.items():
         groups.setdefault(id(layer.log_smooth), []).append(name)
     errors = {}
-    for names in tqdm(groups.values(), desc="initialise", unit="layer", leave=False, disable=len(groups) == 1):
+    for names in preparation.follow(groups.values(), "set layers", "layer"):
         group, sample = [layers[name] for name in names], samples[names[0]]
         inputs = _set_offset(group, sample, options)
         w_largest = torch.stack([unfolded(layer.weight.float()).abs().amax(0) for layer in group]).amax(0)

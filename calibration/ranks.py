@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from calibration.initialise import Initialisation, initialise, set_branch, squared_errors, weight_bounds
 from calibration.network_run import picture_of
 from calibration.observers import InputSample, as_rows
+from calibration.preparation import QUIET, Preparation
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
@@ -153,6 +153,7 @@ def ranks_within_budget(
     batches: Iterable[torch.Tensor],
     budget: float,
     bounds: str = "mse",
+    preparation: Preparation = QUIET,
 ) -> dict[str, int]:
     """The rank of every layer of a full-precision pipeline.
 
@@ -165,7 +166,7 @@ def ranks_within_budget(
     reach = sensitivities(pipeline, {name: layer for name, (layer, _) in layers.items()}, batches)
     errors = {
         name: errors_by_rank(layer, scheme, kinds, samples[name], reach[name].weights, bounds)
-        for name, (layer, scheme) in tqdm(layers.items(), desc="ranks", unit="layer", leave=False)
+        for name, (layer, scheme) in preparation.follow(layers.items(), "choose ranks", "layer")
     }
     total = sum(reach[name].multiplications(layer) for name, (layer, _) in layers.items())
     costs = {name: reach[name].branch_multiplications(layer) for name, (layer, _) in layers.items()}

@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,12 +225,18 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
     }
 
 
-def run(args: argparse.Namespace, watch: Watch | None = None, workers: Workers = ALONE) -> bool:
+def run(
+    args: argparse.Namespace,
+    watch: Watch | None = None,
+    preparing: Callable[[str, int, int], None] | None = None,
+    workers: Workers = ALONE,
+) -> bool:
     """What the command does, once its arguments are parsed; False if it was stopped before the end.
 
     Args:
         workers: the processes that were launched together; the first one writes.
-        watch: for programs that call this where no signal reaches it: see `calibration.engine.begin`.
+        watch, preparing: for programs that call this where no signal reaches it, or show how far it is: see
+            `calibration.engine.begin`.
     """
     start = time.perf_counter()
     job = workers.together(lambda: load_job(args, workers))
@@ -248,6 +255,7 @@ def run(args: argparse.Namespace, watch: Watch | None = None, workers: Workers =
         start=args.start and start_of(args.start),
         data={name: value for name, value in job.data.items() if name != "files"},
         watch=watch,
+        preparing=preparing,
         workers=workers,
     )
     if calibrated.stopped or not workers.is_main:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
-from tqdm import tqdm
 
 from calibration.data.degradations import DEGRADATIONS
 from calibration.data.pairs import SCALE, Patches, sample_pair
 from calibration.observers import InputSample, observe
+from calibration.preparation import Preparation
 from calibration.ranks import ranks_within_budget
 from calibration.recipe import Recipe, parse_bits
 from qartsr_pipeline import QArtSRPipeline
@@ -61,6 +61,7 @@ def observe_full_precision(
     patches: Patches,
     seed: int,
     degradation: str,
+    preparation: Preparation,
 ) -> dict[str, InputSample]:
     """ "component.layer" -> sample of its input over the recipe's calibration pictures; the pipeline is still full precision."""
     layers = {
@@ -73,8 +74,8 @@ def observe_full_precision(
         DEGRADATIONS[degradation](patches.sample(min(4, recipe.images - start), recipe.image_size, rng), SCALE, rng)
         for start in range(0, recipe.images, 4)
     ]
-    with tqdm(batches, desc="observe", unit="batch", leave=False) as bar:
-        return observe(layers, lambda low: pipeline(low, color_fix=None, output_type="pt"), bar)
+    followed = preparation.follow(batches, "observe", "batch")
+    return observe(layers, lambda low: pipeline(low, color_fix=None, output_type="pt"), followed)
 
 
 def give_ranks(
@@ -86,6 +87,7 @@ def give_ranks(
     patches: Patches,
     seed: int,
     degradation: str,
+    preparation: Preparation,
 ) -> dict[str, QuantizationScheme]:
     """The schemes with a rank for every layer, within the recipe's budget; the pipeline is still full precision."""
     layers = {
@@ -100,7 +102,8 @@ def give_ranks(
     batches = (
         sample_pair(patches, 2, side, np.random.default_rng([seed, index]), degradation)[0].to(device) for index in range(4)
     )
-    ranks = ranks_within_budget(pipeline, layers, kinds, samples, batches, recipe.layer.branch_budget, recipe.layer.bounds)
+    budget, bounds = recipe.layer.branch_budget, recipe.layer.bounds
+    ranks = ranks_within_budget(pipeline, layers, kinds, samples, batches, budget, bounds, preparation)
     given = {component: dict(schemes[component].overrides) for component in COMPONENTS}
     for name, rank in ranks.items():
         component, _, layer = name.partition(".")

@@ -68,7 +68,7 @@ def make_checkpoint(order: Order, target: Path) -> Made:
         arguments = arguments_of(order, working)
         free_memory()
         with interruptible_unless(lambda: progress.training):
-            finished = calibration.run(arguments, watch=progress)
+            finished = calibration.run(arguments, watch=progress, preparing=progress.preparing)
     if not finished:
         logging.info("QArtSR Quantize: stopped and saved in %s; run it with the same inputs to go on", working)
         raise progress.cancelled
@@ -142,7 +142,9 @@ def move_out(working: Path, target: Path) -> Made:
 
 
 class StepProgress:
-    """Shows the steps of a run on the node. A cancel during them stops the run after the step, so that it is saved."""
+    """Shows on the node how far a run is: the parts of its preparation one after another, said below the node's inputs, then its
+    steps. A cancel during the steps stops the run after the step, so that it is saved.
+    """
 
     def __init__(self):
         from comfy.utils import ProgressBar
@@ -150,12 +152,29 @@ class StepProgress:
         self.bar, self.training = ProgressBar(1), False
         self.cancelled: Exception | None = None
 
+    def preparing(self, doing: str, done: int, total: int) -> None:
+        """Raises InterruptProcessingException once the user cancels."""
+        say_on_node(f"{doing}: {done} of {total}")
+        self.bar.update_absolute(done, total)
+
     def __call__(self, done: int, total: int) -> bool:
         from comfy.model_management import InterruptProcessingException
 
+        if not self.training:
+            say_on_node("train")
         self.training = done < total
         try:
             self.bar.update_absolute(done, total)
         except InterruptProcessingException as cancelled:
             self.cancelled = cancelled
         return self.cancelled is not None
+
+
+def say_on_node(text: str) -> None:
+    """A line of text on the node that is running; nowhere if nothing runs, or this ComfyUI cannot."""
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer
+
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, context.node_id)

@@ -37,13 +37,16 @@ class Comfy:
     """What a test looks at and sets.
 
     Attributes:
-        progress: (value, total, preview) of every step that was shown.
+        said: lines of text that were shown on the node.
+        progress: (value, total, preview) of every step that was shown; "prepared" has those before a training's first step.
         cancel_at: how often the nodes may look for a cancel before there is one.
         cancel_at_step: the step that is cancelled when it is shown.
     """
 
     def __init__(self):
+        self.said: list[str] = []
         self.progress: list[tuple] = []
+        self.prepared: list[tuple] = []
         self.cancel_at: int | None = None
         self.cancel_at_step: int | None = None
         self.looked = 0
@@ -65,9 +68,14 @@ def comfy(monkeypatch, tmp_path):
 
         def update_absolute(self, value, total=None, preview=None):
             state.throw_if_cancelled()
-            if value == state.cancel_at_step:
+            preparing = state.said[-1:] not in ([], ["train"])
+            if value == state.cancel_at_step and not preparing:
                 raise InterruptProcessingException
-            state.progress.append((value, total, preview))
+            (state.prepared if preparing else state.progress).append((value, total, preview))
+
+    def say(text: str, node_id: str) -> None:
+        assert node_id == "7"
+        state.said.append(text)
 
     management = {
         "InterruptProcessingException": InterruptProcessingException,
@@ -94,6 +102,9 @@ def comfy(monkeypatch, tmp_path):
             ),
             "ComfyExtension": type("ComfyExtension", (), {}),
         },
+        "comfy_execution": {},
+        "comfy_execution.utils": {"get_executing_context": lambda: SimpleNamespace(node_id="7")},
+        "server": {"PromptServer": SimpleNamespace(instance=SimpleNamespace(send_progress_text=say))},
         "folder_paths": {"models_dir": str(tmp_path / "models"), "folder_names_and_paths": {}},
     }
     for name, content in modules.items():

@@ -81,6 +81,9 @@ def test_a_run_makes_a_folder_that_loads_and_shows_the_comparison(nodes, comfy, 
     assert comparison.shape[0] == 1 and comparison.shape[3] == 3 and 0 <= comparison.min() < comparison.max() <= 1
     assert output.ui["images"] is comparison and str(models / "mine") in text
     assert comfy.progress == [(step, STEPS, None) for step in range(1, STEPS + 1)]
+    assert comfy.said[:2] == ["observe: 0 of 1", "observe: 1 of 1"] and comfy.said[-1] == "train"
+    assert {line.partition(":")[0] for line in comfy.said} == {"observe", "set layers", "train"}
+    assert len(comfy.prepared) == len(comfy.said) - 1
     loaded = load_model("mine", find_models()["mine"], "auto", "auto").pipeline
     assert loaded.vae.encoder.mid_block.resnets[0].conv1.spec.weight_bits == 3
     record = json.loads((models / "mine" / "quantization.json").read_text())
