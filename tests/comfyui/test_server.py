@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+import torch
+from convert.stable_diffusion_base import adapt, build_parts, save_base
 from PIL import Image
 from server import INPUTS, ROOT, Server, messages
 
@@ -116,6 +118,21 @@ def test_a_quantized_model_is_listed_when_it_is_whole_and_a_cancelled_one_is_kep
     server.post("/interrupt", {})
     assert "execution_interrupted" in messages(server.finish(prompt))
     assert state.exists() and "half" not in models()
+
+
+def test_an_imported_checkpoint_is_listed_and_upscales_at_once(server):
+    models = server.base / "models"
+    parts = build_parts(server.base / "tables")
+    save_base(parts, models / "stable-diffusion")
+    torch.save(adapt(parts), models / "osediff.pkl")
+    inputs = {"kind": "osediff", "base": "stable-diffusion", "checkpoint": "osediff.pkl", "name": "imported"}
+    inputs |= {"prompt_embedding": "", "timestep": 999, "scale": 4}
+    entry = server.run({"1": {"class_type": "QArtSRImport", "inputs": inputs}})
+    assert "execution_success" in messages(entry), entry["status"]
+    assert "written:" in entry["outputs"]["1"]["text"][0]
+    done = server.run(upscale_graph(model="imported", scale=1.5))
+    assert "execution_success" in messages(done), done["status"]
+    assert len(saved(server, done)) == 1
 
 
 @pytest.mark.parametrize("way", ["clone", "registry", "link"])
