@@ -1,0 +1,137 @@
+"""Folders at the size of Stable Diffusion 2.1: bytes on disk, seconds to load and to enlarge 128 x 128 to 512 x 512, peak memory.
+
+    python -m benchmarks.full_size_folders --output benchmarks/results/full_size_folders_NAME.json
+
+A pipeline with random weights is folded, quantized without data (bounds from the weights' extremes, branches of rank 32 from
+their SVD, first and last layers at 8 bits), saved, loaded again by a process of its own, and run. Its pictures are noise: only
+bytes and seconds mean something. The folders have neither text encoder nor tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.contenders import EIGHT_BITS
+from benchmarks.full_size import peak_gigabytes, write_random_model
+from calibration.branches import branch_from_weight
+from calibration.data.fingerprint import hardware, versions
+from calibration.pipeline_folder import folder_sizes
+from calibration.training_state import write_whole
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.quantization.calibrating import calibrating_layers, prepare
+from qartsr_pipeline.quantization.fold import fold
+from qartsr_pipeline.quantization.freeze import freeze
+from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
+
+RANK = 32
+VARIANTS = {"fp16": 16, "w8a8": 8, "w4a4": 4, "w2a2": 2}
+
+
+def quantize_without_data(pipeline: QArtSRPipeline, bits: int) -> None:
+    """In place: folded, and every layer quantized as the module's docstring says."""
+    folding = fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))
+    for component in ("unet", "vae"):
+        ends = (name.removeprefix(f"{component}.") for name in EIGHT_BITS if name.startswith(component))
+        model, kept = getattr(pipeline, component), dict.fromkeys(ends, LayerScheme(8, 8))
+        scheme = QuantizationScheme(LayerScheme(bits, bits, RANK), kept, folding if component == "unet" else None)
+        prepare(model, scheme)
+        for layer in calibrating_layers(model).values():
+            branch_from_weight(layer)
+            layer.set_weight_bounds_to_extremes()
+        freeze(model, scheme)
+
+
+def make(full_precision: Path, target: Path, bits: int) -> dict[str, float]:
+    """Writes one variant's folder; seconds, and peak memory of the process."""
+    start = time.perf_counter()
+    pipeline = QArtSRPipeline.from_pretrained(full_precision)
+    quantize_without_data(pipeline, bits)
+    pipeline.save_pretrained(target)
+    return {"make_seconds": round(time.perf_counter() - start, 1), "make_peak_gigabytes": round(peak_gigabytes("cpu"), 2)}
+
+
+def use(folder: Path, repeats: int) -> dict[str, Any]:
+    """Loads a folder and enlarges a picture with it."""
+    start = time.perf_counter()
+    pipeline = QArtSRPipeline.from_pretrained(folder)
+    loaded = time.perf_counter() - start
+    pipeline.set_progress_bar_config(disable=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        picture = pipeline(Image.fromarray(pixels)).images[0]
+        seconds.append(round(time.perf_counter() - start, 2))
+        assert picture.size == (512, 512)
+    return {
+        "load_seconds": round(loaded, 2),
+        "first_seconds": seconds[0],
+        "seconds": round(statistics.median(seconds[1:] or seconds), 2),
+        "peak_gigabytes": round(peak_gigabytes("cpu"), 2),
+    }
+
+
+def alone(function: Any, *arguments: Any) -> Any:
+    """The function's result from a process of its own, whose peak of memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    heads = [
+        "",
+        "folder, MB",
+        "of fp16",
+        "load, s",
+        "first call, s",
+        "further calls, s",
+        "peak, GB",
+        "made in, s",
+        "peak there, GB",
+    ]
+    keys = ("load_seconds", "first_seconds", "seconds", "peak_gigabytes", "make_seconds", "make_peak_gigabytes")
+    lines = ["| " + " | ".join(heads) + " |", "| :-- " + "| --: " * (len(heads) - 1) + "|"]
+    for row in rows:
+        size, whole = row["megabytes"], rows[0]["megabytes"]
+        values = [f"{size:.0f}", f"{size / whole:.3f}", *(str(row.get(key, "")) for key in keys)]
+        lines.append("| " + " | ".join([row["name"], *values]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=3, help="calls of each (default: 3)")
+    parser.add_argument("--folder", type=Path, help="where 5 GB are free (default: a temporary folder)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    args = parser.parse_args(argv)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        base = Path(temporary) / "fp16"
+        alone(write_random_model, base)
+        for name in args.variants:
+            folder, row = Path(temporary) / name, {"name": name}
+            if name != "fp16":
+                row |= alone(make, base, folder, VARIANTS[name])
+            row["megabytes"] = round(folder_sizes(folder)["total"] / 1e6, 1)
+            rows.append(row | alone(use, folder, args.repeats))
+            print(json.dumps(rows[-1]), flush=True)
+    result = {"rows": rows, "rank": RANK, "hardware": hardware("cpu"), "threads": torch.get_num_threads(), "versions": versions()}
+    write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
