@@ -1,6 +1,7 @@
 """What is declared holds: the README's lines, the lower bounds, the package data."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -63,4 +64,7 @@ def test_the_sample_ships_with_its_credits():
 def test_shipped_checkpoints_are_found_by_name_and_whole(name):
     from qartsr_pipeline.checkpoint_files import check_checkpoint
 
-    check_checkpoint(fetch(name))
+    folder = fetch(name)
+    check_checkpoint(folder)
+    module, _ = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["prompt_embedding"]
+    assert (folder / "prompt_embedding" / f"{module}.py").is_file(), "diffusers' generic class takes it from there"
