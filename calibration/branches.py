@@ -11,7 +11,6 @@ import torch
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 FULL_SVD = 512  # sides up to which all singular vectors are computed
-RIDGE = 1e-3  # of the inputs' mean square, for inputs that hardly vary in some direction
 
 
 def unfolded(weight: torch.Tensor) -> torch.Tensor:
@@ -52,13 +51,20 @@ def _store(layer: CalibratingMixin, up: torch.Tensor, down: torch.Tensor) -> Non
     layer.branch_down.copy_(down * layer.smooth)
 
 
+def left_by_quantization(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
+    """(positions, N * taps): outputs for inputs (positions, C), less what the quantized residual weight makes of them."""
+    quantized = layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
+    return rows @ unfolded(layer.weight.float()).T - quantized
+
+
 @torch.no_grad()
 def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
     """The branch that brings the quantized layer's outputs on a sample closest to full precision's, all else being as it is.
 
     Given the quantized residual weight R and inputs q, the branch B of that rank which minimises |X W^T - q R^T - x B^T|, x being
-    the smoothed inputs: reduced-rank regression, as in QERA (arXiv 2410.06040), here also for what the inputs lose.
-    The merged adapter takes up the change of the branch, so that R stays as it is; as far as the adapter's rank goes.
+    the smoothed inputs: reduced-rank regression, as in QERA (arXiv 2410.06040), here also for what the inputs lose. A ridge holds
+    it to the branch that is there, the more the fewer positions there are for each channel: what a sample does not show is left
+    as it is. The merged adapter takes up the change of the branch, so that R stays as it is; as far as the adapter's rank goes.
 
     Args:
         layer: its smoothing, bounds and branch are set.
@@ -67,11 +73,13 @@ def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
     if not layer.has_branch:
         return
     smoothed, residual = rows * layer.smooth, layer.residual_weight()
-    left = rows @ unfolded(layer.weight.float()).T - layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
+    before = torch.einsum("nr...,rc->nc...", *layer.stored_branch())
     gram = smoothed.T @ smoothed
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=1e-12))
+    ridge = gram.diagonal().mean().clamp(min=1e-12) * gram.shape[0] / len(rows)
+    gram.diagonal().add_(ridge)
+    wanted = smoothed.T @ left_by_quantization(layer, rows) + ridge * unfolded(before).T
     root = torch.linalg.cholesky(gram)
-    whitened = torch.linalg.solve_triangular(root, smoothed.T @ left, upper=False)
+    whitened = torch.linalg.solve_triangular(root, wanted, upper=False)
     u, s, vh = leading_vectors(whitened, layer.branch_down.shape[0])
     down = torch.linalg.solve_triangular(root.T, u, upper=True).T
     balance = (s / down.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)  # |up| = |down|, which trains best

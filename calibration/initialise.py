@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 
-from calibration.branches import branch_from_weight, fit_branch, unfolded
+from calibration.branches import branch_from_weight, fit_branch, left_by_quantization, unfolded
 from calibration.input_bounds import SHRINK, input_bounds
 from calibration.observers import InputSample
 from calibration.preparation import QUIET, Preparation
@@ -224,12 +224,11 @@ def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor,
 @torch.no_grad()
 def squared_errors(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
     """(N,) squared error of each output channel, summed over inputs (positions, C) from which the offset is taken already."""
-    wanted = rows @ unfolded(layer.weight.float()).T
-    got = layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
+    error = left_by_quantization(layer, rows)
     if layer.has_branch:
         up, down = layer.stored_branch()
-        got = got + (rows * layer.smooth @ down.T) @ unfolded(up).T
-    return (got - wanted).square().sum(0).view(layer.weight.shape[0], -1).sum(1)
+        error = error - (rows * layer.smooth @ down.T) @ unfolded(up).T
+    return error.square().sum(0).view(layer.weight.shape[0], -1).sum(1)
 
 
 def _output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:

@@ -33,7 +33,7 @@ class InputSample:
         lower, upper = rows.amin(0), rows.amax(0)
         self.lower = lower if self.lower is None else torch.minimum(self.lower, lower)
         self.upper = upper if self.upper is None else torch.maximum(self.upper, upper)
-        chosen = torch.randint(len(rows), (min(positions, len(rows)),), generator=generator)
+        chosen = torch.randperm(len(rows), generator=generator)[:positions]
         self.vectors.append(rows[chosen.to(rows.device)].clone())
 
     @property

@@ -65,7 +65,7 @@ class Layer:
         branch_rounds: of refinement of that start at most: the branch from what quantization leaves of the weight, and again.
         branch_fit: whether that start is then fitted to what quantization leaves of the layer's outputs, on a sample of inputs.
         adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0, or at what keeps
-            the residual weight as it is when a branch is fitted; 0 for none.
+            the residual weight as it is, as far as this rank goes, when a branch is fitted; 0 for none.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
         rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix.
@@ -117,6 +117,8 @@ class Layer:
         for name in ("branch_rounds", "branch_fit"):
             if getattr(self, name) and (not self.has_branches or self.rotation != "none"):
                 raise RecipeError(f"layer.{name} needs a branch, and no rotation: give it with those or not at all")
+        if self.branch_rounds and self.branch_fit:
+            raise RecipeError("layer.branch_rounds and layer.branch_fit are two ways to improve the branch: give one of them")
 
     @property
     def has_branches(self) -> bool:
