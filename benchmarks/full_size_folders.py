@@ -3,8 +3,9 @@
     python -m benchmarks.full_size_folders --output benchmarks/results/full_size_folders_NAME.json
 
 A pipeline with random weights is folded, quantized without data (bounds from the weights' extremes, branches of rank 32 from
-their SVD, first and last layers at 8 bits), saved, loaded again by a process of its own, and run. Its pictures are noise: only
-bytes and seconds mean something. The folders have neither text encoder nor tokenizer.
+their SVD, first and last layers at 8 bits), saved, loaded again by a process of its own, and run, in float32 where layers are not
+integers (also what is stored in fp16). Its pictures are noise: only bytes and seconds mean something. The folders have neither
+text encoder nor tokenizer.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ RANK = 32
 VARIANTS = {"fp16": 16, "w8a8": 8, "w4a4": 4, "w2a2": 2}
 
 
-def quantize_without_data(pipeline: QArtSRPipeline, bits: int) -> None:
+def quantize_from_weights(pipeline: QArtSRPipeline, bits: int) -> None:
     """In place: folded, and every layer quantized as the module's docstring says."""
     folding = fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))
     for component in ("unet", "vae"):
@@ -56,7 +57,7 @@ def make(full_precision: Path, target: Path, bits: int) -> dict[str, float]:
     """Writes one variant's folder; seconds, and peak memory of the process."""
     start = time.perf_counter()
     pipeline = QArtSRPipeline.from_pretrained(full_precision)
-    quantize_without_data(pipeline, bits)
+    quantize_from_weights(pipeline, bits)
     pipeline.save_pretrained(target)
     return {"make_seconds": round(time.perf_counter() - start, 1), "make_peak_gigabytes": round(peak_gigabytes("cpu"), 2)}
 
@@ -104,8 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     keys = ("load_seconds", "first_seconds", "seconds", "peak_gigabytes", "make_seconds", "make_peak_gigabytes")
     lines = ["| " + " | ".join(heads) + " |", "| :-- " + "| --: " * (len(heads) - 1) + "|"]
     for row in rows:
-        size, whole = row["megabytes"], rows[0]["megabytes"]
-        values = [f"{size:.0f}", f"{size / whole:.3f}", *(str(row.get(key, "")) for key in keys)]
+        values = [f"{row['megabytes']:.0f}", f"{row['of_fp16']:.3f}", *(str(row.get(key, "")) for key in keys)]
         lines.append("| " + " | ".join([row["name"], *values]) + " |")
     return "\n".join(lines)
 
@@ -125,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
             folder, row = Path(temporary) / name, {"name": name}
             if name != "fp16":
                 row |= alone(make, base, folder, VARIANTS[name])
-            row["megabytes"] = round(folder_sizes(folder)["total"] / 1e6, 1)
+            size = folder_sizes(folder)["total"]
+            row |= {"megabytes": round(size / 1e6, 1), "of_fp16": round(size / folder_sizes(base)["total"], 3)}
             rows.append(row | alone(use, folder, args.repeats))
             print(json.dumps(rows[-1]), flush=True)
     result = {"rows": rows, "rank": RANK, "hardware": hardware("cpu"), "threads": torch.get_num_threads(), "versions": versions()}

@@ -3,9 +3,9 @@
     python calibration/trq.py tiny-fp --data PHOTOS --sweep-only --output runs/trq
     python -m benchmarks.timesteps runs/trq --data PHOTOS --evaluate OTHERS --steps 60 --output runs/timesteps
 
-Every candidate was retrained for the same steps (`calibration/trq.py`); here each is quantized with the same recipe, steps,
-learning rates, seed and pictures, and measured on other photographs. OUTPUT gets a JSON file for every candidate and bit width,
-which are not made again, and timesteps.md, timesteps.json and timesteps.png.
+Every candidate was retrained for the same steps (`calibration/trq.py`); here each is quantized with the same recipe, steps, seed
+and pictures, its learning rate chosen on held-out patches, and measured on other photographs. OUTPUT gets a JSON file for every
+candidate and bit width, which are not made again, and timesteps.md, timesteps.json and timesteps.png.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from calibration.comparison.setting import Comparison, load_model, write_json
 from calibration.comparison.table import COLOR_FIX
 from calibration.data.fingerprint import hardware, versions
 from calibration.training_state import write_whole
-
-FACTOR = 0.3  # of the recipe's learning rates: what the comparison's search finds for so few steps
 
 
 def read_candidates(search: Path) -> dict[str, dict[str, Any]]:
@@ -53,7 +51,7 @@ def line_of(comparison: Comparison, name: str, searched: dict[str, Any], steps: 
         "full_precision": full["metrics"][COLOR_FIX]["psnr_y"],
     }
     for bits in widths:
-        metrics = run_cell(comparison, Cell(make_method("qartsr", steps), bits, model=name), FACTOR)["metrics"][COLOR_FIX]
+        metrics = run_cell(comparison, Cell(make_method("qartsr", steps), bits, model=name))["metrics"][COLOR_FIX]
         row[bits] = {"psnr_y": metrics["psnr_y"], "to_full_precision": metrics["psnr_y_to_full_precision"]}
         print(f"T = {row['timestep']}, {bits}: {metrics['psnr_y']:.2f} dB", flush=True)
     return row
@@ -97,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
     options = json.loads((args.search / next(iter(candidates)) / "result.json").read_text())["made_with"]
     retrained = " + ".join(f"{phase['steps']} {phase['name']}" for phase in options["phases"])
     about = (
-        f"Candidates retrained for {retrained} steps from {options['model']}, then QArtSR for {args.steps} steps, one seed, the"
-        f" recipe's learning rates times {FACTOR}; {len(comparison.evaluation)} photographs, colours aligned ({COLOR_FIX})."
+        f"Candidates retrained for {retrained} steps from {options['model']}, then QArtSR for {args.steps} steps, one seed,"
+        f" learning rates chosen on held-out patches; {len(comparison.evaluation)} photographs, colours aligned ({COLOR_FIX})."
         " The first columns are of `calibration/trq.py`, on its own held-out photographs."
     )
     text = markdown(rows, args.bits, about)

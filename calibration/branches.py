@@ -78,6 +78,8 @@ def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
     ridge = gram.diagonal().mean().clamp(min=1e-12) * gram.shape[0] / len(rows)
     gram.diagonal().add_(ridge)
     wanted = smoothed.T @ left_by_quantization(layer, rows) + ridge * unfolded(before).T
+    if gram.device.type == "mps":  # has no Cholesky decomposition before torch 2.7
+        gram, wanted = gram.cpu(), wanted.cpu()
     root = torch.linalg.cholesky(gram)
     whitened = torch.linalg.solve_triangular(root, wanted, upper=False)
     u, s, vh = leading_vectors(whitened, layer.branch_down.shape[0])

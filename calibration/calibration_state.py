@@ -72,8 +72,8 @@ def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
     different = [name for name, value in identity.items() if state["identity"].get(name) != value]
     if different:
         raise ValueError(
-            f"{path} is of a run with other {', '.join(different)}: repeat that run's arguments to continue it, or choose another"
-            " --output"
+            f"{path} is of a run with other {', '.join(different)}, or of another version: repeat that run's arguments to"
+            " continue it, or choose another --output"
         )
     own = quantization_parameters(layers)
     for name, tensor in state["parameters"].items():

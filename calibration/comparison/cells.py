@@ -136,16 +136,13 @@ def full_precision(comparison: Comparison, name: str, again: bool = False) -> di
     return content
 
 
-def run_cell(comparison: Comparison, cell: Cell, factor: float | None = None) -> dict[str, Any]:
+def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     """Makes and measures a cell, or reads it where it is finished.
-
-    Args:
-        factor: of the recipe's learning rates; None to search for it.
 
     Raises:
         ValueError: it is there, of other settings. StoppedError: by Ctrl-C; what is done of it is saved.
     """
-    settings = comparison.settings(cell) | ({} if factor is None else {"factor": factor})
+    settings = comparison.settings(cell)
     path = comparison.output / "cells" / f"{cell.key}.json"
     known = comparison.finished(path, settings)
     if known:
@@ -155,8 +152,7 @@ def run_cell(comparison: Comparison, cell: Cell, factor: float | None = None) ->
     if not model.references:
         full_precision(comparison, cell.model, again=True)
     trials = Trials(comparison, cell)
-    searched = factor is None and cell.method.recipe.stages
-    chosen = sweep(trials) if searched else {"factor": factor, "losses": {}}
+    chosen = sweep(trials) if cell.method.recipe.stages else {"factor": None, "losses": {}}
     recipe = with_rate(cell.method.recipe, chosen["factor"] or 1.0)
     pipeline, calibrated = trials.calibrate(recipe, cell.key)
     sheet = None if cell.model else full_precision(comparison, "")["sheet"]
