@@ -214,7 +214,7 @@ def test_each_ablation_leaves_out_one_thing():
     for part, layer in (("branch", "branch_rank"), ("adapter", "adapter_rank"), ("smoothing", "smoothing")):
         changed = recipe[f"qartsr-no-{part}"]
         assert getattr(changed.layer, layer) in (0, "none") and all(part not in s.train for s in changed.stages)
-        kept = {name: getattr(main.layer, name) for name in (layer, "branch_budget")}
+        kept = {name: getattr(main.layer, name) for name in (layer, "branch_budget", "branch_fit")}
         assert replace(changed.layer, **kept) == main.layer
 
 
