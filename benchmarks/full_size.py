@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from benchmarks.contenders import full_precision as random_network
+from benchmarks.speed import peak_megabytes
 from calibration import engine
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.fingerprint import hardware, versions
@@ -52,9 +52,7 @@ def write_random_model(folder: Path) -> None:
 
 def peak_gigabytes(device: str) -> float:
     """Of the GPU, or of the process since it began."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_megabytes(device) / 1e3
 
 
 @contextmanager

@@ -23,17 +23,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.contenders import EIGHT_BITS
 from benchmarks.full_size import peak_gigabytes, write_random_model
 from calibration.branches import branch_from_weight
 from calibration.data.fingerprint import hardware, versions
 from calibration.pipeline_folder import folder_sizes
+from calibration.recipe import load_recipe, with_values
+from calibration.schemes import fold_and_make_schemes
 from calibration.training_state import write_whole
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import calibrating_layers, prepare
-from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.freeze import freeze
-from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 
 RANK = 32
 VARIANTS = {"fp16": 16, "w8a8": 8, "w4a4": 4, "w2a2": 2}
@@ -41,12 +40,9 @@ VARIANTS = {"fp16": 16, "w8a8": 8, "w4a4": 4, "w2a2": 2}
 
 def quantize_from_weights(pipeline: QArtSRPipeline, bits: int) -> None:
     """In place: folded, and every layer quantized as the module's docstring says."""
-    folding = fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))
-    for component in ("unet", "vae"):
-        ends = (name.removeprefix(f"{component}.") for name in EIGHT_BITS if name.startswith(component))
-        model, kept = getattr(pipeline, component), dict.fromkeys(ends, LayerScheme(8, 8))
-        scheme = QuantizationScheme(LayerScheme(bits, bits, RANK), kept, folding if component == "unet" else None)
-        prepare(model, scheme)
+    recipe = with_values(load_recipe("maxmin"), [f"layer.branch_rank={RANK}"])
+    for component, scheme in fold_and_make_schemes(pipeline, recipe, (bits, bits)).items():
+        model = prepare(getattr(pipeline, component), scheme)
         for layer in calibrating_layers(model).values():
             branch_from_weight(layer)
             layer.set_weight_bounds_to_extremes()

@@ -67,11 +67,9 @@ def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
     as it is. The merged adapter takes up the change of the branch, so that R stays as it is; as far as the adapter's rank goes.
 
     Args:
-        layer: its smoothing, bounds and branch are set.
+        layer: has a branch; its smoothing, bounds and branch are set.
         rows: X, (positions, C), less the offset.
     """
-    if not layer.has_branch:
-        return
     smoothed, residual = rows * layer.smooth, layer.residual_weight()
     before = torch.einsum("nr...,rc->nc...", *layer.stored_branch())
     gram = smoothed.T @ smoothed

@@ -6,7 +6,6 @@ Observers see the full-precision model, every layer's parameters are set (`initi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from calibration.data.pairs import Patches
 from calibration.initialise import Initialisation, initialise
 from calibration.losses import Perceptual
 from calibration.other_grids import layer_kinds
-from calibration.preparation import Preparation
+from calibration.preparation import Preparation, Told
 from calibration.recipe import Recipe
 from calibration.schemes import COMPONENTS, fold_and_make_schemes, give_ranks, observe_full_precision
 from calibration.stages import Calibrated, Run, Watch, weights_digest
@@ -61,7 +60,7 @@ def begin(
     start: Path | None = None,
     data: dict[str, Any] | None = None,
     watch: Watch | None = None,
-    preparing: Callable[[str, int, int], None] | None = None,
+    preparing: Told | None = None,
     workers: Workers = ALONE,
 ) -> Run:
     """Replaces the layers of UNet and VAE by calibrating ones, whose parameters are set but not trained.

@@ -117,8 +117,10 @@ def _improve(layer: CalibratingMixin, rows: torch.Tensor, least: float, change: 
     return least
 
 
-def _refine_branch(layer: CalibratingMixin, inputs: _Inputs, options: Initialisation) -> None:
-    """Branch and quantized weight in turns, each from what the other leaves of the weight, as in SVDQuant's released program."""
+def _refine_branch(layer: CalibratingMixin, inputs: _Inputs, options: Initialisation) -> float:
+    """Branch and quantized weight in turns, each from what the other leaves of the weight, as in SVDQuant's released program;
+    returns the squared error of the output.
+    """
     energy = (inputs.rows * layer.smooth).square().mean(0)
 
     def again() -> None:
@@ -129,8 +131,9 @@ def _refine_branch(layer: CalibratingMixin, inputs: _Inputs, options: Initialisa
     for _ in range(options.branch_rounds if layer.has_branch else 0):
         error = _improve(layer, inputs.rows, least, again)
         if error == least:
-            return
+            break
         least = error
+    return least
 
 
 def _weight_bounds(layer: CalibratingMixin, energy: torch.Tensor, options: Initialisation) -> None:
@@ -273,9 +276,7 @@ def initialise(
         best = min(range(len(scores)), key=scores.__getitem__)
         error = scores[best] if best == len(scores) - 1 else _set_for(group, inputs, candidates[best], options)
         if options.branch_rounds:
-            for layer in group:
-                _refine_branch(layer, inputs, options)
-            error = sum(_output_error(layer, inputs.rows) for layer in group)
+            error = sum(_refine_branch(layer, inputs, options) for layer in group)
         power = sum(_output_power(layer, sample.rows) for layer in group)
         errors.update(dict.fromkeys(names, error / max(power, 1e-12)))
     return errors

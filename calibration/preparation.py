@@ -9,6 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Preparation:
         shown: whether bars are drawn.
     """
 
-    told: Callable[[str, int, int], None] | None = None
+    told: Told | None = None
     shown: bool = True
 
     def follow(self, items: Collection[Item], doing: str, unit: str) -> Iterator[Item]:

@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.engine import quantize
 from calibration.losses import PERCEPTUAL, load_perceptual
 from calibration.pipeline_folder import save_pipeline
+from calibration.preparation import Told
 from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
 from calibration.run_report import make_report
 from calibration.sharing import on_the_same_weights
@@ -228,7 +228,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
 def run(
     args: argparse.Namespace,
     watch: Watch | None = None,
-    preparing: Callable[[str, int, int], None] | None = None,
+    preparing: Told | None = None,
     workers: Workers = ALONE,
 ) -> bool:
     """What the command does, once its arguments are parsed; False if it was stopped before the end.

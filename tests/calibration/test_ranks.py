@@ -74,14 +74,7 @@ def test_a_budget_beats_one_rank_for_all_and_is_stored(tmp_path):
 
 
 def test_layers_on_other_grids_get_ranks_too():
-    changes = (
-        "images=2",
-        "image_size=32",
-        "layer.branch_rank=8",
-        "layer.branch_budget=0.1",
-        "layer.branch_rounds=1",
-        "layer.branch_fit=false",
-    )
+    changes = ("images=2", "image_size=32", "layer.branch_rank=8", "layer.branch_budget=0.1", "layer.branch_rounds=1")
     pipeline, result = calibrated(small_recipe(*changes, name="svdquant"))
     assert torch.isfinite(picture(pipeline)).all()
     assert len({layer.layer_scheme.rank for layer in all_layers(pipeline).values()}) > 1
