@@ -4,13 +4,12 @@ The pipeline's own call differs from it in what follows; this function does it O
 
 - Pictures are enlarged by Pillow's bicubic filter in 8 bits, and rounded down to multiples of 8 pixels by its Lanczos filter.
 - Smaller ones than `process_size` / `upscale` are enlarged to that size first.
-- Only the UNet works in tiles (`image.latent_tiles`).
+- The UNet works in tiles of its own (`image.latent_tiles`), and so do the VAE's halves (`osediff_vae_tiles`).
 - Values are cut off to 8 bits before and after the colours are aligned.
 
-Two things are not as there. OSEDiff's results of small pictures have the size of the enlarged ones, because its script throws the
+One thing is not as there: OSEDiff's results of small pictures have the size of the enlarged ones, because its script throws the
 last resampling away, and those whose sides times `upscale` are no multiples of 8 lose the rest; here every result has exactly
-`upscale` times the size of the picture. And the VAE works on the whole picture: OSEDiff cuts it where a side has
-more than 1088 pixels (encoder) or 1968 (decoder).
+`upscale` times the size of the picture.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .image.color_alignment import align_color
 from .image.latent_tiles import in_latent_tiles
 from .one_step import OneStepNetwork
+from .osediff_vae_tiles import osediff_vae_tiles
 
 if TYPE_CHECKING:
     from .pipeline_qartsr import QArtSRPipeline
@@ -41,6 +41,8 @@ def upscale_like_osediff(
     color_fix: str | None = "adain",
     latent_tile: int = 96,
     latent_overlap: int = 32,
+    vae_encoder_tile: int | None = 1024,
+    vae_decoder_tile: int | None = 224,
     sample_posterior: bool = True,
     generator: torch.Generator | None = None,
     prompt: str | None = None,
@@ -54,12 +56,17 @@ def upscale_like_osediff(
         process_size: smallest side of the enlarged picture, in pixels; 0 for none.
         color_fix: "adain", "wavelet" or None ("nofix").
         latent_tile, latent_overlap: in latent elements; see `image.latent_tiles`.
+        vae_encoder_tile, vae_decoder_tile: in pixels and in latent elements, multiples of 32; None for the whole picture at once,
+            which has no borders of tiles. They matter from 1088 pixels (encoder) and 246 latent elements (decoder) a side.
         sample_posterior: draw the latent, as OSEDiff does, or take the mode.
         generator: source of the draw. None: torch's default one, seeded with `torch.manual_seed` as in OSEDiff's script.
         prompt: as in the pipeline's call.
 
     Returns:
         RGB, `upscale` times as wide and high.
+
+    Raises:
+        ValueError: `upscale` or a tile makes no sense.
     """
     if not isinstance(upscale, int) or upscale < 1:
         raise ValueError(f"`upscale` must be an integer from 1, as in OSEDiff, but is {upscale!r}.")
@@ -67,9 +74,11 @@ def upscale_like_osediff(
     network = pipeline.network(prompt)
     try:
         x = _to_tensor(enlarged) * 2 - 1
-        noise = _noise(network, pipeline.vae_scale_factor, x, generator) if sample_posterior else None
-        latents = in_latent_tiles(network.step, network.encode(x, noise), latent_tile, latent_overlap)
-        result = network.decode(latents).float().cpu().clamp(-1, 1) * 0.5 + 0.5
+        factor = pipeline.vae_scale_factor
+        noise = _noise(network, factor, x, generator) if sample_posterior else None
+        with osediff_vae_tiles(network.vae, factor, vae_encoder_tile, vae_decoder_tile):
+            latents = in_latent_tiles(network.step, network.encode(x, noise), latent_tile, latent_overlap)
+            result = network.decode(latents).float().cpu().clamp(-1, 1) * 0.5 + 0.5
     finally:
         pipeline.maybe_free_model_hooks()
     if color_fix is not None:

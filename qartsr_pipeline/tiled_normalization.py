@@ -22,7 +22,7 @@ statistics per tile give 42 and 55 dB, statistics shared in this way 53 and 62 d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -94,9 +94,9 @@ class SharedStatistics:
         def pooled_forward(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
             # A stage that is repeated in float32 replaces its first attempt.
             current[norm] = pooled_moments(without_rim(x, self.rim), norm.num_groups)
-            return normalize(norm, x, *current[norm])
+            return normalize(x, *current[norm], norm.weight, norm.bias, norm.eps)
 
-        with _exchanged_forwards(self.norms, pooled_forward):
+        with exchanged_forwards(self.norms, pooled_forward):
             yield
         self.recorded.append(current)
         self.moments = {norm: merged_moments([one[norm] for one in self.recorded]) for norm in current}
@@ -106,9 +106,9 @@ class SharedStatistics:
         """Inside, the kept statistics are used; a norm that recorded none works as usual."""
 
         def fixed_forward(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-            return normalize(norm, x, *self.moments[norm])
+            return normalize(x, *self.moments[norm], norm.weight, norm.bias, norm.eps)
 
-        with _exchanged_forwards([norm for norm in self.norms if norm in self.moments], fixed_forward):
+        with exchanged_forwards([norm for norm in self.norms if norm in self.moments], fixed_forward):
             yield
 
 
@@ -141,34 +141,56 @@ def pooled_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Te
     return mean.repeat_interleave(per_group), variance.repeat_interleave(per_group)
 
 
-def normalize(norm: nn.GroupNorm, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """Group normalisation of x (B, C, ...) with given float32 moments (C,), computed in float32 and returned in x's dtype."""
+def normalize(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """Group normalisation of x (B, C, ...) with given float32 moments (C,), computed in float32 and returned in x's dtype.
+
+    Args:
+        weight, bias: (C,) of any float dtype, both or neither.
+        eps: added to the variance.
+    """
     mean, variance = mean.to(x.device), variance.to(x.device)
-    weight, bias = (norm.weight.float(), norm.bias.float()) if norm.affine else (None, None)
+    if weight is not None:
+        weight, bias = weight.float(), bias.float()
     if x.device.type in ("cpu", "cuda"):  # the backends whose batch norm takes float32 moments with a 16-bit input
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=norm.eps)
-    scale = torch.rsqrt(variance + norm.eps)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+    scale = torch.rsqrt(variance + eps)
     shift = -mean * scale
-    if norm.affine:
+    if weight is not None:
         scale, shift = scale * weight, shift * weight + bias
     shape = (1, -1) + (1,) * (x.ndim - 2)
     return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
+def _forward_name(module: nn.Module) -> str:
+    """accelerate's sequential offloading hides a module's own forward behind a hook that fetches the weights first."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def own_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
+    """A module's forward without the hook of sequential offloading."""
+    return getattr(module, _forward_name(module))
+
+
 @contextmanager
-def _exchanged_forwards(norms: list[nn.GroupNorm], forward) -> Iterator[None]:
-    """Instances get `forward(norm, x)` as their forward and, whatever happens, lose it again."""
+def exchanged_forwards(modules: list[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Instances get `forward(module, x)` as their own forward and, whatever happens, lose it again."""
     originals = []
     try:
-        for norm in norms:
-            # accelerate's sequential offloading hides a module's own forward behind a hook that fetches the weights first
-            name = "_old_forward" if hasattr(norm, "_hf_hook") else "forward"
-            originals.append((norm, name, norm.__dict__.get(name)))
-            norm.__dict__[name] = partial(forward, norm)
+        for module in modules:
+            name = _forward_name(module)
+            originals.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = partial(forward, module)
         yield
     finally:
-        for norm, name, original in originals:
+        for module, name, original in originals:
             if original is None:
-                norm.__dict__.pop(name, None)
+                module.__dict__.pop(name, None)
             else:
-                norm.__dict__[name] = original
+                module.__dict__[name] = original

@@ -149,3 +149,13 @@ def test_tiled_equals_untiled_averaged_noise(pipeline):
         alpha = network.alpha_bar
         expected = (latents - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
         assert torch.allclose(in_latent_tiles(network.step, latents, 16, 8), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_large_pictures_go_through_the_vae_in_tiles(pipeline):
+    """As OSEDiff's do; without, there are no borders."""
+    image = photo(70, 40)
+    options = {"process_size": 0, "color_fix": None, "sample_posterior": False}
+    whole = upscale_like_osediff(pipeline, image, vae_encoder_tile=None, vae_decoder_tile=None, **options)
+    assert whole == upscale_like_osediff(pipeline, image, **options), "280 pixels are one tile"
+    tiled = upscale_like_osediff(pipeline, image, vae_encoder_tile=64, vae_decoder_tile=32, **options)
+    assert tiled.size == whole.size and tiled != whole
