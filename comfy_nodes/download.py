@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .model_folders import model_folder
 
@@ -11,7 +12,7 @@ from .model_folders import model_folder
 def download_once(hub_id: str) -> Path:
     """The folder of a Hub repository; the network is used only if it is not there yet.
 
-    The folder appears whole: files are collected beside it, and what a cancelled download has fetched is used by the next.
+    The folder appears whole: files are collected beside it, and those that a cancelled download completed are used by the next.
 
     Args:
         hub_id: owner/name.
@@ -38,32 +39,71 @@ def download_once(hub_id: str) -> Path:
 
 
 def _download(hub_id: str, folder: Path) -> None:
+    from qartsr_pipeline.checkpoint_files import CheckpointError
     from qartsr_pipeline.checkpoint_files.download import PATTERNS, download
 
-    download(
-        hub_id,
-        allow_patterns=list(PATTERNS),
-        local_dir=folder,
-        local_files_only=False,
-        revision=None,
-        tqdm_class=_bar_class(),
-    )
+    shown = _Shown()
+    try:
+        download(
+            hub_id,
+            allow_patterns=list(PATTERNS),
+            local_dir=folder,
+            local_files_only=False,
+            revision=None,
+            tqdm_class=_bar_class(shown),
+        )
+    except CheckpointError as error:
+        if shown.cancelled is None:
+            raise
+        raise shown.cancelled from error
 
 
-def _bar_class() -> type:
-    """huggingface_hub's bar, whose bytes are shown in ComfyUI as well. Cancelling raises in the thread that downloads."""
-    from comfy.model_management import throw_exception_if_processing_interrupted
-    from comfy.utils import ProgressBar
+class _Shown:
+    """The node's bar, for all of huggingface_hub's bars and threads together.
+
+    Attributes:
+        cancelled: what ComfyUI raised, once; every thread has to end with it.
+    """
+
+    def __init__(self):
+        from comfy.utils import ProgressBar
+
+        self.bar = ProgressBar(1)
+        self.bytes = 0
+        self.cancelled: Exception | None = None
+
+    def look_for_cancel(self) -> None:
+        from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
+
+        if self.cancelled is None:
+            try:
+                throw_exception_if_processing_interrupted()
+            except InterruptProcessingException as cancelled:
+                self.cancelled = cancelled
+        if self.cancelled is not None:
+            raise self.cancelled
+
+    def show(self, done: float, total: float) -> None:
+        """Bytes of those that are known of so far: files are added as their turn comes."""
+        self.bytes = max(self.bytes, int(done))
+        self.bar.update_absolute(min(self.bytes, int(total)), int(total))
+
+
+def _bar_class(shown: _Shown) -> type:
+    """huggingface_hub's bar, whose bytes are shown in ComfyUI as well. Cancelling raises in the threads that download."""
     from huggingface_hub.utils import tqdm
 
-    shown = ProgressBar(1)
-
     class Bar(tqdm):
+        def __init__(self, *args: Any, unit: str = "it", initial: float = 0, **options: Any):
+            self.done = initial  # tqdm counts nothing where it shows nothing, as without a terminal
+            self.in_bytes = unit == "B"
+            super().__init__(*args, unit=unit, initial=initial, **options)
+
         def update(self, n: float | None = 1) -> bool | None:
-            throw_exception_if_processing_interrupted()
-            result = super().update(n)
-            if self.unit == "B" and self.total:
-                shown.update_absolute(min(self.n, self.total), self.total)
-            return result
+            shown.look_for_cancel()
+            self.done += n or 0
+            if self.in_bytes and self.total:
+                shown.show(self.done, self.total)
+            return super().update(n)
 
     return Bar

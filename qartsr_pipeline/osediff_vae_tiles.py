@@ -1,8 +1,8 @@
 """OSEDiff's tiles of the VAE: all go through the network side by side, and every group norm waits for the statistics of all.
 
-Not what the pipeline does by default (see upscaling.py): here a tile's margin is cut off, not blended; the variance is the mean of
-the tiles' own (what their means differ by is left out, as in OSEDiff); and attention sees one tile only. Memory is about that of
-the whole picture, so there is no reason for these tiles but to get what OSEDiff gets.
+Not what the pipeline does by default (see upscaling.py): here a tile's margin is cut off, not blended; the variance is the mean
+of the tiles' own (what their means differ by is left out, as in OSEDiff); and attention sees one tile only. Memory is about that
+of the whole picture, so there is no reason for these tiles but to get what OSEDiff gets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import torch

@@ -21,10 +21,15 @@ NAMES = {"clone": "QArtSR", "registry": "qartsr", "link": "comfy_nodes"}
 
 
 class Server:
-    """Context manager: the server runs with the nodes installed one of the ways of `LINKED`, and our sample inputs."""
+    """Context manager: the server runs with the nodes installed one of the ways of `LINKED`, and our sample inputs.
 
-    def __init__(self, base: Path, way: str = "clone"):
+    Args:
+        hub: address of the Hub that it downloads from; without one it is offline.
+    """
+
+    def __init__(self, base: Path, way: str = "clone", hub: str | None = None):
         self.base, self.name = base, NAMES[way]
+        self.network = {"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub}
         for folder in ("custom_nodes", "input", "output", "models"):
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / self.name).symlink_to(LINKED[way])
@@ -38,7 +43,7 @@ class Server:
         python = os.environ.get("COMFYUI_PYTHON", sys.executable)
         command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes"]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
-        environment = dict(os.environ, HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
+        environment = dict(os.environ, PYTHONUNBUFFERED="1", **self.network)
         with open(self.base / "log", "wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=os.environ["COMFYUI_PATH"], env=environment, stdout=log, stderr=subprocess.STDOUT

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from convert.stable_diffusion_base import adapt, build_parts, save_base
+from local_hub import LocalHub
 from PIL import Image
 from server import INPUTS, ROOT, Server, messages
 
@@ -133,6 +134,26 @@ def test_an_imported_checkpoint_is_listed_and_upscales_at_once(server):
     done = server.run(upscale_graph(model="imported", scale=1.5))
     assert "execution_success" in messages(done), done["status"]
     assert len(saved(server, done)) == 1
+
+
+def test_a_model_of_the_hub_is_downloaded_once_and_works_offline_afterwards(tmp_path):
+    graph = upscale_graph(scale=1.5)
+    graph["2"]["inputs"]["hub_id"] = "artist/sharp"
+    with (
+        LocalHub("artist/sharp", shipped_checkpoints()["tiny-w2a2"]) as hub,
+        Server(tmp_path / "base", hub=hub.endpoint) as server,
+    ):
+        done = server.run(graph)
+        assert "execution_success" in messages(done), done["status"]
+        hub.__exit__()
+        again = server.run(graph | {"3": {**graph["3"], "inputs": graph["3"]["inputs"] | {"scale": 2.0}}})
+        assert "execution_success" in messages(again), again["status"]
+        described = server.get("/object_info/QArtSRLoadModel")["QArtSRLoadModel"]["input"]["required"]["model"][1]
+        assert "artist/sharp" in described["options"]
+        graph["2"]["inputs"]["hub_id"] = "artist/other"
+        failed = server.run(graph)
+        assert "artist/other could not be downloaded" in json.dumps(failed["status"]["messages"])
+    assert sorted(set(hub.files_sent())) == sorted(hub.files_sent()), "no file was sent twice"
 
 
 @pytest.mark.parametrize("way", ["clone", "registry", "link"])
