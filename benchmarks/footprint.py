@@ -11,13 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.machine import peak_megabytes, processor
+
+WARM_UP = 128  # pixels a side of the pictures of calls that do not count, at most
 
 
 def measure(model: str, size: int, calls: int, warm_up: int, threads: int) -> dict[str, object]:
@@ -31,14 +36,16 @@ def measure(model: str, size: int, calls: int, warm_up: int, threads: int) -> di
     pipeline = QArtSRPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_megabytes("cpu")
+    for _ in range(warm_up):
+        pipeline(picture[:WARM_UP, :WARM_UP])
     seconds = []
-    for _ in range(warm_up + calls):
+    for _ in range(calls):
         start = time.perf_counter()
         pipeline(picture)
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds[warm_up:], "peak_mb": peak, "loaded_mb": before, "tiles": pipeline.num_timesteps}
+    peak = peak_megabytes("cpu")
+    return {"seconds": seconds, "peak_mb": peak, "loaded_mb": before, "tiles": pipeline.num_timesteps}
 
 
 def in_own_process(model: str, size: int, calls: int, warm_up: int, threads: int) -> dict[str, object]:
@@ -49,12 +56,6 @@ def in_own_process(model: str, size: int, calls: int, warm_up: int, threads: int
     if result.returncode:
         raise SystemExit(f"{model}, {size}: {result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from benchmarks.contenders import full_precision as random_network
-from benchmarks.speed import peak_megabytes
+from benchmarks.machine import peak_megabytes
 from calibration import engine
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.fingerprint import hardware, versions

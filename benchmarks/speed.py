@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 from multiprocessing.connection import Connection
@@ -22,22 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.footprint import processor
+from benchmarks.machine import peak_megabytes, processor
 
 TITLES = {
     "tiny": "the small models that ship",
     "sd21": "Stable Diffusion 2.1's shape with RANDOM weights: about speed and memory only, errors mean nothing",
 }
-
-
-def peak_megabytes(device: str) -> float:
-    """Of this process: allocated on the GPU, or resident."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def work(connection: Connection, name: str, args: argparse.Namespace) -> None:
