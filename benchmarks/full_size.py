@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         sizes = save_pipeline(pipeline, folder / "model", RECORD_NAME, {"model": "random weights"})
     seconds, first = {}, 0
     for stage, losses in calibrated.losses.items():
-        times = [later - earlier for earlier, later in zip(ends[first:], ends[first + 1 : first + 1 + len(losses)], strict=True)]
-        seconds[stage] = [round(value, 2) for value in times]
+        marks = ends[first : first + len(losses) + 1]
+        seconds[stage] = [round(later - earlier, 2) for earlier, later in pairwise(marks)]
         first += len(losses)
     return {
         "recipe": recipe.to_dict(),
