@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .model_folders import model_folder
+from .model_folders import find_models, model_folder
 
 
 def download_once(hub_id: str) -> Path:
@@ -25,10 +26,11 @@ def download_once(hub_id: str) -> Path:
     parts = hub_id.split("/")
     if len(parts) != 2 or not all(parts) or any(part.startswith(".") for part in parts) or "\\" in hub_id:
         raise CheckpointError(f"{hub_id!r} is not the name of a Hub repository: expected owner/name.")
+    there = find_models().get(hub_id)
+    if there is not None:
+        return there
     base = model_folder()
     target = base.joinpath(*parts)
-    if (target / "model_index.json").is_file():
-        return target
     unfinished = base / ".downloads" / "--".join(parts)
     _download(hub_id, unfinished)
     check_checkpoint(unfinished)
@@ -73,20 +75,25 @@ class _Shown:
         self.cancelled: Exception | None = None
 
     def look_for_cancel(self) -> None:
-        from comfy.model_management import InterruptProcessingException, throw_exception_if_processing_interrupted
+        from comfy.model_management import throw_exception_if_processing_interrupted
 
-        if self.cancelled is None:
-            try:
-                throw_exception_if_processing_interrupted()
-            except InterruptProcessingException as cancelled:
-                self.cancelled = cancelled
-        if self.cancelled is not None:
-            raise self.cancelled
+        self._do(throw_exception_if_processing_interrupted)
 
     def show(self, done: float, total: float) -> None:
         """Bytes of those that are known of so far: files are added as their turn comes."""
         self.bytes = max(self.bytes, int(done))
-        self.bar.update_absolute(min(self.bytes, int(total)), int(total))
+        self._do(lambda: self.bar.update_absolute(min(self.bytes, int(total)), int(total)))  # looks for a cancel as well
+
+    def _do(self, what: Callable[[], None]) -> None:
+        """ComfyUI tells of a cancel only once, in whatever thread asks first."""
+        from comfy.model_management import InterruptProcessingException
+
+        try:
+            what()
+        except InterruptProcessingException as cancelled:
+            self.cancelled = cancelled
+        if self.cancelled is not None:
+            raise self.cancelled
 
 
 def _bar_class(shown: _Shown) -> type:

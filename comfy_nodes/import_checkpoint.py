@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .load_model import CATEGORY
-from .new_checkpoint import NAME_TOOLTIP, free_folder, typed_path, wrong_name
+from .new_checkpoint import NAME_TOOLTIP, fingerprint, free_folder, remember, typed_path, wrong_name
 
 if TYPE_CHECKING:
     from qartsr_pipeline.convert.conversion import Converted
@@ -68,11 +68,18 @@ class QArtSRImport(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, kind: str, base: str, checkpoint: str, name: str) -> bool | str:
-        """True, or what is wrong, before anything runs. Connected inputs are None here."""
+    def validate_inputs(
+        cls, kind: str | None = None, base: str | None = None, checkpoint: str | None = None, name: str | None = None
+    ) -> bool | str:
+        """True, or what is wrong, before anything runs. Connected and missing inputs are None here."""
         if kind is not None and kind not in KINDS:
             return f"kind {kind!r} is none of {', '.join(KINDS)}."
         return what_to_give(kind, base, checkpoint) or (True if name is None else wrong_name(name) or True)
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None = None, **others: object) -> int:
+        """Changes when the checkpoint was deleted."""
+        return fingerprint(name)
 
     @classmethod
     def execute(
@@ -90,6 +97,7 @@ class QArtSRImport(io.ComfyNode):
                 converted = convert_osediff(source, on_disk(checkpoint), folder, embedding)
             else:
                 converted = convert_diffusers(source, folder, embedding, timestep=timestep, scale=scale)
+        remember(folder)
         text = describe(converted)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 

@@ -72,23 +72,25 @@ class QArtSRLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str, hub_id: str, backend: str, dtype: str) -> bool | str:
-        """True, or what is wrong, before anything runs."""
-        if not hub_id.strip():
+    def validate_inputs(
+        cls, model: str | None = None, hub_id: str | None = None, backend: str | None = None, dtype: str | None = None
+    ) -> bool | str:
+        """True, or what is wrong, before anything runs. Connected and missing inputs are None here."""
+        if model is not None and hub_id is not None and not hub_id.strip():
             try:
                 folder_of(model)
             except ValueError as error:
                 return str(error)
-        if backend not in (AUTO, *available_backends()):
+        if backend is not None and backend not in (AUTO, *available_backends()):
             return f"There is no kernel backend {backend!r} on this machine. Choose {AUTO}; the log says why others are missing."
-        if dtype not in DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             return f"dtype {dtype!r} is none of {', '.join(DTYPES)}."
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, hub_id: str, backend: str, dtype: str) -> Any:
-        """Changes when the model's files do, so that the model is loaded anew."""
-        if hub_id.strip():
+    def fingerprint_inputs(cls, model: str | None = None, hub_id: str | None = None, **others: str | None) -> Any:
+        """Changes when the model's files do, so that the model is loaded anew. Connected inputs are None here."""
+        if hub_id and hub_id.strip():
             return hub_id.strip()
         folder = find_models().get(model)
         return _fingerprint(folder) if folder else None

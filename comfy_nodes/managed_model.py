@@ -50,6 +50,10 @@ class ManagedModel:
         from comfy import model_management
 
         model_management.load_models_gpu([self.patcher], memory_required=memory, force_full_load=True)
+        network = self.patcher.model
+        if any(tensor.device != self.device for tensor in network.parameters()):
+            # With --novram weights stay in main memory for layers that fetch them one by one, which ours do not.
+            network.to(self.device)
 
     @contextmanager
     def kernels(self) -> Iterator[None]:

@@ -41,6 +41,22 @@ def free_folder(name: str) -> Path:
     return folder
 
 
+_made: dict[Path, int] = {}  # folder -> how often it was made here, and deleted since
+
+
+def remember(folder: Path) -> None:
+    """``folder`` was made by a node: running the same graph again has nothing to do, until it is deleted."""
+    _made.setdefault(folder, 0)
+
+
+def fingerprint(name: str | None) -> int:
+    """Changes when what a node made under this name was deleted, so that ComfyUI runs the node again."""
+    folder = model_folder() / (name or "")
+    if folder in _made and not folder.exists():
+        _made[folder] += 1
+    return _made.get(folder, 0)
+
+
 def typed_path(text: str, below: str) -> Path:
     """The path that a user typed or pasted, maybe in quotation marks: absolute, or below a folder of ComfyUI's.
 

@@ -35,12 +35,14 @@ class TileProgress:
     def __call__(self, pipeline: Any, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Raises ComfyUI's InterruptProcessingException if the user has cancelled."""
         tile, _ = pipeline.current_tile
-        shrink = self.canvas.width / (self.original_size[1] * pipeline.config.scale)
-        left, top, right, bottom = (
-            round(edge * shrink) for edge in (tile.left, tile.top, tile.left + tile.width, tile.top + tile.height)
-        )
-        part = _to_pil(tensors["image"][0]).resize((max(1, right - left), max(1, bottom - top)), PIL.Image.BOX)
-        self.canvas.paste(part, (left, top))  # what was padding falls outside
+        height, width = (side * pipeline.config.scale for side in self.original_size)
+        bottom, right = min(tile.top + tile.height, height), min(tile.left + tile.width, width)  # the rest is padding
+        if bottom > tile.top and right > tile.left:
+            across, down = self.canvas.width / width, self.canvas.height / height
+            left, top = round(tile.left * across), round(tile.top * down)
+            size = max(1, round(right * across) - left), max(1, round(bottom * down) - top)
+            part = _to_pil(tensors["image"][0, :, : bottom - tile.top, : right - tile.left])
+            self.canvas.paste(part.resize(size, PIL.Image.BOX), (left, top))
         done, steps = self.picture * pipeline.num_timesteps + step + 1, self.count * pipeline.num_timesteps
         self.bar.update_absolute(done, steps, ("JPEG", self.canvas.copy(), LONG_SIDE))
         return tensors

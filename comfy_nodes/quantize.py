@@ -11,7 +11,7 @@ from PIL import Image
 
 from .load_model import CATEGORY
 from .model_folders import find_models
-from .new_checkpoint import NAME_TOOLTIP, free_folder, wrong_name
+from .new_checkpoint import NAME_TOOLTIP, fingerprint, free_folder, remember, wrong_name
 
 DEFAULT_MODEL = "tiny-fp"
 RECIPES = ("qartsr", "lsq", "efficientdm", "maxmin")  # of calibration/recipes, those that make a checkpoint; new ones at the end
@@ -59,7 +59,8 @@ class QArtSRQuantize(io.ComfyNode):
                     min=0,
                     max=1_000_000,
                     step=50,
-                    tooltip="Training steps in all; more is better, and takes longer. 0: as many as the recipe says.",
+                    tooltip="Training steps in all; more is better, and takes longer. 0: as many as the recipe says;"
+                    " maxmin trains nothing and takes no other.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -84,14 +85,21 @@ class QArtSRQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str, recipe: str, bits: str, name: str) -> bool | str:
-        """True, or what is wrong, before anything runs. Connected inputs are None here."""
+    def validate_inputs(
+        cls, model: str | None = None, recipe: str | None = None, bits: str | None = None, name: str | None = None
+    ) -> bool | str:
+        """True, or what is wrong, before anything runs. Connected and missing inputs are None here."""
         for given, label, allowed in ((recipe, "recipe", RECIPES), (bits, "bits", BITS)):
             if given is not None and given not in allowed:
                 return f"{label} {given!r} is none of {', '.join(allowed)}."
         if model is not None and model not in full_precision_models():
             return not_full_precision(model)
         return True if name is None else wrong_name(name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None = None, **others: object) -> int:
+        """Changes when the checkpoint was deleted."""
+        return fingerprint(name)
 
     @classmethod
     def execute(cls, model: str, pictures: str, recipe: str, bits: str, steps: int, seed: int, name: str) -> io.NodeOutput:
@@ -105,6 +113,7 @@ class QArtSRQuantize(io.ComfyNode):
         if missing:
             raise ImportError(f"QArtSR Quantize cannot run: {missing}")
         made = make_checkpoint(Order(find_models()[model], pictures, recipe, bits, steps, seed, name), folder)
+        remember(folder)
         comparison = read_picture(made.comparison)
         return io.NodeOutput(comparison, made.text, ui=ui.PreviewImage(comparison, cls=cls))
 

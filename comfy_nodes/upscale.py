@@ -75,7 +75,8 @@ class QArtSRUpscale(io.ComfyNode):
                 io.Boolean.Input(
                     "sample_posterior",
                     default=False,
-                    tooltip="Off: the same picture always gives the same result. On: a random draw, which the seed decides.",
+                    tooltip="Off: nothing is random. On: a random draw, which the seed decides. With tile_size 0 free memory decides the"
+                    " tiles, which show a little.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -98,9 +99,9 @@ class QArtSRUpscale(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, color_fix: str) -> bool | str:
-        """True, or what is wrong, before anything runs."""
-        return color_fix in COLOR_FIXES or f"color_fix {color_fix!r} is none of {', '.join(COLOR_FIXES)}."
+    def validate_inputs(cls, color_fix: str | None = None) -> bool | str:
+        """True, or what is wrong, before anything runs. A connected or missing input is None here."""
+        return color_fix in (None, *COLOR_FIXES) or f"color_fix {color_fix!r} is none of {', '.join(COLOR_FIXES)}."
 
     @classmethod
     def execute(
@@ -203,8 +204,13 @@ def alphas(images: torch.Tensor, masks: torch.Tensor | None) -> list[torch.Tenso
 def with_alpha(image: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
     """(H, W, C) and (H, W) -> (3 or 4, H, W) in [0, 1]. Other nodes leave values slightly outside, which are clamped; NaN stays.
 
-    A fourth channel of the image itself is its alpha when no mask is given.
+    A fourth channel of the image itself is its alpha, unless a mask makes something transparent.
+
+    Raises:
+        ValueError: a number of channels that is no picture's.
     """
+    if image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"image has {image.shape[-1]} channels: expected 1 (grey), 3 (RGB) or 4 (RGB and alpha).")
     channels = image.permute(2, 0, 1).float().cpu()
     if alpha is not None:
         channels = torch.cat([channels[:3].expand(3, -1, -1), alpha[None].cpu()])
@@ -239,13 +245,42 @@ def enlarge(model: ManagedModel, picture: torch.Tensor, options: dict, progress:
     """One picture (C, H, W) -> (3 or 4, H', W'), in smaller tiles when memory runs out and the tile size is automatic."""
     from comfy import model_management
 
-    asked = options["tile_size"]
-    for tile_size in (asked, *(SMALLER_TILES if asked is None else ())):
+    asked, draw = options["tile_size"], options["generator"].get_state()
+    tried = asked
+    while True:
+        options["generator"].set_state(draw)  # the same draw, however often it takes
         try:
-            call = options | {"tile_size": tile_size}
+            call = options | {"tile_size": tried}
             return model.pipeline(picture, output_type="pt", callback_on_step_end=progress, **call).images[0]
-        except (model_management.OOM_EXCEPTION, MemoryError):
-            pass  # left first, so that what the failed call holds is freed
-        model_management.soft_empty_cache()
-    tried = f"tile_size {asked}" if asked else f"tiles of {SMALLER_TILES[-1]} pixels"
-    raise MemoryError(f"memory ran out on {model.device} with {tried}. Choose a smaller tile_size, or unload other models.")
+        except (model_management.OOM_EXCEPTION, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        largest = tried or automatic_tile(model, picture, options["tile_overlap"])
+        model_management.soft_empty_cache()  # here what the failed call held is free
+        tried = None if asked else smaller_tile(largest, options["tile_overlap"])
+        if tried is None:
+            raise MemoryError(
+                f"memory ran out on {model.device} with tiles of {largest} pixels. Choose a smaller tile_size, or unload other"
+                " models."
+            )
+
+
+def automatic_tile(model: ManagedModel, picture: torch.Tensor, overlap: int | None) -> int:
+    """Longest side of the tiles that were chosen for a picture (C, H, W)."""
+    from qartsr_pipeline.image.input_conversion import to_pictures
+
+    grid = model.pipeline.plan(to_pictures(picture)[0], None, overlap).grid
+    return max(grid.tile_height, grid.tile_width)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: the processor's and Apple's allocators raise a plain RuntimeError that says so."""
+    from comfy import model_management
+
+    known = isinstance(error, (model_management.OOM_EXCEPTION, MemoryError))
+    return known or any(text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "out of memory"))
+
+
+def smaller_tile(largest: int, overlap: int | None) -> int | None:
+    """The next of `SMALLER_TILES` below `largest` that tiles can overlap in so far, or None."""
+    return next((side for side in SMALLER_TILES if (overlap or 0) < side < largest), None)

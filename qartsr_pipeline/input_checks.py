@@ -112,7 +112,7 @@ def _check_tiles(tile_size: Any, tile_overlap: Any, multiple: int) -> None:
     if tile_size is not None and tile_size < minimum:
         raise ValueError(
             f"`tile_size` must be at least {minimum} pixels of the enlarged picture for this model, but is {tile_size}. "
-            "None chooses automatically."
+            "Leave it at its default to have it chosen."
         )
     if tile_overlap is None:
         return

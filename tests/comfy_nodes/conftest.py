@@ -50,10 +50,13 @@ class Comfy:
         self.cancel_at: int | None = None
         self.cancel_at_step: int | None = None
         self.looked = 0
+        self._told: int | None = None
 
     def throw_if_cancelled(self) -> None:
+        """Tells of a cancel once, as ComfyUI does."""
         self.looked += 1
-        if self.cancel_at is not None and self.looked > self.cancel_at:
+        if self.cancel_at is not None and self.looked > self.cancel_at != self._told:
+            self._told = self.cancel_at
             raise InterruptProcessingException
 
 

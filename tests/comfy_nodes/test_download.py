@@ -35,9 +35,11 @@ def test_a_repository_is_downloaded_once_with_a_bar_and_is_a_model_like_others_a
     load(nodes)
 
 
-def test_a_cancelled_download_is_told_as_such_and_its_complete_files_are_used(hub, comfy, nodes, tmp_path):
+@pytest.mark.parametrize("looks", range(4, 14))
+def test_a_cancelled_download_is_told_as_such_and_its_complete_files_are_used(hub, comfy, nodes, tmp_path, looks):
+    """ComfyUI tells one thread of a cancel, once, also where only the bar is moved."""
     cancelled = sys.modules["comfy.model_management"].InterruptProcessingException
-    comfy.cancel_at = 5
+    comfy.cancel_at = looks
     with pytest.raises(cancelled):
         load(nodes)
     assert not (tmp_path / "models" / "qartsr" / "owner").exists()
@@ -46,6 +48,15 @@ def test_a_cancelled_download_is_told_as_such_and_its_complete_files_are_used(hu
     comfy.cancel_at = None
     load(nodes)
     assert complete and all(hub.files_sent().count(name) == 1 for name in complete)
+
+
+def test_a_model_below_an_extra_path_is_not_downloaded(hub, nodes, tmp_path):
+    import folder_paths
+
+    extra = tmp_path / "extra"
+    folder_paths.folder_names_and_paths["qartsr"][0].append(str(extra))
+    shutil.copytree(hub.folder, extra / "owner" / "name")
+    assert load(nodes).folder == extra / "owner" / "name" and not hub.asked
 
 
 def test_a_repository_of_something_else_leaves_nothing(hub, nodes, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from qartsr_pipeline import QArtSRPipeline
 
@@ -79,6 +80,25 @@ def test_values_that_are_not_in_the_list_are_refused(nodes):
     assert "'x'" in nodes["QArtSRUpscale"].validate_inputs(color_fix="x")
 
 
+def test_connected_and_missing_inputs_are_not_judged_before_they_are_known(nodes):
+    for node in nodes.values():
+        if "validate_inputs" in vars(node):
+            assert node.validate_inputs() is True, node
+    assert nodes["QArtSRLoadModel"].validate_inputs(model=None, hub_id=None, backend=None, dtype=None) is True
+    assert nodes["QArtSRLoadModel"].fingerprint_inputs(model=None, hub_id=None, backend="auto", dtype="auto") is None
+
+
+def test_a_checkpoint_that_was_deleted_is_made_again(nodes, tmp_path):
+    from comfy_nodes.new_checkpoint import free_folder, remember
+
+    before = nodes["QArtSRQuantize"].fingerprint_inputs(name="mine", seed=0)
+    free_folder("mine").mkdir()
+    remember(tmp_path / "models" / "qartsr" / "mine")
+    assert nodes["QArtSRQuantize"].fingerprint_inputs(name="mine", seed=0) == before, "what is there is not made again"
+    (tmp_path / "models" / "qartsr" / "mine").rmdir()
+    assert nodes["QArtSRImport"].fingerprint_inputs(name="mine", scale=4) != before
+
+
 def test_the_output_is_the_pipelines_picture_by_picture(nodes, model, comfy, tiny_folder):
     images = torch.rand(2, 40, 24, 3)
     mask = torch.zeros(2, 40, 24)
@@ -126,19 +146,65 @@ def test_bad_input_is_explained(nodes, model):
     image[1, 3, 3, 0] = float("nan")
     with pytest.raises(ValueError, match="picture 2 of 3: .*NaN"):
         upscale(nodes, model, image)
+    with pytest.raises(ValueError, match="image has 2 channels"):
+        upscale(nodes, model, image[..., :2])
 
 
-def test_smaller_tiles_are_tried_when_memory_runs_out(nodes, model, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "automatic, overlap, expected", [(None, 0, [None, 512, 256]), (None, 300, [None, 512]), (256, 0, [None])]
+)
+def test_smaller_tiles_are_tried_when_memory_runs_out(nodes, model, monkeypatch, error, automatic, overlap, expected):
     tried = []
 
     def full(self, picture, **options):
         tried.append(options["tile_size"])
-        raise torch.OutOfMemoryError("full")
+        raise error
 
     monkeypatch.setattr(QArtSRPipeline, "__call__", full)
+    monkeypatch.setattr("qartsr_pipeline.pipeline_qartsr.choose_tile_size", lambda *_: automatic)
     with pytest.raises(MemoryError, match="smaller tile_size"):
+        upscale(nodes, model, torch.rand(1, 200, 200, 3), tile_overlap=overlap)
+    assert tried == expected
+
+
+def test_the_draw_is_the_same_after_memory_ran_out(nodes, model, monkeypatch):
+    image, call, failures = torch.rand(2, 16, 16, 3), QArtSRPipeline.__call__, [1]
+    expected = upscale(nodes, model, image, sample_posterior=True, seed=3)[0]
+
+    def full_once(self, picture, **options):
+        result = call(self, picture, **options)
+        if failures:
+            raise torch.OutOfMemoryError(str(failures.pop()))
+        return result
+
+    monkeypatch.setattr(QArtSRPipeline, "__call__", full_once)
+    monkeypatch.setattr("comfy_nodes.upscale.automatic_tile", lambda *_: 1024)
+    assert torch.equal(upscale(nodes, model, image, sample_posterior=True, seed=3)[0], expected)
+
+
+def test_errors_that_are_not_of_memory_are_told_as_they_are(nodes, model, monkeypatch):
+    def broken(self, picture, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(QArtSRPipeline, "__call__", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
         upscale(nodes, model, torch.rand(1, 16, 16, 3))
-    assert tried == [None, 512, 256]
+
+
+def test_weights_that_comfyui_left_in_main_memory_are_moved(model):
+    """As with --novram."""
+    model.patcher.load_device = torch.device("meta")
+    model.bring_to_device()
+    assert {tensor.device.type for tensor in model.patcher.model.parameters()} == {"meta"}
+
+
+def test_the_preview_never_works_on_more_than_it_shows(nodes, model, monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest))
+    upscale(nodes, model, torch.rand(1, 1, 1, 3))
+    upscale(nodes, model, torch.rand(1, 2, 90, 3), tile_size=128)
+    assert max(max(size) for size in sizes) <= 512
 
 
 def test_model_info_says_where_it_runs(nodes, comfy):
