@@ -5,13 +5,21 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .import_checkpoint import QArtSRImport
+from .load_folder import QArtSRLoadFolder
 from .load_model import QArtSRLoadModel
 from .model_folders import register_model_folder
 from .model_info import QArtSRModelInfo
 from .quantize import QArtSRQuantize
 from .upscale import QArtSRUpscale
 
-NODES: list[type[io.ComfyNode]] = [QArtSRLoadModel, QArtSRUpscale, QArtSRModelInfo, QArtSRQuantize, QArtSRImport]
+NODES: list[type[io.ComfyNode]] = [
+    QArtSRLoadModel,
+    QArtSRUpscale,
+    QArtSRModelInfo,
+    QArtSRQuantize,
+    QArtSRImport,
+    QArtSRLoadFolder,
+]
 
 
 class QArtSRExtension(ComfyExtension):

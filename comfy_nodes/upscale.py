@@ -75,8 +75,8 @@ class QArtSRUpscale(io.ComfyNode):
                 io.Boolean.Input(
                     "sample_posterior",
                     default=False,
-                    tooltip="Off: nothing is random. On: a random draw, which the seed decides. With tile_size 0 free memory decides the"
-                    " tiles, which show a little.",
+                    tooltip="Off: nothing is random. On: a random draw, which the seed decides. With tile_size 0 free memory"
+                    " decides the tiles, which show a little.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -24,6 +24,7 @@ IDS = [
     "QArtSRModelInfo",
     "QArtSRQuantize",
     "QArtSRImport",
+    "QArtSRLoadFolder",
 ]  # only ever added to: they stand in users' workflows
 
 

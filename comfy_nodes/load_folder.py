@@ -1,0 +1,135 @@
+"""QArtSR Load Folder: the pictures of a folder, of any sizes, one after another for the nodes behind."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from comfy_api.latest import io
+
+from .load_model import CATEGORY
+from .new_checkpoint import typed_path
+
+BYTES_PER_PIXEL = 16  # float32, three channels and the mask
+
+
+class QArtSRLoadFolder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QArtSRLoadFolder",
+            display_name="QArtSR Load Folder",
+            category=CATEGORY,
+            description="Loads the pictures of a folder, which may have different sizes. The nodes behind it run for one after"
+            " another.",
+            inputs=[
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="Absolute, or below ComfyUI's input folder. Folders within it are not searched.",
+                ),
+                io.Int.Input("first", default=0, min=0, max=1_000_000, tooltip="So many pictures are passed over, by name."),
+                io.Int.Input("limit", default=0, min=0, max=1_000_000, tooltip="So many pictures at most. 0: all."),
+            ],
+            outputs=[
+                io.Image.Output(id="images", display_name="image", is_output_list=True, tooltip="One picture after another."),
+                io.Mask.Output(
+                    id="masks", display_name="mask", is_output_list=True, tooltip="Their transparency: 1 is transparent."
+                ),
+                io.String.Output(
+                    id="names",
+                    display_name="name",
+                    is_output_list=True,
+                    tooltip="Their file names without suffix, for the prefix of Save Image.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
+        """True, or what is wrong, before anything runs. A connected or missing input is None here."""
+        if folder is not None and not folder.strip():
+            return "folder is empty: give a folder of pictures, absolute or below ComfyUI's input folder."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None = None, **others: object) -> Any:
+        """Changes when the folder's pictures do."""
+        try:
+            return [(path.name, path.stat().st_mtime_ns) for path in pictures_of(folder)] if folder else None
+        except (ValueError, OSError):
+            return None
+
+    @classmethod
+    def execute(cls, folder: str, first: int, limit: int) -> io.NodeOutput:
+        paths = pictures_of(folder)[first:][: limit or None]
+        if not paths:
+            raise ValueError(f"{folder} has no picture after the first {first}: choose a smaller `first`.")
+        loaded = load(paths)
+        if not loaded:
+            raise ValueError(f"none of the {len(paths)} pictures of {folder} can be read; the log says why.")
+        names, images, masks = zip(*loaded, strict=True)
+        return io.NodeOutput(list(images), list(masks), list(names))
+
+
+def pictures_of(folder: str) -> list[Path]:
+    """Files of pictures by name.
+
+    Raises:
+        ValueError: no folder, or none in it.
+    """
+    import folder_paths
+
+    from qartsr_pipeline.picture_files.reading import READABLE_SUFFIXES
+
+    path = typed_path(folder, folder_paths.get_input_directory())
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: give the folder that it is in.")
+    found = [entry for entry in sorted(path.iterdir()) if entry.suffix.lower() in READABLE_SUFFIXES and entry.is_file()]
+    if not found:
+        raise ValueError(f"{path} holds no pictures ({', '.join(READABLE_SUFFIXES)}). Folders within it are not searched.")
+    return found
+
+
+def load(paths: list[Path]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, image (1, H, W, 3) and mask (1, H, W) of every file; what cannot be read is logged and left out.
+
+    Raises:
+        MemoryError: together they do not fit.
+    """
+    from comfy.utils import ProgressBar
+
+    from qartsr_pipeline.picture_files import PictureError, read_picture
+
+    loaded, bar = [], ProgressBar(len(paths))
+    for done, path in enumerate(paths, 1):
+        try:
+            pixels = read_picture(path).pixels
+        except PictureError as error:
+            logging.warning("QArtSR Load Folder: %s", error)
+        else:
+            check_memory(pixels.shape[:2], done, len(paths))
+            loaded.append((path.stem, *as_image_and_mask(pixels)))
+        bar.update_absolute(done)
+    return loaded
+
+
+def check_memory(size: tuple[int, int], number: int, count: int) -> None:
+    free = psutil.virtual_memory().available
+    if size[0] * size[1] * BYTES_PER_PIXEL > free / 2:
+        raise MemoryError(
+            f"main memory is full with picture {number} of {count} ({free / 1e9:.1f} GB are free). Load fewer at once with"
+            " `limit`, and go on with `first`; or use the command `qartsr upscale FOLDER -o RESULTS`."
+        )
+
+
+def as_image_and_mask(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(H, W, 1 to 4) of 8 or 16 bits -> (1, H, W, 3) and (1, H, W) in [0, 1]; without alpha nothing is transparent."""
+    values = torch.from_numpy(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
+    alpha = values[..., -1] if values.shape[-1] in (2, 4) else torch.ones(values.shape[:2])
+    colours = values[..., :3] if values.shape[-1] >= 3 else values[..., :1].expand(-1, -1, 3)
+    return colours[None].contiguous(), 1 - alpha[None]
