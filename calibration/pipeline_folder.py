@@ -20,11 +20,14 @@ def check_target(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is no pipeline folder: it is left alone. Choose another name or remove it.")
 
 
-def save_pipeline(pipeline: QArtSRPipeline, folder: str | Path, record_name: str, record: dict[str, Any]) -> dict[str, int]:
+def save_pipeline(
+    pipeline: QArtSRPipeline, folder: str | Path, record_name: str, record: dict[str, Any], card: str | None = None
+) -> dict[str, int]:
     """Saves the pipeline and, as ``record_name``, the record.
 
     Args:
         folder: a pipeline folder that is there already is replaced but for its README.md, anything else is not.
+        card: content of README.md where there is none.
 
     Returns:
         Bytes of each component's files, by the component's name, and their sum as "total".
@@ -41,6 +44,8 @@ def save_pipeline(pipeline: QArtSRPipeline, folder: str | Path, record_name: str
         (temporary / record_name).write_text(text + "\n", encoding="utf-8")
         if (folder / CARD_NAME).is_file():
             shutil.copy2(folder / CARD_NAME, temporary / CARD_NAME)
+        elif card is not None:
+            (temporary / CARD_NAME).write_text(card, encoding="utf-8")
         replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

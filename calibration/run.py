@@ -33,6 +33,7 @@ from calibration.data.pairs import Patches
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.engine import quantize
 from calibration.losses import PERCEPTUAL, load_perceptual
+from calibration.model_card import model_card
 from calibration.pipeline_folder import save_pipeline
 from calibration.preparation import Told
 from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
@@ -44,7 +45,7 @@ from calibration.training_state import write_whole
 from calibration.warm_start import RECORD_NAME
 from calibration.workers import ALONE, Workers
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.checkpoint_files import fetch, shipped_checkpoints
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.command_line.processes import join_processes
 from qartsr_pipeline.quantization.freeze import freeze
@@ -182,7 +183,8 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     if workers.is_main:
         start_folder(args)
     folder, sweep = at_timestep(args)
-    pipeline = QArtSRPipeline.from_pretrained(folder).to(device)
+    without = {"text_encoder": None, "tokenizer": None}  # the fixed prompt is folded into the weights
+    pipeline = QArtSRPipeline.from_pretrained(folder, **without).to(device)
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
@@ -264,7 +266,9 @@ def run(
     if job.recipe.layer.deployable:
         for name, scheme in calibrated.schemes.items():
             freeze(getattr(job.pipeline, name), scheme)
-        sizes = save_pipeline(job.pipeline, args.output / "model", RECORD_NAME, record)
+        on_disk = Path(args.model).expanduser().exists() or args.model in shipped_checkpoints()
+        card = model_card(record, fetch(args.model), hub_id=None if on_disk else args.model)
+        sizes = save_pipeline(job.pipeline, args.output / "model", RECORD_NAME, record, card)
         print(f"written: {args.output / 'model'}, {sizes['total'] / 1e6:.2f} MB")
     else:
         print(f"{job.recipe.method} is on a grid that exists in simulation only: no model is written, the report is")

@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .image.color_alignment import align_color
+from .image.color_alignment import COLOR_FIXES, align_color
 from .image.latent_tiles import in_latent_tiles
 from .one_step import OneStepNetwork
 from .osediff_vae_tiles import osediff_vae_tiles
@@ -47,7 +47,8 @@ def upscale_like_osediff(
     generator: torch.Generator | None = None,
     prompt: str | None = None,
 ) -> PIL.Image.Image:
-    """One picture, enlarged. The defaults are those of OSEDiff's script, which takes its prompt from an image tagger.
+    """One picture, enlarged. The defaults are those of OSEDiff's script, but for float16 and the prompt, which it takes from an
+    image tagger.
 
     Args:
         pipeline: with a VAE that divides the sides by 8, as Stable Diffusion's, or by less.
@@ -57,19 +58,21 @@ def upscale_like_osediff(
         color_fix: "adain", "wavelet" or None ("nofix").
         latent_tile, latent_overlap: in latent elements; see `image.latent_tiles`.
         vae_encoder_tile, vae_decoder_tile: in pixels and in latent elements, multiples of 32; None for the whole picture at once,
-            which has no borders of tiles. They matter from 1088 pixels (encoder) and 246 latent elements (decoder) a side.
+            which has no borders of tiles. They matter above 1088 pixels (encoder) and 246 latent elements (decoder) a side.
         sample_posterior: draw the latent, as OSEDiff does, or take the mode.
-        generator: source of the draw. None: torch's default one, seeded with `torch.manual_seed` as in OSEDiff's script.
+        generator: source of the draw. None: torch's default one, as in OSEDiff's script.
         prompt: as in the pipeline's call.
 
     Returns:
         RGB, `upscale` times as wide and high.
 
     Raises:
-        ValueError: `upscale` or a tile makes no sense.
+        ValueError: `upscale`, `color_fix` or a tile makes no sense.
     """
     if not isinstance(upscale, int) or upscale < 1:
         raise ValueError(f"`upscale` must be an integer from 1, as in OSEDiff, but is {upscale!r}.")
+    if color_fix not in (*COLOR_FIXES, None):
+        raise ValueError(f"`color_fix` must be {', '.join(map(repr, COLOR_FIXES))} or None, but is {color_fix!r}.")
     enlarged = enlarge(image.convert("RGB"), upscale, process_size)
     network = pipeline.network(prompt)
     try:

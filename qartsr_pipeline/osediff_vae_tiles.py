@@ -48,9 +48,20 @@ def spans(length: int, tile: int, margin: int) -> list[Span]:
 
 
 class CommonStatistics:
-    """Group norms of one network that works on several tiles, each in a thread, one thread at a time."""
+    """Group norms of one network that works on several tiles, each in a thread, one thread at a time.
 
-    def __init__(self, tiles: int):
+    Args:
+        tiles: how many.
+        device: that they are on.
+    """
+
+    def __init__(self, tiles: int, device: torch.device):
+        kind = device.type
+        self._autocast = {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+        }
         self._everyone = threading.Barrier(tiles, action=self._merge)
         self._turn = threading.Lock()
         self._own = threading.local()
@@ -60,11 +71,15 @@ class CommonStatistics:
         """One thread's work. An error here ends the others' with `threading.BrokenBarrierError`."""
         self._own.number = number
         try:
-            with self._turn, torch.no_grad():  # every thread has a grad mode of its own
+            with self._turn, torch.no_grad(), torch.autocast(**self._autocast):  # modes that every thread has for itself
                 return network(tile)
         except BaseException:
-            self._everyone.abort()
+            self.abort()
             raise
+
+    def abort(self) -> None:
+        """Ends all threads at their next group norm."""
+        self._everyone.abort()
 
     def normalized(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         """``norm`` of one thread's x (B, C, ...), with the moments of all."""
@@ -100,17 +115,29 @@ def in_tiles(
         x: (1, C, H, W).
         tile: longest side of what a tile writes, in elements of x.
         factor: (8, 1) if the output's sides are 8 times x's, (1, 8) if they are an eighth.
+
+    Raises:
+        ValueError: the network's groups of layers are offloaded.
     """
     if max(x.shape[-2:]) <= tile + 2 * margin:
         return forward(x)
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    if any(hasattr(module, "_diffusers_hook") for module in network.modules()):
+        raise ValueError(
+            "OSEDiff's tiles of the VAE do not work with group offloading, which takes weights away when the first tile is done."
+            " Give vae_encoder_tile=None and vae_decoder_tile=None, or use enable_model_cpu_offload()."
+        )
     up, down = factor
     tiles = list(product(*(spans(side, tile, margin) for side in x.shape[-2:])))
     cut = [x[..., rows.start : rows.stop, columns.start : columns.stop] for rows, columns in tiles]
-    common = CommonStatistics(len(tiles))
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    common = CommonStatistics(len(tiles), x.device)
     with exchanged_forwards(norms, common.normalized), ThreadPoolExecutor(len(tiles)) as threads:
-        running = [threads.submit(common.run, forward, number, part) for number, part in enumerate(cut)]
-        errors = [error for error in (job.exception() for job in running) if error is not None]
+        try:
+            running = [threads.submit(common.run, forward, number, part) for number, part in enumerate(cut)]
+            errors = [error for error in (job.exception() for job in running) if error is not None]
+        except BaseException:  # Ctrl-C, or no more threads: nobody would come to the others' barrier
+            common.abort()
+            raise
     if errors:
         raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause, not a consequence
     parts = [job.result() for job in running]

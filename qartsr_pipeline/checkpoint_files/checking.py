@@ -82,14 +82,19 @@ def read_model_index(folder: Path) -> dict:
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(_why_not_a_checkpoint(folder))
     index = read_json(folder / "model_index.json")
-    found = index.get("_class_name")
-    found = found[-1] if isinstance(found, list) and found else found
+    found = named_class(index)
     if found != PIPELINE_CLASS:
         raise CheckpointError(
             f"{folder} is a checkpoint of {found or 'an unnamed pipeline'}, not of {PIPELINE_CLASS}, so its parts do not fit."
             f" Load it with the pipeline it names, or give a QArtSR checkpoint."
         )
     return index
+
+
+def named_class(index: dict) -> str | None:
+    """The pipeline class that a model_index.json names; with `trust_remote_code` entries it is the last of a list."""
+    found = index.get("_class_name")
+    return found[-1] if isinstance(found, list) and found else found
 
 
 def _why_not_a_checkpoint(folder: Path) -> str:

@@ -15,8 +15,8 @@ DEFAULT_CHECKPOINT = "tiny-w4a4"
 _SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 # A repository of the Hub: owner/name, exactly one slash.
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-# Only what a checkpoint folder is made of: configurations, weights, a tokenizer's tables. No pickles, no code.
-PATTERNS = ("*.json", "*.safetensors", "*.txt")
+# Only what a checkpoint folder is made of: configurations, weights, a tokenizer's tables, its card. No pickles, no code.
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "README.md")
 
 
 def shipped_checkpoints() -> dict[str, Path]:
@@ -55,8 +55,8 @@ def fetch(
     if not _is_hub_id(name):
         known = f" Shipped models: {', '.join(shipped)}." if shipped else ""
         raise CheckpointError(
-            f"There is no folder {name!r}, and it is not a Hub id of the form owner/name either. Check the path and the folder"
-            f" you are in ({Path.cwd()}).{known}"
+            f"There is no folder {name!r}, and {_why_no_hub_id(name)}. Check the path and the folder you are in"
+            f" ({Path.cwd()}).{known}"
         )
     return download(
         name,
@@ -71,6 +71,12 @@ def fetch(
 def _is_hub_id(name: str) -> bool:
     """`owner/name`, unless `owner` is a folder here: then a mistyped path is far more likely than a repository."""
     return bool(_HUB_ID.match(name)) and not Path(name).parent.is_dir()
+
+
+def _why_no_hub_id(name: str) -> str:
+    if _HUB_ID.match(name):
+        return f"it is not looked for on the Hub, because there is a folder {Path(name).parent.as_posix()!r} here"
+    return "it is not a Hub id of the form owner/name either"
 
 
 def download(hub_id: str, **options) -> Path:

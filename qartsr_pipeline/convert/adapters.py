@@ -21,7 +21,7 @@ from ..checkpoint_files.errors import CheckpointError
 
 # peft's default `lora_alpha`, which OSEDiff's training code leaves as it is (peft 0.9.0 and 0.21 alike): scaling = 8 / rank.
 LORA_ALPHA = 8
-_NAMED = 8  # so many keys of one kind are named in a message
+_NAMED = 30  # so many keys of one kind are named in a message
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..checkpoint_files import fetch, quantization_configs
-from ..checkpoint_files.checking import read_json
+from ..checkpoint_files.checking import PIPELINE_CLASS, named_class, read_json
 from ..checkpoint_files.errors import CheckpointError
 from ..checkpoint_files.integrity import check_safetensors
 from ..text_prompt import embed_prompt
@@ -82,6 +82,9 @@ def _read_folder(folder: Path, prompt_embeds: torch.Tensor | None) -> Base:
                 f"{folder} lacks {part}/{config}. A base is a diffusers folder with unet, vae, scheduler, text_encoder and"
                 f" tokenizer, or a single .safetensors file of Stable Diffusion 2.1."
             )
+    index = folder / "model_index.json"
+    if index.is_file() and named_class(read_json(index, _DOWNLOAD_AGAIN)) == PIPELINE_CLASS:
+        raise CheckpointError(f"{folder} is a converted model already. Give the base that the checkpoint was trained on.")
     quantized = quantization_configs(folder)
     if quantized:
         raise CheckpointError(f"{', '.join(quantized)} in {folder} is quantized. Give the base in full precision.")
@@ -95,7 +98,7 @@ def _read_folder(folder: Path, prompt_embeds: torch.Tensor | None) -> Base:
         prompt_embeds=prompt_embeds,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        license=_license(folder / "README.md"),
+        license=license_of(folder / "README.md"),
     )
 
 
@@ -145,7 +148,7 @@ def _read_model(kind: type, folder: Path, part: str, stem: str) -> nn.Module:
         model, report = kind.from_pretrained(
             folder / part, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # besides the usual ones, what the libraries' checks of configurations raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{part} in {folder} cannot be loaded ({reason}). Download the base again, whole.") from error
     missing = sorted(map(str, report["missing_keys"]))
@@ -169,10 +172,13 @@ def read_scheduler(config: dict[str, Any]) -> DDPMScheduler:
     """The noise schedule of any scheduler's configuration; which step rule it names does not matter for one step."""
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
     chosen = {name: config[name] for name in (*names, "rescale_betas_zero_snr") if name in config}
-    return DDPMScheduler(**chosen, clip_sample=False)
+    try:
+        return DDPMScheduler(**chosen, clip_sample=False)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"the base's scheduler_config.json makes no schedule ({error}). {_DOWNLOAD_AGAIN}") from error
 
 
-def _license(card: Path) -> str | None:
+def license_of(card: Path) -> str | None:
     """The licence that a model card's header names."""
     if not card.is_file():
         return None

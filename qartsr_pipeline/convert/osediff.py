@@ -25,6 +25,7 @@ UNET_LAYERS = {
     "default_decoder": "unet_lora_decoder_modules",
     "default_others": "unet_lora_others_modules",
 }
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 VAE_LAYERS = {"default_encoder": "vae_lora_encoder_modules"}
 
 
@@ -126,4 +127,10 @@ class _Reader:
         value = self.content[entry]
         if not isinstance(value, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
             raise CheckpointError(f"{self.path}: {entry} must be a dictionary of tensors, but is not.")
+        for key, tensor in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{self.path}: the keys of {entry} must be names of tensors, but one is {key!r}.")
+            if tensor.dtype not in FLOATS or tensor.layout is not torch.strided or tensor.is_meta:
+                kind = f"{'meta ' * tensor.is_meta}{tensor.layout}, {tensor.dtype}".replace("torch.", "")
+                raise CheckpointError(f"{self.path}: {key} in {entry} is no plain tensor of 16, 32 or 64 bit floats ({kind}).")
         return value

@@ -22,6 +22,8 @@ def check_output(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and is not empty: it is left alone. Choose another name or remove it.")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file. Choose another name for the folder.")
+    if os.path.ismount(folder):
+        raise FileExistsError(f"{folder} is where another disk begins, and cannot be replaced. Give a folder within it.")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{folder} cannot be created: {above} is a file. Choose another name.")
@@ -35,7 +37,7 @@ def write_folder(pipeline: QArtSRPipeline, folder: Path, card: Card) -> int:
         OSError: no space, or no permission; nothing is left behind.
     """
     check_output(folder)
-    folder = folder.absolute()
+    folder = folder.resolve()  # not the link to it is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_space(pipeline, folder)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")

@@ -34,8 +34,10 @@ def in_latent_tiles(
     if height * width <= tile * tile:
         return function(latents)
     tile = min(tile, height, width)
-    if overlap >= tile:
-        raise ValueError(f"latent tiles of {tile} cannot overlap by {overlap}. Give a smaller overlap or a larger picture.")
+    if not 0 <= overlap < tile:
+        raise ValueError(
+            f"latent tiles of {tile} cannot overlap by {overlap}. Give an overlap from 0 to below that, or a larger picture."
+        )
     weights = gaussian_weights(tile).to(latents.device)
     result = torch.zeros(latents.shape, dtype=torch.float64, device=latents.device)
     total = torch.zeros((height, width), dtype=torch.float64, device=latents.device)

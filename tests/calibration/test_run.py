@@ -23,6 +23,7 @@ def small_picture(tmp_path):
 
 def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, small_picture, tmp_path, capsys):
     output = tmp_path / "run"
+    (tiny_folder / "README.md").write_text("---\nlicense: bigscience-openrail-m\n---\n# tiny\n")
     command.main(
         [str(tiny_folder), "--bits", "w3a4", "--output", str(output), *small_picture, *TINY, "keep={unet.mid_block*: w16a16}"]
     )
@@ -32,6 +33,9 @@ def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, s
     record = json.loads((output / "model" / "quantization.json").read_text())
     assert record["recipe"]["steps"] == 6 and record["bits"] == "w3a4" and record["data"] == {"procedural": "dead leaves"}
     assert record["perceptual"] == "features of the full-precision VAE encoder"
+    card = (output / "model" / "README.md").read_text()
+    assert card.startswith("---\nlicense: bigscience-openrail-m\n")
+    assert "W3A4" in card and "6 steps, seed 0, on procedural" in card
     page = (output / "report" / "index.html").read_text()
     assert "features of the full-precision VAE encoder" in page and "w3a4" in page
     assert "written:" in capsys.readouterr().out

@@ -156,7 +156,10 @@ def lose_a_tensor(base):
         (configure("unet/config.json", class_embed_type="identity"), "class_embed_type"),
         (configure("unet/config.json", block_out_channels=[16, 16]), "unet in .* cannot be loaded"),
         (configure("text_encoder/config.json", model_type="t5"), "only CLIP's is known"),
+        (configure("text_encoder/config.json", num_attention_heads=5), "text_encoder in .* cannot be loaded"),
         (configure("scheduler/scheduler_config.json", prediction_type="v_prediction"), "v_prediction"),
+        (configure("scheduler/scheduler_config.json", beta_schedule="nope"), "scheduler_config.json makes no schedule .*nope"),
+        (configure("scheduler/scheduler_config.json", beta_start=None), "scheduler_config.json makes no schedule"),
     ],
 )
 def test_folders_that_cannot_be_a_base(base, checkpoint, tmp_path, capsys, change, words):

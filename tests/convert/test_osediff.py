@@ -72,6 +72,21 @@ def test_from_the_command_line_to_a_picture(made, checkpoint, tmp_path, capsys):
     assert not list(out.rglob("*.pkl")) and not list(out.rglob("*.bin"))
 
 
+def test_what_is_quantized_of_it_leaves_the_text_encoder_behind(made, checkpoint, tmp_path):
+    """It is of no use once the fixed prompt is folded into the weights, and larger than they are."""
+    from calibration import run
+
+    convert_osediff(made.base, checkpoint, tmp_path / "full", None)
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
+    options = ["--recipe", "maxmin", "--bits", "w8a8", "--evaluate", str(tmp_path), "--set", "images=1", "image_size=64"]
+    run.main([str(tmp_path / "full"), "--output", str(tmp_path / "run"), *options])
+    made_of_it = tmp_path / "run" / "model"
+    assert (tmp_path / "full" / "text_encoder").is_dir() and not (made_of_it / "text_encoder").exists()
+    assert "license: openrail++" in (made_of_it / "README.md").read_text()
+    with pytest.raises(ValueError, match="folded into the weights"):
+        QArtSRPipeline.from_pretrained(made_of_it)(Image.open(tmp_path / "photo.png"), prompt="a")
+
+
 def test_passionsr_layout(made, content, tmp_path):
     """Other entry names, any base weight beside the adapters, decoder adapters that PassionSR itself leaves out."""
     unet = content.pop("state_dict_unet") | {"conv_out.base_layer.bias": torch.full((4,), 0.25)}
@@ -137,6 +152,12 @@ LORA = "conv_in.lora_A.default_encoder.weight"
         (edit("unet_lora_encoder_modules", 0, "down_blocks.0"), ["another base model", "down_blocks.0"]),
         (edit("state_dict_unet", None, [1]), ["state_dict_unet must be a dictionary of tensors"]),
         (edit("state_dict_unet", LORA, 3), ["state_dict_unet must be a dictionary of tensors"]),
+        (edit("state_dict_unet", 7, torch.ones(2)), ["keys of state_dict_unet", "one is 7"]),
+        (edit("state_dict_unet", LORA, torch.ones(4, 4, 3, 3).bool()), [LORA, "no plain tensor", "bool"]),
+        (
+            edit("state_dict_vae", "quant_conv.lora_B.default_encoder.weight", torch.ones(8, 4).to_sparse()),
+            ["no plain", "sparse"],
+        ),
         (edit("state_dict_unet", LORA, None), ["missing", LORA]),
         (edit("state_dict_unet", "conv_in.base_layer.weight", None), ["missing: conv_in.base_layer.weight"]),
         (edit("state_dict_unet", "surplus.lora_A.weight", torch.ones(2)), ["not expected: surplus.lora_A.weight"]),
@@ -256,5 +277,9 @@ def test_existing_folders_are_left_alone(made, checkpoint, tmp_path):
         convert_osediff(made.base, checkpoint, checkpoint, None)
     with pytest.raises(NotADirectoryError, match="is a file"):
         convert_osediff(made.base, checkpoint, checkpoint / "deep" / "out", None)
-    convert_osediff(made.base, checkpoint, tmp_path / "empty", None)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    convert_osediff(made.base, checkpoint, tmp_path / "link", None)
     assert json.loads((tmp_path / "empty" / "model_index.json").read_text())["timestep"] == 999
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(CheckpointError, match="empty is a converted model already"):
+        convert_osediff(tmp_path / "empty", checkpoint, tmp_path / "twice", None)

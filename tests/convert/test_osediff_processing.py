@@ -132,8 +132,12 @@ def test_latent_tiles_at_the_edges():
     assert gaussian_weights(96).shape == (96, 96)
     with pytest.raises(ValueError, match="cannot overlap"):
         in_latent_tiles(function, latents, 16, 10)
+    with pytest.raises(ValueError, match="cannot overlap by -1"):
+        in_latent_tiles(function, latents, 16, -1)
     with pytest.raises(ValueError, match="`upscale`"):
         upscale_like_osediff(None, photo(8, 8), upscale=2.5)
+    with pytest.raises(ValueError, match="`color_fix` must be 'wavelet', 'adain' or None, but is 'nofix'"):
+        upscale_like_osediff(None, photo(8, 8), color_fix="nofix")
 
 
 def test_tiled_equals_untiled_averaged_noise(pipeline):

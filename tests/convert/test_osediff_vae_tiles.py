@@ -1,6 +1,10 @@
 """OSEDiff's tiles of the VAE, against its rule written out for a small network. Equality with OSEDiff's own class was also seen,
 outside these tests: 6e-6 for latents, 4e-5 for pictures."""
 
+import signal
+import threading
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,3 +107,53 @@ def test_with_weights_offloaded_between_layers(tmp_path):
         with osediff_vae_tiles(vae, 2, 64, 32):
             result = vae.decode(vae.encode(x).latent_dist.mode()).sample
     assert torch.equal(result, expected)
+
+
+def test_ctrl_c_ends_all_tiles():
+    """The main thread only waits: what it raises has to reach the others, who wait for each other."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8))
+    entered, before = threading.Event(), threading.active_count()
+
+    def forward(x):
+        if entered.is_set():
+            time.sleep(0.2)  # nobody comes to the barrier before the interruption
+        else:
+            entered.set()
+            signal.raise_signal(signal.SIGINT)
+        return network(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_tiles(network, forward, photo(136, 200), 64, 32, (1, 1))
+    assert "forward" not in network[1].__dict__
+    end = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_too_many_tiles_for_the_system_are_an_error(monkeypatch):
+    network, start, started = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)), threading.Thread.start, []
+
+    def refuse(thread):
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        in_tiles(network, network.forward, photo(136, 200), 64, 32, (1, 1))
+
+
+def test_group_offloading_is_refused_with_the_way_out(tmp_path):
+    vae = small_vae()
+    vae.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    with torch.no_grad(), pytest.raises(ValueError, match="group offloading.*vae_encoder_tile=None"):
+        with osediff_vae_tiles(vae, 2, 64, 32):
+            vae.encode(photo(136, 200))
+
+
+def test_autocast_reaches_the_tiles():
+    vae, x = small_vae(), photo(136, 200)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), osediff_vae_tiles(vae, 2, 64, 32):
+        assert vae.encode(x).latent_dist.mode().dtype == torch.bfloat16

@@ -1,0 +1,44 @@
+"""README.md of a quantized folder: what it was made of and how; its header is read by the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qartsr_pipeline.convert.base import license_of
+from qartsr_pipeline.convert.model_card import PIPELINE_TAG
+
+
+def model_card(record: dict[str, Any], source: Path, hub_id: str | None) -> str:
+    """The file's content.
+
+    Args:
+        record: what `quantization.json` says.
+        source: the full-precision folder, whose card names the licence.
+        hub_id: of the full-precision model, where it came from the Hub.
+    """
+    bits, recipe, data = record["bits"].upper(), record["recipe"], record["data"]
+    pictures = f"{data['count']} photographs" if "count" in data else "procedural pictures"
+    base = f"base_model: {hub_id}\n" if hub_id else ""
+    trained = f"{recipe['steps']} steps, seed {record['seed']}, " if recipe["stages"] else ""
+    return f"""---
+license: {license_of(source / "README.md") or "other"}
+library_name: diffusers
+{base}pipeline_tag: {PIPELINE_TAG}
+tags: [super-resolution, one-step-diffusion, quantized, qartsr]
+---
+# {record["model"]}, {bits}
+
+`{record["model"]}`, quantized to {bits} (bits of weights and activations; each component's `config.json` says which layers have
+others), constants of timestep and prompt folded: it takes no other prompt.
+
+```python
+from qartsr_pipeline import QArtSRPipeline
+
+pipeline = QArtSRPipeline.from_pretrained("FOLDER")
+pipeline(image).images[0]
+```
+
+Recipe {recipe["method"]} ({recipe["source"]}), {trained}on {pictures}. `quantization.json` has the whole record: recipe,
+versions, data, losses, every layer's error. The licence is that of the full-precision model.
+"""
