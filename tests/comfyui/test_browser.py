@@ -1,0 +1,41 @@
+"""The nodes in ComfyUI's frontend, in a headless browser. See docs/comfyui.md for what it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from server import ROOT, Server
+
+BROWSER = shutil.which(os.environ.get("CHROMIUM", "chromium"))
+MODULES = os.environ.get("PLAYWRIGHT_MODULES")
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH is not set"),
+    pytest.mark.skipif(MODULES is None, reason="PLAYWRIGHT_MODULES is not set"),
+    pytest.mark.skipif(BROWSER is None or shutil.which("node") is None, reason="no Chromium, or no node"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("comfyui") / "base") as running:
+        running.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False})
+        yield running
+
+
+@pytest.mark.parametrize("name", ["QArtSR simple upscale", "QArtSR compare precisions", "QArtSR batch folder"])
+def test_a_template_loads_runs_and_takes_another_node(server, name):
+    """The screenshot is kept in COMFYUI_SCREENSHOTS, if that is set, for a person to look at."""
+    kept = Path(os.environ.get("COMFYUI_SCREENSHOTS", server.base)) / f"{name}.png"
+    arguments = [server.url, ROOT / "example_workflows" / f"{name}.json", "QArtSR Model Info", kept, MODULES, BROWSER]
+    script = Path(__file__).with_name("browser.mjs")
+    done = subprocess.run(["node", script, *map(str, arguments)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == {"errors": [], "run": "execution_success", "missing": [], "added": ["QArtSRModelInfo"]}, server.log[-3000:]
+    assert kept.stat().st_size > 10_000
