@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from group_offload import needs_group_offload
 from torch import nn
 
 from qartsr_pipeline.osediff_vae_tiles import ENCODER_MARGIN, Span, in_tiles, osediff_vae_tiles, spans
@@ -145,7 +146,8 @@ def test_too_many_tiles_for_the_system_are_an_error(monkeypatch):
         in_tiles(network, network.forward, photo(136, 200), 64, 32, (1, 1))
 
 
-def test_group_offloading_is_refused_with_the_way_out(tmp_path):
+@needs_group_offload
+def test_group_offloading_is_refused_with_the_way_out():
     vae = small_vae()
     vae.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
     with torch.no_grad(), pytest.raises(ValueError, match="group offloading.*vae_encoder_tile=None"):

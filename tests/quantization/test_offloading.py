@@ -8,6 +8,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from group_offload import needs_group_offload
 from quantized_models import deployed_layers, quantized_pipeline
 
 from qartsr_pipeline import QArtSRPipeline
@@ -57,7 +58,10 @@ def enable(pipeline, kind, folder, monkeypatch):
         pipeline.enable_group_offload(CPU, num_blocks_per_group=1, **disk)
 
 
-@pytest.mark.parametrize("kind", ["model", "sequential", "blocks", "blocks on disk"])
+BLOCKS = [pytest.param(kind, marks=needs_group_offload) for kind in ("blocks", "blocks on disk")]
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential", *BLOCKS])
 def test_offloading_changes_no_picture_and_keeps_no_prepared_weights(pipeline, kind, tmp_path, monkeypatch):
     expected = enlarge(pipeline)
     assert bytes_prepared(pipeline) > 0
@@ -72,6 +76,7 @@ def test_offloading_changes_no_picture_and_keeps_no_prepared_weights(pipeline, k
         assert np.array_equal(enlarge(pipeline), expected) and bytes_prepared(pipeline) > 0
 
 
+@needs_group_offload
 def test_groups_of_single_layers_need_tiles_without_common_statistics(pipeline, tmp_path):
     arguments = {"onload_device": CPU, "offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path / "disk")}
     with pytest.raises(ValueError, match="leaf_level.*group normalisations.*block_level.*share_tile_statistics"):
@@ -88,6 +93,7 @@ def test_what_another_model_left_on_disk_is_not_taken_for_this_one(pipeline, tmp
         pipeline.enable_group_offload(CPU, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path))
 
 
+@needs_group_offload
 def test_streams_are_said_to_gain_nothing(pipeline, caplog):
     with pytest.raises(ValueError, match="use_stream=False"):  # diffusers' own, as a CPU has none
         pipeline.enable_group_offload(CPU, num_blocks_per_group=1, use_stream=True)
