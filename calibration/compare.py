@@ -31,6 +31,7 @@ from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.perceptual_metrics import NAMES, load_metrics
 from calibration.recipe import parse_bits
 from qartsr_pipeline.command_line.device import choose_device
+from qartsr_pipeline.quantization.scheme import LayerScheme
 
 HELD_OUT = 8  # photographs of --data that are not calibrated on: they choose the learning rate
 REPEATED = 3  # so many of the best methods are repeated with further seeds
@@ -116,7 +117,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="folder of photographs to calibrate on")
     parser.add_argument("--evaluate", help="folder of other photographs to measure on")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of every method that trains (default: 60)")
-    parser.add_argument("--bits", nargs="+", default=["w4a4", "w3a3", "w2a2"], metavar="BITS")
+    parser.add_argument("--bits", nargs="+", default=["w4a4", "w3a3", "w2a2"], metavar="BITS", type=str.lower)
     parser.add_argument("--methods", nargs="+", default=list(method_names()), choices=method_names(), metavar="NAME",
                         help=f"of {', '.join(method_names())} (default: all)")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help=f"of the best {REPEATED} methods at each bit width (default: 1)")
@@ -146,7 +147,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} is {value}, expected at least {least}")
     for text in args.bits:
         try:
-            parse_bits(text)
+            LayerScheme(*parse_bits(text))  # is there such a quantizer?
         except ValueError as error:
             parser.error(f"--bits: {error}")
 

@@ -150,6 +150,8 @@ class Run:
         result.layer_errors = {name: relative_output_error(layer, self.samples[name].rows) for name, layer in self.layers.items()}
         result.histograms = histograms(self.layers, self.samples)
         result.weights, result.start = weights_digest(self.pipeline), self.identity["start"]
+        if result.weights != self.identity["weights"]:
+            raise RuntimeError("the original weights were changed, which nothing may do: this is an error of the program")
         for layer in self.layers.values():
             layer.requires_grad_(False)
         return result

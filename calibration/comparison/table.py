@@ -208,8 +208,8 @@ def heading(cells: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> str
             "# Quantization methods compared",
             "",
             f"{settings['evaluation']['count']} photographs, enlarged 4 times after bicubic reduction; calibrated on"
-            f" {settings['calibration']['count']} others, {', '.join(map(str, steps)) or 'no'} steps where a method trains,"
-            " its learning rate chosen on held-out patches of those others.",
+            f" others, {', '.join(map(str, steps)) or 'no'} steps where a method trains; its learning rate chosen on patches of"
+            f" some that are not calibrated on ({settings['calibration']['count']} in all).",
             f"Full precision (T = {model['timestep']}): PSNR-Y {metrics[TRUTH]:.2f}, SSIM-Y {metrics['ssim_y']:.4f};"
             f" bicubic {bicubic[TRUTH]:.2f} and {bicubic['ssim_y']:.4f}. Colours aligned ({COLOR_FIX}), the pipeline's default.",
             "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a weight, MB: codes,"

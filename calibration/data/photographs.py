@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qartsr_pipeline.picture_files import READABLE_SUFFIXES
+from qartsr_pipeline.picture_files import READABLE_SUFFIXES, read_picture
 
 
 def list_photographs(folder: str | Path) -> list[Path]:
@@ -27,9 +27,16 @@ def list_photographs(folder: str | Path) -> list[Path]:
 
 
 def read_photograph(path: str | Path) -> np.ndarray:
-    """The picture as uint8 RGB, shape (H, W, 3)."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    """The picture as uint8 RGB, shape (H, W, 3), upright, without its transparency.
+
+    Raises:
+        PictureError: it cannot be read; the message names it.
+    """
+    pixels = read_picture(path).pixels
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    colours = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1]
+    return np.ascontiguousarray(np.broadcast_to(colours, (*pixels.shape[:2], 3)))
 
 
 def as_pixels(picture: torch.Tensor) -> np.ndarray:

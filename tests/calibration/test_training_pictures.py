@@ -12,7 +12,8 @@ from calibration.data.degradations import DEGRADATIONS, bicubic_degradation
 from calibration.data.filters import convolve, gaussian_kernel
 from calibration.data.fingerprint import data_fingerprint
 from calibration.data.pairs import MARGIN, MixedPatches, degraded_pair, held_out_pairs
-from calibration.data.photographs import list_photographs
+from calibration.data.photographs import list_photographs, read_photograph
+from qartsr_pipeline.picture_files import PictureError
 
 
 def spectral_slope(pictures: np.ndarray) -> float:
@@ -130,3 +131,14 @@ def test_fingerprint_knows_contents_and_names(photographs, tmp_path):
     copy = tmp_path / "other_name.png"
     copy.write_bytes(paths[0].read_bytes())
     assert data_fingerprint([copy, *paths[1:]])["sha256"] != whole["sha256"]
+
+
+def test_photographs_of_every_kind_become_rgb_of_eight_bits(tmp_path):
+    grey = np.linspace(0, 65535, 30, dtype=np.uint16).reshape(5, 6)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert np.array_equal(read_photograph(tmp_path / "grey.png"), np.repeat(np.round(grey[..., None] / 257), 3, axis=2))
+    Image.new("RGBA", (4, 3), (1, 2, 3, 0)).save(tmp_path / "alpha.png")
+    assert read_photograph(tmp_path / "alpha.png").reshape(-1, 3).tolist() == [[1, 2, 3]] * 12
+    (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:60])
+    with pytest.raises(PictureError, match="cut.png is truncated or damaged"):
+        read_photograph(tmp_path / "cut.png")
