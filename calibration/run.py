@@ -125,6 +125,7 @@ class Job:
     recipe: Recipe
     bits: tuple[int, int]
     model: str
+    source: Path
     pipeline: QArtSRPipeline
     full_precision: QArtSRPipeline
     patches: Patches
@@ -179,7 +180,7 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
         if seen:
             raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
     device = workers.processes.device or choose_device(args.device)[0]
-    fetch(args.model)
+    source = fetch(args.model)
     if workers.is_main:
         start_folder(args)
     folder, sweep = at_timestep(args)
@@ -188,7 +189,7 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
-    return Job(args, recipe, bits, Path(args.model).name, pipeline, full_precision, patches, data, evaluation, sweep)
+    return Job(args, recipe, bits, Path(args.model).name, source, pipeline, full_precision, patches, data, evaluation, sweep)
 
 
 def start_folder(args: argparse.Namespace) -> None:
@@ -267,7 +268,7 @@ def run(
         for name, scheme in calibrated.schemes.items():
             freeze(getattr(job.pipeline, name), scheme)
         on_disk = Path(args.model).expanduser().exists() or args.model in shipped_checkpoints()
-        card = model_card(record, fetch(args.model), hub_id=None if on_disk else args.model)
+        card = model_card(record, job.source, hub_id=None if on_disk else args.model)
         sizes = save_pipeline(job.pipeline, args.output / "model", RECORD_NAME, record, card)
         print(f"written: {args.output / 'model'}, {sizes['total'] / 1e6:.2f} MB")
     else:

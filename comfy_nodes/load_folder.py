@@ -129,7 +129,8 @@ def check_memory(size: tuple[int, int], number: int, count: int) -> None:
 
 def as_image_and_mask(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(H, W, 1 to 4) of 8 or 16 bits -> (1, H, W, 3) and (1, H, W) in [0, 1]; without alpha nothing is transparent."""
-    values = torch.from_numpy(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
-    alpha = values[..., -1] if values.shape[-1] in (2, 4) else torch.ones(values.shape[:2])
-    colours = values[..., :3] if values.shape[-1] >= 3 else values[..., :1].expand(-1, -1, 3)
-    return colours[None].contiguous(), 1 - alpha[None]
+    from qartsr_pipeline.image.input_conversion import to_pictures
+
+    picture = to_pictures(pixels)[0]
+    mask = torch.zeros(1, *pixels.shape[:2]) if picture.alpha is None else 1 - picture.alpha[:, 0]
+    return picture.rgb.permute(0, 2, 3, 1).contiguous(), mask

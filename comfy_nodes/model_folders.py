@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, shipped_checkpoints
-from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS
+from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, named_class
 
 KIND = "qartsr"  # the folder below models/, and the key in extra_model_paths.yaml
 
@@ -65,13 +65,13 @@ def _usable_folders(folder: Path, depth: int) -> list[Path]:
 def _is_of_ours(folder: Path) -> bool:
     """Does its model_index.json say that QArtSRPipeline loads it? If it cannot be read, that is logged once."""
     try:
-        named = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+        named = named_class(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         if folder not in _complained:
             _complained.add(folder)
             logging.warning("QArtSR: %s is left out, its model_index.json cannot be read (%s)", folder, error)
         return False
-    return (named[-1] if isinstance(named, list) and named else named) == PIPELINE_CLASS
+    return named == PIPELINE_CLASS
 
 
 def folder_of(name: str) -> Path:
