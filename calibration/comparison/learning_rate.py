@@ -20,7 +20,7 @@ from qartsr_pipeline import QArtSRPipeline
 
 SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it
 FURTHER = {0.3: (0.1, 0.03), 3.0: (10.0, 30.0)}
-SWEEP_SHARE = 1 / 3  # of the steps
+SWEEP_SHARE, SWEEP_STEPS = 1 / 3, 20  # a trial has this share of the steps, and so many at most
 
 
 class StoppedError(Exception):
@@ -91,7 +91,7 @@ def sweep(trials: Trials) -> dict[str, Any]:
     comparison, cell = trials.comparison, trials.cell
     first = replace(cell, seed=0)
     trials = trials if cell == first else Trials(comparison, first)
-    settings = comparison.settings(first) | {"factors": list(SWEPT), "share": SWEEP_SHARE, "metrics": None}
+    settings = comparison.settings(first) | {"factors": list(SWEPT), "share": _trial_share(first.method.recipe), "metrics": None}
     path = comparison.output / "sweeps" / f"{cell.group}.json"
     known = comparison.finished(path, settings)
     if known:
@@ -111,10 +111,14 @@ def sweep(trials: Trials) -> dict[str, Any]:
     return chosen
 
 
+def _trial_share(recipe: Recipe) -> float:
+    return min(SWEEP_SHARE, SWEEP_STEPS / recipe.steps)
+
+
 def _short_run(trials: Trials, factor: float) -> float:
     """Loss on held-out patches after a part of the steps with learning rates times ``factor``; infinite if training diverges."""
     cell, comparison = trials.cell, trials.comparison
-    recipe = with_rate(cell.method.recipe, factor, SWEEP_SHARE)
+    recipe = with_rate(cell.method.recipe, factor, _trial_share(cell.method.recipe))
     try:
         pipeline, _ = trials.calibrate(recipe, f"sweep-{cell.group}-x{factor:g}")
     except FloatingPointError:
