@@ -157,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where 4 GB are free (default: a temporary folder)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args(argv)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_random_model(Path(folder))
         result = measure(Path(folder), args)

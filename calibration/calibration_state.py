@@ -55,7 +55,8 @@ def load_parameters(path: Path, layers: dict[str, CalibratingMixin], weights: st
         before = state["parameters"].get(name)
         if before is not None and before.shape != parameter.shape:
             raise ValueError(
-                f"{path} has {name} of shape {tuple(before.shape)}, not {tuple(parameter.shape)}: use that run's ranks"
+                f"{path} has {name} of shape {tuple(before.shape)}, not {tuple(parameter.shape)}: use that run's ranks,"
+                f" or start from the folder that it wrote, {path.parent / 'model'}, which is adapted to others"
             )
         if before is not None:
             parameter.copy_(before)

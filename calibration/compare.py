@@ -25,11 +25,12 @@ from calibration.comparison.methods import EXTRA_BITS, Cell, Method, make_method
 from calibration.comparison.setting import Comparison, load_model
 from calibration.comparison.table import MAIN, read_cells, write_tables
 from calibration.data.fingerprint import data_fingerprint
-from calibration.data.overlap import file_digests, overlap
+from calibration.data.overlap import check_no_overlap, file_digests, overlap
 from calibration.data.pairs import choose_held_out
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.perceptual_metrics import NAMES, load_metrics
 from calibration.recipe import parse_bits
+from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
@@ -77,6 +78,8 @@ def prepare(args: argparse.Namespace) -> Comparison:
     load_metrics(args.metrics, device)
     held_out = choose_held_out(paths, HELD_OUT)
     names = {"": args.model} | ({"t999": args.model_t999} if args.model_t999 else {})
+    for name in names.values():
+        check_no_overlap(evaluation, fetch(name))
     models = {name: load_model(folder, device) for name, folder in names.items()}
     data = {"calibration": data_fingerprint(paths), "evaluation": data_fingerprint(evaluation), "degradation": "bicubic"}
     patches = PhotographPatches([path for path in paths if path not in set(held_out)])

@@ -87,6 +87,13 @@ def begin(
     """
     if perceptual is None and recipe.is_perceptual:
         raise ValueError(f"the recipe of {recipe.method} has a perceptual loss: give one, see calibration.losses.load_perceptual")
+    if min(bits) == 16:
+        raise ValueError("bits are w16a16, which quantizes nothing: give weights or activations fewer, such as w4a16 or w8a8")
+    if start and start.is_dir() and not recipe.layer.deployable:
+        raise ValueError(
+            f"{start} is on another grid than that of {recipe.method}, which exists in simulation only:"
+            " start this recipe from the state of a run of its own"
+        )
     workers.check(recipe)
     schemes = fold_and_make_schemes(pipeline, recipe, bits)
     identity = {

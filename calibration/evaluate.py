@@ -28,11 +28,12 @@ from calibration.data.fingerprint import data_fingerprint, hardware, versions
 from calibration.data.overlap import check_no_overlap
 from calibration.data.paired_folders import find_pairs
 from calibration.data.photographs import as_pixels
-from calibration.evaluation import evaluate_pipelines, load_candidates
+from calibration.evaluation import evaluate_pipelines, load_candidates, row_names
 from calibration.evaluation_report import markdown, summarize
 from calibration.perceptual_metrics import NAMES, load_metrics
 from calibration.reported_results import reproduce
 from calibration.training_state import write_whole
+from calibration.warm_start import record_of_folder
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.image.comparison import compare
@@ -52,6 +53,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         check_output(Path(args.output))
     if args.pictures:
         make_folder(args.pictures)
+    names = row_names(args.models)
     unseen = {model: check_no_overlap(files, fetch(model)) for model in args.models}
     candidates = load_candidates(args.models, getattr(torch, args.dtype), device)
     color_fixes = [None] if args.no_color_fix else [args.color_fix, None]
@@ -77,8 +79,9 @@ def evaluate(args: argparse.Namespace) -> dict:
             "count": len(pairs),
             "pictures": [path.name for path in originals],
             "comparisons": [picture_path(args, path).name for path in originals] if args.pictures else [],
-            "unseen_by_record": {Path(model).name: checked for model, checked in unseen.items()},
+            "unseen_by_record": {names[model]: checked for model, checked in unseen.items()},
         },
+        "made_by": {names[model]: made_by(fetch(model)) for model in args.models},
         "settings": {
             "scale": 4,
             "degradation": DEGRADATIONS.get(layout, f"as the {layout} folder gives it"),
@@ -90,6 +93,12 @@ def evaluate(args: argparse.Namespace) -> dict:
         "versions": versions(),
         "rows": summarize(rows),
     }
+
+
+def made_by(folder: Path) -> dict[str, str]:
+    """Method and bits that a folder's record names, as "method" and "bits"; nothing where there is no such record."""
+    record = record_of_folder(folder)
+    return {"method": record["recipe"]["method"], "bits": record["bits"].lower()} if {"recipe", "bits"} <= record.keys() else {}
 
 
 def picture_path(args: argparse.Namespace, original: Path) -> Path:

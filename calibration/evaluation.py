@@ -88,19 +88,23 @@ class Bypassed(OneStepNetwork):
         return cls(**{part.name: getattr(network, part.name) for part in fields(network)})
 
 
+def row_names(models: list[str]) -> dict[str, str]:
+    """Model -> name of its rows: the last part, or the whole where two end alike. Raises ValueError if one is given twice."""
+    if len(set(models)) < len(models):
+        raise ValueError("a model is given twice: name each one once")
+    short = [Path(model).name for model in models]
+    return {model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)}
+
+
 def load_candidates(models: list[str], dtype: torch.dtype, device: str) -> list[Candidate]:
-    """Loads checkpoint folders, shipped names or Hub ids. Rows are named by the last part, or the whole where two end alike.
+    """Loads checkpoint folders, shipped names or Hub ids, named as `row_names` says.
 
     Raises:
         CheckpointError: see `QArtSRPipeline.from_pretrained`. ValueError: a model is given twice, or trained for another scale.
     """
-    if len(set(models)) < len(models):
-        raise ValueError("a model is given twice: name each one once")
-    short = [Path(model).name for model in models]
-    names = [name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)]
     return [
         Candidate.of(name, QArtSRPipeline.from_pretrained(fetch(model), dtype=dtype).to(device))
-        for model, name in zip(models, names, strict=True)
+        for model, name in row_names(models).items()
     ]
 
 

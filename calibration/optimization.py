@@ -35,6 +35,11 @@ def step_size(layer: CalibratingMixin, name: str) -> float:
     return max(size, 1e-6)
 
 
+def has_any(layer: CalibratingMixin, train: tuple[str, ...]) -> bool:
+    """Whether the layer has a parameter of one of these kinds, names as in `PARAMETERS`."""
+    return any(layer._parameters.get(name) is not None for kind in train for name in PARAMETERS[kind])
+
+
 def parameter_groups(layers: Iterable[CalibratingMixin], train: tuple[str, ...], known: set[int]) -> list[dict]:
     """Optimizer groups, one a parameter, with the size of its step as "relative".
 

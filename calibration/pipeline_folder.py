@@ -9,6 +9,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from calibration.training_state import SavingError
 from qartsr_pipeline import QArtSRPipeline
 
 CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced
@@ -33,7 +36,7 @@ def save_pipeline(
         Bytes of each component's files, by the component's name, and their sum as "total".
 
     Raises:
-        FileExistsError: `folder` is something else than a pipeline folder.
+        FileExistsError: `folder` is something else than a pipeline folder. SavingError: the disk is full.
     """
     folder = Path(folder)
     check_target(folder)
@@ -47,6 +50,10 @@ def save_pipeline(
         elif card is not None:
             (temporary / CARD_NAME).write_text(card, encoding="utf-8")
         replace_folder(temporary, folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise SavingError(
+            f"{folder} cannot be written ({error}): make room and call it again; what was saved before is untouched"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder_sizes(folder)

@@ -185,6 +185,8 @@ class Stage:
         for term, weight in self.loss.items():
             _one_of(where + "loss", term, LOSSES)
             _number(f"{where}loss.{term}", weight, 0)
+        if not any(self.loss.values()):
+            raise RecipeError(f"{where}loss has only weights of 0, which trains nothing: give one of them a weight")
         if self.modules == "all" and "module_l2" in self.loss:
             raise RecipeError(f"{where}loss.module_l2 needs modules: blocks or parts; with all at once no module has a turn")
         if not isinstance(self.layers, str):
@@ -248,8 +250,9 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise RecipeError(f"two stages have the same name: {', '.join(names)}")
-        if self.steps and not self.stages:
-            raise RecipeError(f"steps is {self.steps}, but the recipe has no stages to spend them on")
+        if self.steps and not any(stage.share for stage in self.stages):
+            lacking = "all stages have a share of 0" if self.stages else "the recipe has no stages to spend them on"
+            raise RecipeError(f"steps is {self.steps}, but {lacking}")
         self._check_trained_exists()
 
     def _check_trained_exists(self) -> None:
@@ -382,8 +385,8 @@ def _value(text: str) -> Any:
 
 def _assign(node: dict | list, keys: list[str], value: Any) -> None:
     """Sets ``node[keys[0]][keys[1]]..``; raises KeyError, IndexError, TypeError or ValueError where there is no such place."""
-    if keys[0] == "keep" and len(keys) > 1:
-        node["keep"][".".join(keys[1:])] = value  # layer patterns hold dots
+    if keys[0] in ("keep", "branch_ranks") and len(keys) > 1:
+        node[keys[0]][".".join(keys[1:])] = value  # layer patterns hold dots
         return
     key = int(keys[0]) if isinstance(node, list) else keys[0]
     if len(keys) > 1:

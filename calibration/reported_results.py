@@ -81,15 +81,19 @@ METHODS = ("MaxMin", "LSQ", "Q-DM", "EfficientDM", "PassionSR", "SVDQuant", "QAr
 METRICS = ("psnr_y", "lpips", "musiq")
 
 
-def method_and_bits(row: dict[str, Any]) -> tuple[str, str]:
-    """Which line of the paper's table a row of ours belongs to, by its name: "svdquant-w4a4" is ("SVDQuant", "w4a4").
+def method_and_bits(row: dict[str, Any], made_by: dict[str, str] | None = None) -> tuple[str, str]:
+    """Which line of the paper's table a row of ours belongs to.
 
-    A quantized model that names no method was made by ours.
+    Args:
+        made_by: "method" and "bits" that the model's record names. Without them its name tells: "svdquant-w4a4" is
+            ("SVDQuant", "w4a4"), and a quantized model that names no method was made by ours.
     """
     if row["kind"] == "bicubic":
         return "bicubic", ""
     if row.get("full_precision"):
         return FULL_PRECISION, ""
+    if made_by:
+        return made_by["method"], made_by["bits"]
     name = row["name"].lower()
     letters = re.sub("[^a-z0-9]", "", name)
     method = next((method for method in METHODS if method.replace("-", "").lower() in letters), "QArtSR")
@@ -105,7 +109,7 @@ def our_lines(reports: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[
         for row in report["rows"]:
             if row["kind"] in ("bicubic", "model") and row["name"] not in seen:
                 seen.add(row["name"])
-                lines.setdefault(method_and_bits(row), []).append(row)
+                lines.setdefault(method_and_bits(row, report.get("made_by", {}).get(row["name"])), []).append(row)
     return lines
 
 

@@ -28,7 +28,7 @@ from calibration.calibration_state import STATE_NAME
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
 from calibration.data.fingerprint import data_fingerprint, hardware, versions
-from calibration.data.overlap import file_digests, overlap
+from calibration.data.overlap import check_no_overlap, file_digests, overlap
 from calibration.data.pairs import Patches
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.engine import quantize
@@ -54,6 +54,7 @@ from qartsr_pipeline.quantization.scheme import LayerScheme
 ARGUMENTS_NAME = "run.json"
 SAMPLE = Path(__file__).resolve().parents[1] / "qartsr_pipeline" / "samples" / "rider.jpg"
 PLACE = ("output", "resume", "device")  # arguments that are not part of what is made
+REPORTING = ("evaluate", "perceptual_weights")  # those that may change while a run is resumed: what is trained stays as it is
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -66,7 +67,9 @@ def arguments() -> argparse.ArgumentParser:
         " (calibration/trq.py), or `keep` (default)",
     )
     parser.add_argument("--recipe", default="qartsr", help=f"{', '.join(recipe_names())}, or a YAML file")
-    parser.add_argument("--bits", default="w4a4", help="of weights and activations: 2, 3, 4, 6, 8, or 16 for none")
+    parser.add_argument(
+        "--bits", default="w4a4", type=str.lower, help="of weights and activations: 2, 3, 4, 6, 8, or 16 for none"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the recipe's)")
     parser.add_argument(
         "--set",
@@ -99,20 +102,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; those of the run itself where ``--resume`` continues it.
 
     Raises:
-        ValueError, OSError: nothing to resume, or the folder holds another run.
+        ValueError, OSError: nothing to resume, other arguments than those of the run, or the folder holds another run.
     """
     parser = arguments()
     args = parser.parse_args(argv)
     path = args.output / ARGUMENTS_NAME
     if args.resume:
         try:
-            parser.set_defaults(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            parser.set_defaults(**stored)
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"nothing to resume: {path} cannot be read ({error})") from error
-        return parser.parse_args(argv)
-    if path.exists():
+        args = parser.parse_args(argv)
+        changed = [name for name, value in stored.items() if name not in REPORTING and getattr(args, name) != value]
+        if changed:
+            raise ValueError(
+                f"--resume continues with the run's own arguments, and {changed[0].replace('_', '-')} is"
+                f" {stored[changed[0]]!r} there, not {getattr(args, changed[0])!r}: leave it out, or choose another --output"
+            )
+        return args
+    there = set(path.name for path in args.output.iterdir()) if args.output.exists() else set()
+    if ARGUMENTS_NAME in there and there != {ARGUMENTS_NAME}:  # alone, it is what a run left that ended before its first step
         raise ValueError(f"{args.output} holds a run already: continue it with --resume, or choose another --output")
-    if args.output.exists() and any(args.output.iterdir()):
+    if there - {ARGUMENTS_NAME}:
         raise FileExistsError(f"{args.output} exists and holds something else: choose another --output")
     return args
 
@@ -167,7 +179,7 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
     LayerScheme(*bits)  # is there such a quantizer?
     workers.check(recipe)
-    if args.timestep not in ("keep", "search") and not args.timestep.isdecimal():
+    if args.timestep not in ("keep", "search") and not (args.timestep.isdecimal() and int(args.timestep) < 1000):
         raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
     if args.timestep != "keep" and workers.several:
         raise ValueError("--timestep: one process retrains the model; give what it wrote, OUTPUT/timestep/model, to several")
@@ -181,6 +193,7 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
             raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
     device = workers.processes.device or choose_device(args.device)[0]
     source = fetch(args.model)
+    check_no_overlap(evaluation, source)
     if workers.is_main:
         start_folder(args)
     folder, sweep = at_timestep(args)

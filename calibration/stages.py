@@ -25,7 +25,7 @@ from calibration.extended import end_to_end_loss
 from calibration.initialise import relative_output_error
 from calibration.losses import Perceptual
 from calibration.observers import InputSample
-from calibration.optimization import keep_zero_inside, parameter_groups
+from calibration.optimization import has_any, keep_zero_inside, parameter_groups
 from calibration.recipe import Recipe, Stage
 from calibration.rpq import module_loss, record, start_turn
 from calibration.schemes import COMPONENTS
@@ -128,7 +128,16 @@ class Run:
         self.blocks: list[Block] = find_blocks(self.pipeline)
         self.layers = all_layers(self.pipeline)
         self.names = {id(layer): name for name, layer in self.layers.items()}
+        self._check_something_is_trained()
         self._to_the_beginning()
+
+    def _check_something_is_trained(self) -> None:
+        for stage in self.recipe.stages:
+            if not any(self._trained(block, stage) for block in self.blocks):
+                raise ValueError(
+                    f"stage {stage.name!r} trains {', '.join(stage.train)} of the layers {stage.layers!r}, and there are none:"
+                    f" layers have names such as {', '.join(list(self.layers)[:2]) or '(none is quantized)'}"
+                )
 
     def _to_the_beginning(self) -> None:
         self.stage_index = self.turn_index = self.step = 0
@@ -194,7 +203,9 @@ class Run:
 
     def _stage(self, index: int, stage: Stage) -> None:
         order = turns(self.blocks, stage.modules, stage.order)
-        steps = self.recipe.steps_of(stage, len(order))
+        trained = [any(self._trained(block, stage) for block in turn.blocks) for turn in order]
+        shares = iter(self.recipe.steps_of(stage, sum(trained)))
+        steps = [next(shares) if any_trained else 0 for any_trained in trained]
         if not sum(steps):
             return
         if stage.modules == "all":
@@ -281,6 +292,8 @@ class Run:
             for block in turn.blocks
             for group in parameter_groups(self._trained(block, stage), stage.train, known)
         ]
+        if self.optimizer is None and not groups:
+            return  # nothing of these modules is trained: the next one begins
         if self.optimizer is None:
             self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         else:
@@ -291,7 +304,8 @@ class Run:
             self.optimizer_state = None
 
     def _trained(self, block: Block, stage: Stage) -> list[CalibratingMixin]:
-        return [layer for layer in block.layers if fnmatchcase(self.names[id(layer)], stage.layers)]
+        matching = [layer for layer in block.layers if fnmatchcase(self.names[id(layer)], stage.layers)]
+        return [layer for layer in matching if has_any(layer, stage.train)]
 
     def _rate(self, stage: Stage, steps: int) -> float:
         if stage.modules != "all" and stage.others == "quantized_so_far":

@@ -213,7 +213,8 @@ def heading(cells: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> str
             f"Full precision (T = {model['timestep']}): PSNR-Y {metrics[TRUTH]:.2f}, SSIM-Y {metrics['ssim_y']:.4f};"
             f" bicubic {bicubic[TRUTH]:.2f} and {bicubic['ssim_y']:.4f}. Colours aligned ({COLOR_FIX}), the pipeline's default.",
             "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a weight, MB: codes,"
-            " 16-bit branches and scales of the quantized layers. s: the time of a cell, searching and measuring included.",
+            " 16-bit branches and weight scales of the quantized layers, scales counted with 16 bits each. s: the time of a"
+            " cell, searching and measuring included.",
             f"{'; '.join(hardware)}; {', '.join(f'{k} {v}' for k, v in first['environment']['versions'].items())}.",
         ]
     )
@@ -282,8 +283,12 @@ def write_tables(folder: Path) -> str:
         ValueError: nothing is finished, or a file is damaged.
     """
     cells, full = read_cells(folder), read_full_precision(folder)
-    if not cells or "" not in full:
+    if not cells:
         raise ValueError(f"{folder / 'cells'} has no finished cells")
+    for model in ["", *(cell["model"] for cell in cells)]:
+        if model not in full:
+            missing = folder / full_precision_name(model)
+            raise ValueError(f"{missing} is missing, which the cells are compared with: run the comparison again, it makes it")
     entries = entries_of(cells, full)
     sheets = []
     for bits in by_bits(entries):

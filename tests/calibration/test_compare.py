@@ -16,6 +16,7 @@ from calibration.comparison import learning_rate, methods, table
 from calibration.comparison.cells import CROP, most_restored, stored_size
 from calibration.comparison.methods import Cell, make_method, method_names
 from calibration.data.dead_leaves import DeadLeaves
+from calibration.data.overlap import file_digests
 from calibration.other_grids import layer_kinds
 from calibration.recipe import Layer, load_recipe
 from calibration.stages import Calibrated, all_layers
@@ -173,6 +174,10 @@ def test_the_best_are_repeated_and_measured_on_the_model_before_trq(command, eng
     ranking = json.loads((command.output / "comparison.json").read_text())["ranking"]["w4a4"]
     main = next(line for line in ranking if line["method"] == "qartsr" and not line["model"])
     assert main["seeds"] == [0, 1] and main["spread"]["psnr_y"] > 0
+    (command.output / "full-precision-t999.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        command("--table-only")
+    assert "full-precision-t999.json is missing" in capsys.readouterr().err
 
 
 def test_a_cell_of_other_settings_is_an_error_that_names_it(command, engine, capsys):
@@ -270,6 +275,17 @@ def test_bad_arguments_are_errors_of_one_line(command, engine, pictures, capsys,
     with pytest.raises(SystemExit, match="2"):
         command(*(str(pictures / "data") if argument == "DATA" else argument for argument in arguments))
     assert said in capsys.readouterr().err and not engine.calls
+
+
+def test_the_model_must_not_have_seen_what_it_is_measured_on(command, engine, pictures, capsys):
+    record = pictures / "model" / "training.json"
+    record.write_text(json.dumps({"data": {"files": file_digests(sorted((pictures / "evaluate").iterdir()))}}))
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            command()
+    finally:
+        record.unlink()
+    assert "3.png is one of the photographs that model was made with" in capsys.readouterr().err and not engine.calls
 
 
 def test_too_few_photographs_to_hold_some_out(command, capsys):

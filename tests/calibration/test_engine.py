@@ -112,6 +112,19 @@ def test_a_stage_trains_the_layers_that_it_names():
         assert changed == name.startswith("vae.decoder."), name
 
 
+def test_turns_without_a_trained_layer_leave_their_steps_to_the_others():
+    """Reversed, the first modules are of the VAE's decoder: nothing of them is trained here."""
+    recipe = small_recipe("steps=4", "stages.0.share=1", "stages.1.share=0", "stages.0.layers=unet.*")
+    start = all_layers(calibrated(small_recipe("steps=0"))[0])
+    pipeline, result = calibrated(recipe)
+    assert len(result.losses["RPQ"]) == 4 and all(turn["module"].startswith("unet") for turn in result.turns)
+    for name, layer in all_layers(pipeline).items():
+        if not name.startswith("unet."):
+            assert all(torch.equal(p, start[name].get_parameter(key)) for key, p in layer.named_parameters(recurse=False)), name
+    with pytest.raises(ValueError, match="trains smoothing.* of the layers 'transformer.*', and there are none: .* unet.conv_in"):
+        calibrated(small_recipe("steps=4", "stages.0.layers=transformer.*"))
+
+
 def test_layers_have_the_ranks_that_patterns_give_them():
     ranks = "layer.branch_ranks={'vae.*conv_shortcut': 0, 'vae.*': 1}"
     for more in ([], ["layer.branch_budget=0.05"]):
@@ -277,11 +290,18 @@ def test_bounds_that_crossed_zero_are_put_back():
         ("stages.0.rate=1", "no such key"),
         ("keep.unet.conv_in=w5a8", "keep.unet.conv_in: weight_bits is 5"),
         ("stages.0.share=-1", "share is -1"),
+        ("stages.0.loss={image_l2: 0, module_l2: 0}", "loss has only weights of 0"),
+        ("layer.branch_ranks.unet.*=-1", "branch_ranks.unet.. is -1"),
     ],
 )
 def test_recipe_values_that_cannot_be_are_named(change, said):
     with pytest.raises(RecipeError, match=said):
         small_recipe("layer.branch_fit=false", change)
+
+
+def test_steps_need_a_stage_with_a_share():
+    with pytest.raises(RecipeError, match="steps is 5, but all stages have a share of 0"):
+        small_recipe("steps=5", "stages.0.share=0", "stages.1.share=0")
 
 
 class FakeBackbone(torch.nn.Module):

@@ -275,3 +275,24 @@ def test_reproduce_puts_ours_beside_the_paper(tmp_path, capsys):
     assert "tiny-fp" in said and "set, 2 pictures" in said and "Not measured by us: MUSIQ" in said
     assert method_and_bits({"name": "q_dm w3a3", "kind": "model", "full_precision": False}) == ("Q-DM", "w3a3")
     assert all(len(table.results) > 2 for table in TABLES)
+
+
+def test_reproduce_goes_by_the_record_of_a_model_not_by_its_name(tmp_path, small_photographs, capsys):
+    """Two runs, each of which wrote a folder called `model`."""
+    recorded = {"one": ("MaxMin", "w4a4"), "two": ("QArtSR", "W2A2")}
+    for seed, (name, (method, bits)) in enumerate(recorded.items()):
+        pipeline = build_tiny_pipeline(seed)
+        for model in (pipeline.unet, pipeline.vae):
+            prepare(model, QuantizationScheme(LayerScheme(8, 8)))
+            freeze(model, QuantizationScheme(LayerScheme(8, 8)))
+        pipeline.save_pretrained(tmp_path / name / "model")
+        record = {"recipe": {"method": method}, "bits": bits, "data": {"files": {"a": "b"}} if name == "one" else {}}
+        (tmp_path / name / "model" / "quantization.json").write_text(json.dumps(record))
+    folders = [str(tmp_path / name / "model") for name in recorded]
+    report = tmp_path / "report.json"
+    evaluate.main([*folders, "--data", str(small_photographs), "--limit", "1", "--output", str(report)])
+    assert f"The records of {folders[1]} list no files" in capsys.readouterr().out
+    evaluate.main(["reproduce", "--ours", str(report)])
+    said = capsys.readouterr().out
+    assert f"| MaxMin | W4A4 | 15.30 | 0.7940 | 46.27 | {folders[0]} |" in said
+    assert f"| QArtSR | W2A2 | 25.51 | 0.4124 | 50.04 | {folders[1]} |" in said

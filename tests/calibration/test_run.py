@@ -5,8 +5,11 @@ import json
 import pytest
 from PIL import Image
 from recipes_for_tests import SMALL
+from safetensors import SafetensorError
 
 from calibration import run as command
+from calibration.data.overlap import file_digests
+from calibration.stages import Run
 from qartsr_pipeline import QArtSRPipeline
 
 TINY = ["--steps", "6", "--set", *SMALL]
@@ -62,6 +65,13 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp
     assert f"--resume --output {output}" in capsys.readouterr().err
     assert (output / "state.pt").exists() and not (output / "model").exists()
     monkeypatch.setattr(command, "quantize", real)
+    for changed, said in (
+        (["--timestep", "20"], "timestep is 'keep' there, not '20'"),
+        (["--seed", "1"], "seed is 0 there, not 1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(["--resume", "--output", str(output), *changed])
+        assert said in capsys.readouterr().err
     command.main(["--resume", "--output", str(output)])
     assert json.loads((output / "model" / "quantization.json").read_text())["bits"] == "w8a8"
 
@@ -71,6 +81,7 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp
     [
         (["--bits", "w5a4"], "weight_bits is 5"),
         (["--timestep", "soon"], "expected keep, search, or a number"),
+        (["--timestep", "1000"], "expected keep, search, or a number from 0 to 999"),
         (["--bits", "4bit"], "'4bit', expected a form such as w4a4"),
         (["--recipe", "nonesuch"], "no recipe 'nonesuch'; there are"),
         (["--set", "layer.rank=4"], "layer.rank=4: no such key"),
@@ -83,6 +94,44 @@ def test_bad_arguments_are_errors_of_one_line(tiny_folder, tmp_path, capsys, arg
         command.main([str(tiny_folder), "--output", str(tmp_path / "new"), *arguments])
     error = capsys.readouterr().err
     assert said in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_command_that_failed_before_its_first_step_can_be_corrected(tiny_folder, small_picture, tmp_path, capsys):
+    """The run's folder then holds its arguments and nothing else, which would be of no use to `--resume`."""
+    output = tmp_path / "run"
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(tiny_folder), "--bits", "w16a16", "--output", str(output), *small_picture, *TINY])
+    assert "w16a16, which quantizes nothing" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["run.json"]
+    command.main([str(tiny_folder), "--bits", "W4A16", "--output", str(output), *small_picture, *TINY])
+    assert json.loads((output / "model" / "quantization.json").read_text())["bits"] == "w4a16"
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_step(tiny_folder, small_picture, tmp_path, monkeypatch, capsys):
+    output, real = tmp_path / "run", QArtSRPipeline.save_pretrained
+
+    def full(pipeline, folder):
+        folder.mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(QArtSRPipeline, "save_pretrained", full)
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(tiny_folder), "--output", str(output), *small_picture, *TINY])
+    assert "No space left on device" in (error := capsys.readouterr().err) and str(output / "model") in error
+    assert sorted(path.name for path in output.iterdir()) == ["run.json", "state.pt"]
+    monkeypatch.setattr(QArtSRPipeline, "save_pretrained", real)
+    monkeypatch.setattr(Run, "_step", lambda *_: pytest.fail("a step is made again"))
+    command.main(["--resume", "--output", str(output)])
+    assert (output / "model" / "model_index.json").exists()
+
+
+def test_pictures_that_the_model_was_trained_on_are_not_reported_on(tiny_folder, photographs, tmp_path, capsys):
+    record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
+    (tiny_folder / "training.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(tiny_folder), "--output", str(tmp_path / "new"), "--evaluate", str(photographs), *TINY])
+    assert "picture_0.png is one of the photographs that" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

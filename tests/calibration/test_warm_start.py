@@ -73,3 +73,5 @@ def test_folders_that_cannot_be_started_from_say_why(quantized, tmp_path):
     with pytest.raises(ValueError, match="quantization.json cannot be read"):
         calibrated(small_recipe("steps=0"), start=tmp_path / "other")
     (tmp_path / "other" / "quantization.json").write_text(json.dumps({"bits": "w4a4", "data": {}}))
+    with pytest.raises(ValueError, match="on another grid than that of SVDQuant"):
+        calibrated(small_recipe(name="svdquant"), start=quantized((4, 4)))

@@ -25,10 +25,12 @@ class Server:
 
     Args:
         hub: address of the Hub that it downloads from; without one it is offline.
+        frontend: folder of an unpacked comfyui-frontend-package's `static`; without one it is what ComfyUI pins.
     """
 
-    def __init__(self, base: Path, way: str = "clone", hub: str | None = None):
+    def __init__(self, base: Path, way: str = "clone", hub: str | None = None, frontend: str | None = None):
         self.base, self.name = base, NAMES[way]
+        self.frontend = frontend
         self.network = {"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub}
         for folder in ("custom_nodes", "input", "output", "models"):
             (base / folder).mkdir(parents=True)
@@ -43,6 +45,7 @@ class Server:
         python = os.environ.get("COMFYUI_PYTHON", sys.executable)
         command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-api-nodes"]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--front-end-root", self.frontend] if self.frontend else []
         environment = dict(os.environ, PYTHONUNBUFFERED="1", **self.network)
         with open(self.base / "log", "wb") as log:
             self.process = subprocess.Popen(

@@ -13,6 +13,7 @@ from server import ROOT, Server
 
 BROWSER = shutil.which(os.environ.get("CHROMIUM", "chromium"))
 MODULES = os.environ.get("PLAYWRIGHT_MODULES")
+FRONTENDS = [None, *filter(None, os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep))]  # ComfyUI's own, and others
 pytestmark = [
     pytest.mark.comfyui,
     pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH is not set"),
@@ -21,9 +22,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("comfyui") / "base") as running:
+@pytest.fixture(scope="module", params=FRONTENDS, ids=lambda folder: folder and Path(folder).name or "pinned")
+def server(tmp_path_factory, request):
+    with Server(tmp_path_factory.mktemp("comfyui") / "base", frontend=request.param) as running:
         running.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.Persist": False})
         yield running
 
@@ -31,7 +32,7 @@ def server(tmp_path_factory):
 @pytest.mark.parametrize("name", ["QArtSR simple upscale", "QArtSR compare precisions", "QArtSR batch folder"])
 def test_a_template_loads_runs_and_takes_another_node(server, name):
     """The screenshot is kept in COMFYUI_SCREENSHOTS, if that is set, for a person to look at."""
-    kept = Path(os.environ.get("COMFYUI_SCREENSHOTS", server.base)) / f"{name}.png"
+    kept = Path(os.environ.get("COMFYUI_SCREENSHOTS", server.base)) / f"{name}, {Path(server.frontend or 'pinned').name}.png"
     arguments = [server.url, ROOT / "example_workflows" / f"{name}.json", "QArtSR Model Info", kept, MODULES, BROWSER]
     script = Path(__file__).with_name("browser.mjs")
     done = subprocess.run(["node", script, *map(str, arguments)], capture_output=True, text=True, timeout=500)
