@@ -94,12 +94,28 @@ class QArtSRImport(io.ComfyNode):
         source, embedding = on_disk(base), on_disk(prompt_embedding) if prompt_embedding.strip() else None
         with torch.inference_mode(False):
             if kind == OSEDIFF:
-                converted = convert_osediff(source, on_disk(checkpoint), folder, embedding)
+                converted = convert_osediff(source, on_disk(checkpoint), folder, embedding, Progress(4))
             else:
-                converted = convert_diffusers(source, folder, embedding, timestep=timestep, scale=scale)
+                converted = convert_diffusers(source, folder, embedding, timestep, scale, Progress(2))
         remember(folder)
         text = describe(converted)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+class Progress:
+    """Told of every step of a conversion: moves the node's bar, and stops between steps once the user cancels."""
+
+    def __init__(self, steps: int):
+        from comfy.utils import ProgressBar
+
+        self.bar, self.steps, self.begun = ProgressBar(steps), steps, 0
+
+    def __call__(self, step: str) -> None:
+        from comfy.model_management import throw_exception_if_processing_interrupted
+
+        throw_exception_if_processing_interrupted()
+        self.bar.update_absolute(self.begun, self.steps)
+        self.begun += 1
 
 
 def what_to_give(kind: str | None, base: str | None, checkpoint: str | None) -> str | None:

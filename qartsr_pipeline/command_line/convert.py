@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ def run_osediff(options: argparse.Namespace) -> int:
     _quieten()
     from ..convert.conversion import convert_osediff
 
-    return _report(convert_osediff(options.base, options.checkpoint, options.output, options.prompt_embedding))
+    return _report(convert_osediff(options.base, options.checkpoint, options.output, options.prompt_embedding, _tell))
 
 
 def run_diffusers(options: argparse.Namespace) -> int:
@@ -23,7 +24,7 @@ def run_diffusers(options: argparse.Namespace) -> int:
     from ..convert.conversion import convert_diffusers
 
     return _report(
-        convert_diffusers(options.base, options.output, options.prompt_embedding, timestep=options.timestep, scale=options.scale)
+        convert_diffusers(options.base, options.output, options.prompt_embedding, options.timestep, options.scale, _tell)
     )
 
 
@@ -34,6 +35,10 @@ def _quieten() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _tell(step: str) -> None:
+    print(f"{step} ..", file=sys.stderr)
 
 
 def _report(converted: Converted) -> int:

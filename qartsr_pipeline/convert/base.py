@@ -154,6 +154,12 @@ def _read_model(kind: type, folder: Path, part: str, stem: str) -> nn.Module:
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
         raise CheckpointError(f"{part} in {folder} lacks {len(missing)} tensors, such as {missing[0]}. Download the base again.")
+    surplus = sorted(map(str, report["unexpected_keys"])) if kind is not CLIPTextModel else []  # CLIP's have known leftovers
+    if surplus:
+        raise CheckpointError(
+            f"{part} in {folder} has {len(surplus)} tensors that its config.json has no place for, such as {surplus[0]}: the two"
+            " are of different models. Download the base again, whole."
+        )
     if kind is UNet2DConditionModel:
         check_unet(model, f"unet in {folder}")
     return model.eval().requires_grad_(False)

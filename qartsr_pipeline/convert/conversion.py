@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,13 @@ _OSEDIFF_ORIGIN = (
 _DIFFUSERS_ORIGIN = "Converted from a diffusers folder whose weights were taken as they are."
 
 
+Told = Callable[[str], None]
+
+
+def _nobody(step: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Converted:
     """What was written.
@@ -40,7 +48,11 @@ class Converted:
 
 
 def convert_osediff(
-    base: str | os.PathLike, checkpoint: str | os.PathLike, output: str | os.PathLike, prompt_embedding: str | os.PathLike | None
+    base: str | os.PathLike,
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    prompt_embedding: str | os.PathLike | None,
+    told: Told = _nobody,
 ) -> Converted:
     """OSEDiff's (or PassionSR's) checkpoint and its base become a `QArtSRPipeline` folder.
 
@@ -49,17 +61,22 @@ def convert_osediff(
         checkpoint: osediff.pkl or osediff.ckpt.
         output: the folder to write; new or empty.
         prompt_embedding: file with the fixed prompt's embedding; None to compute that of the empty prompt.
+        told: called with what comes next, before every step; what it raises ends the conversion, and nothing is written.
 
     Raises:
         CheckpointError: one of the inputs cannot be used. OSError: the folder cannot be written.
     """
     check_output(Path(output))
     embeds = None if prompt_embedding is None else read_prompt_embedding(prompt_embedding)
+    told(f"reading {checkpoint}")
     adapters = read_checkpoint(checkpoint)
+    told(f"reading {base}")
     model = read_base(base, embeds)
+    told("merging the adapters")
     merged = adapters.merge_into(model)
     origin = _OSEDIFF_ORIGIN.format(layers=merged["unet"].layers, vae_layers=merged["vae"].layers)
     license_ = model.license or STABLE_DIFFUSION_LICENSE
+    told(f"writing {output}")
     return _write(model, Path(output), origin, license_, model.hub_id or STABLE_DIFFUSION, TIMESTEP, SCALE, merged)
 
 
@@ -69,17 +86,20 @@ def convert_diffusers(
     prompt_embedding: str | os.PathLike | None,
     timestep: int = TIMESTEP,
     scale: int = SCALE,
+    told: Told = _nobody,
 ) -> Converted:
     """A one-step model stored as a plain Stable Diffusion pipeline becomes a `QArtSRPipeline` folder, weights unchanged.
 
     Args:
         timestep: T, the one timestep it was trained at.
         scale: the enlargement it was trained at.
-        base, output, prompt_embedding: as in `convert_osediff`, with the same errors.
+        base, output, prompt_embedding, told: as in `convert_osediff`, with the same errors.
     """
     check_output(Path(output))
     embeds = None if prompt_embedding is None else read_prompt_embedding(prompt_embedding)
+    told(f"reading {base}")
     model = read_base(base, embeds)
+    told(f"writing {output}")
     return _write(model, Path(output), _DIFFUSERS_ORIGIN, model.license or "other", model.hub_id, timestep, scale, {})
 
 

@@ -52,6 +52,17 @@ def test_a_plain_pipeline_keeps_its_timestep_and_scale(nodes, models):
     assert (config.timestep, config.scale) == (250, 2) and "merged" not in text
 
 
+def test_a_cancel_stops_before_the_next_step_and_leaves_nothing(nodes, models, comfy):
+    run(nodes, name="whole")
+    assert [(value, total) for value, total, _ in comfy.progress] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    comfy.cancel_at = comfy.looked + 4  # before the adapters are merged: it is looked for once there, and once by the bar
+    with pytest.raises(Exception) as raised:
+        run(nodes)
+    assert type(raised.value).__name__ == "InterruptProcessingException"
+    assert [path.name for path in (models / "qartsr").iterdir()] == ["whole"]
+    run(nodes)
+
+
 def test_what_cannot_be_imported_is_explained_and_nothing_is_written(nodes, models):
     (models / "qartsr" / "there").mkdir(parents=True)
     for changes, said in (

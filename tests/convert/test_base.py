@@ -141,6 +141,12 @@ def lose_a_tensor(base):
     save_file(tensors, base / UNET_FILE, metadata={"format": "pt"})
 
 
+def add_a_tensor(base):
+    tensors = load_file(base / UNET_FILE)
+    tensors["add_embedding.linear_1.weight"] = tensors["conv_out.bias"].clone()
+    save_file(tensors, base / UNET_FILE, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -149,6 +155,7 @@ def lose_a_tensor(base):
         (remove(VAE_FILE), "lacks vae/diffusion_pytorch_model.safetensors"),
         (cut(UNET_FILE), "unet/diffusion_pytorch_model.safetensors in .* is truncated"),
         (lose_a_tensor, "lacks 1 tensors, such as conv_out.bias"),
+        (add_a_tensor, "unet in .* has 1 tensors that its config.json has no place for, such as add_embedding.linear_1.weight"),
         (remove("tokenizer"), "no text_encoder and tokenizer.*--prompt-embedding"),
         (remove("tokenizer/merges.txt"), "lacks tokenizer/merges.txt"),
         (configure("unet/config.json", _class_name="UNet3DConditionModel"), "is a UNet3DConditionModel"),
