@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests" / "comfyui"))  # the server that the tests
 
 from server import Server  # noqa: E402
 
-from benchmarks.machine import processor  # noqa: E402
+from calibration.data.fingerprint import processor  # noqa: E402
 from calibration.training_state import write_whole  # noqa: E402
 
 SAMPLE = ROOT / "qartsr_pipeline" / "samples" / "rider.jpg"

@@ -9,7 +9,6 @@ peak of memory is its own; a small call before it does not count. OUTPUT gets th
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.footprint import in_own_process
-from benchmarks.machine import processor
-from calibration.data.fingerprint import versions
+from calibration.data.fingerprint import processor, versions
+from calibration.figures import png_of
 from calibration.training_state import write_whole
 
 
@@ -72,9 +71,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.plot(megapixels, [row["peak_megabytes"] / 1e3 for row in rows], marker="o")
     right.set(xlabel="output, megapixels", ylabel="peak memory of the process, GB", ylim=(0, None))
     figure.suptitle(f"{result['model']}, {result['processor']}, {result['threads']} threads")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    write_whole(path, content.getvalue())
+    write_whole(path, png_of(figure))
 
 
 def main(argv: list[str] | None = None) -> None:

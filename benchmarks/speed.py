@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.machine import peak_megabytes, processor
+from benchmarks.machine import peak_megabytes
+from calibration.data.fingerprint import processor
 
 TITLES = {
     "tiny": "the small models that ship",

@@ -11,7 +11,6 @@ candidate and bit width, which are not made again, and timesteps.md, timesteps.j
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from calibration.comparison.methods import Cell, make_method
 from calibration.comparison.setting import Comparison, load_model, write_json
 from calibration.comparison.table import COLOR_FIX
 from calibration.data.fingerprint import hardware, versions
+from calibration.figures import png_of
 from calibration.training_state import write_whole
 
 
@@ -81,9 +81,7 @@ def plot(rows: list[dict[str, Any]], widths: list[str], path: Path) -> None:
     axes.axhline(rows[0]["bicubic"], linestyle="--", color="0.5", label="bicubic")
     axes.set(xlabel="timestep T", ylabel="PSNR-Y, dB")
     axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    write_whole(path, content.getvalue())
+    write_whole(path, png_of(figure))
 
 
 def run(args: argparse.Namespace) -> None:

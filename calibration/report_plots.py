@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from calibration.figures import png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def plot_losses(losses: dict[str, list[float]]) -> bytes:
         _log_if_possible(axes, "y", loss)
         _title(axes, stage)
         axes.set_xlabel("step")
-    return _png(figure)
+    return png_of(figure)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -57,7 +58,7 @@ def plot_module_losses(modules: list[tuple[str, float, float]]) -> bytes:
     _log_if_possible(axes, "x", np.concatenate([before, after]))
     axes.set_xlabel("loss of the module")
     _legend_above(figure)
-    return _png(figure)
+    return png_of(figure)
 
 
 def plot_layer_errors(errors: dict[str, float]) -> bytes:
@@ -68,7 +69,7 @@ def plot_layer_errors(errors: dict[str, float]) -> bytes:
     axes.scatter(values, np.arange(len(shown)), color=BLUE, s=22)
     _log_if_possible(axes, "x", values)
     axes.set_xlabel("relative squared error of the layer's output")
-    return _png(figure)
+    return png_of(figure)
 
 
 def worst_layers(errors: dict[str, float], count: int) -> list[str]:
@@ -100,7 +101,7 @@ def plot_bounds(bounds: dict[str, dict[str, Any]], errors: dict[str, float]) -> 
         axes.set_ylim(0)
         axes.set_yticks([])
         _title(axes, name)
-    return _png(figure)
+    return png_of(figure)
 
 
 def plot_sweep(sweep: list[dict[str, Any]]) -> bytes:
@@ -124,7 +125,7 @@ def plot_sweep(sweep: list[dict[str, Any]]) -> bytes:
             axes.set_yscale("log")
         _title(axes, quantity.replace("_", " "))
         axes.set_xlabel("timestep")
-    return _png(figure)
+    return png_of(figure)
 
 
 def sweep_quantities(sweep: list[dict[str, Any]]) -> list[str]:
@@ -184,9 +185,3 @@ def _lines(names: list[str]) -> tuple[Figure, Axes]:
 
 def _legend_above(figure: Figure) -> None:
     figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, facecolor="white")
-    return content.getvalue()

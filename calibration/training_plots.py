@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from calibration.figures import png_of
 from calibration.training_state import write_whole
 
 CURVES = {"model": "model", "bypass": "UNet bypassed", "autoencoder": "autoencoder on the original", "bicubic": "bicubic"}
@@ -46,9 +46,7 @@ def plot_training(history: list[dict[str, Any]], path: Path) -> None:
             axes.legend()
     quality.set(ylabel="PSNR-Y of held-out patches, dB")
     loss.set(ylabel="training loss", xlabel="steps", yscale="log")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    write_whole(path, content.getvalue())
+    write_whole(path, png_of(figure))
 
 
 def plot_sweep(rows: list[dict[str, Any]], chosen: int | None, path: Path) -> None:
@@ -79,9 +77,7 @@ def plot_sweep(rows: list[dict[str, Any]], chosen: int | None, path: Path) -> No
         axes.legend()
     quality.set(ylabel="PSNR-Y of held-out pictures, dB")
     error.set(xlabel="timestep T", yscale="log")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    write_whole(path, content.getvalue())
+    write_whole(path, png_of(figure))
 
 
 def running_steps(history: list[dict[str, Any]]) -> tuple[list[int], list[tuple[str, int]]]:

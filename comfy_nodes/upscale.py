@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
 
+from qartsr_pipeline.command_line.messages import is_out_of_memory
+
 from .interruption import interruptible
 from .load_model import CATEGORY, QArtSRModel
 from .managed_model import ManagedModel
@@ -253,7 +255,7 @@ def enlarge(model: ManagedModel, picture: torch.Tensor, options: dict, progress:
             call = options | {"tile_size": tried}
             return model.pipeline(picture, output_type="pt", callback_on_step_end=progress, **call).images[0]
         except (model_management.OOM_EXCEPTION, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not isinstance(error, model_management.OOM_EXCEPTION) and not is_out_of_memory(error):
                 raise
         largest = tried or automatic_tile(model, picture, options["tile_overlap"])
         model_management.soft_empty_cache()  # here what the failed call held is free
@@ -271,14 +273,6 @@ def automatic_tile(model: ManagedModel, picture: torch.Tensor, overlap: int | No
 
     grid = model.pipeline.plan(to_pictures(picture)[0], None, overlap).grid
     return max(grid.tile_height, grid.tile_width)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: the processor's and Apple's allocators raise a plain RuntimeError that says so."""
-    from comfy import model_management
-
-    known = isinstance(error, (model_management.OOM_EXCEPTION, MemoryError))
-    return known or any(text in str(error) for text in ("DefaultCPUAllocator", "not enough memory", "out of memory"))
 
 
 def smaller_tile(largest: int, overlap: int | None) -> int | None:

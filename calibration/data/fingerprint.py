@@ -28,10 +28,13 @@ def hardware(device: str = "cpu") -> str:
     """The name of the GPU, or of the CPU with the number of threads that PyTorch uses."""
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor without a name there
-    return f"{name}, {torch.get_num_threads()} threads"
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor without a name there
+        return platform.processor() or platform.machine()

@@ -7,10 +7,16 @@ class UsageError(ValueError):
     """What was asked for on the command line cannot be meant."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: the allocators of processors, Apple's and NVIDIA's GPUs raise a RuntimeError that says so."""
+    told = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in told)
+
+
 def one_line(error: BaseException) -> str:
     """The error in one line. One that nobody foresaw gets its kind in front, and the way to its traceback."""
     text = " ".join(str(error).split())
-    if "out of memory" in text.lower() or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return f"out of memory ({text or type(error).__name__}). Try a smaller --tile-size, such as 256, or --device cpu."
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) and text:
         return text

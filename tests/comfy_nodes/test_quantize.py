@@ -97,7 +97,7 @@ def test_a_run_makes_a_folder_that_loads_and_shows_the_comparison(nodes, comfy, 
 def test_a_cancelled_run_goes_on_to_the_same_checkpoint(nodes, comfy, models, monkeypatch):
     from calibration import report_plots
 
-    monkeypatch.setattr(report_plots, "_png", lambda figure: b"")  # drawing takes longer than the run
+    monkeypatch.setattr(report_plots, "png_of", lambda figure: b"")  # drawing takes longer than the run
     quantize(nodes, name="straight", recipe="lsq")
     comfy.progress.clear()
 
