@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -65,6 +66,7 @@ def upscale(model: str, size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder) / "base") as server:
         Image.open(SAMPLE).resize((size, size), Image.Resampling.BICUBIC).save(server.base / "input" / "picture.png")
         before, seconds = peak_megabytes(server), []
+        system = server.get("/system_stats")["system"]
         for seed in (0, 1):
             status = server.finish(server.start(graph(model, "picture.png", seed)), seconds=3600)["status"]
             times = {kind: content["timestamp"] for kind, content in status["messages"]}
@@ -73,7 +75,8 @@ def upscale(model: str, size: int) -> dict[str, Any]:
             seconds.append((times["execution_success"] - times["execution_start"]) / 1000)
         peak = peak_megabytes(server)
     row = {"model": model, "size": size, "seconds_loading": seconds[0], "seconds": seconds[1]}
-    return row | {"server_megabytes": round(before), "peak_megabytes": round(peak)}
+    versions = {name: system[name] for name in ("comfyui_version", "pytorch_version", "python_version")}
+    return row | {"server_megabytes": round(before), "peak_megabytes": round(peak), "versions": versions}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,9 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="starts of the server, with and without (default: 3)")
     parser.add_argument("--output", type=Path, required=True, help="the JSON report")
     args = parser.parse_args(argv)
+    if "COMFYUI_PATH" not in os.environ:
+        parser.error("COMFYUI_PATH is not set: give the folder of a ComfyUI checkout, see docs/comfyui.md")
     starts: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(args.rounds):
-        for installed in starts:
+    seconds_to_answer(True)  # reads everything from the disk once, which does not count
+    for number in range(args.rounds):
+        for installed in (number % 2 == 0, number % 2 == 1):
             starts[installed].append(seconds_to_answer(installed))
     result = {f"start_{'with' if installed else 'without'}": found for installed, found in starts.items()}
     print({name: round(statistics.median(found), 2) for name, found in result.items()}, flush=True)
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         for model in args.models:
             result["upscales"].append(upscale(model, size))
             print(result["upscales"][-1], flush=True)
-    result["processor"] = processor()
+    result |= {"processor": processor(), "cores": os.cpu_count()}
     write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
 
 

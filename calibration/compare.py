@@ -29,10 +29,9 @@ from calibration.data.overlap import check_no_overlap, file_digests, overlap
 from calibration.data.pairs import choose_held_out
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.perceptual_metrics import NAMES, load_metrics
-from calibration.recipe import parse_bits
+from calibration.recipe import check_quantizes, parse_bits
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
-from qartsr_pipeline.quantization.scheme import LayerScheme
 
 HELD_OUT = 8  # photographs of --data that are not calibrated on: they choose the learning rate
 REPEATED = 3  # so many of the best methods are repeated with further seeds
@@ -150,7 +149,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{name} is {value}, expected at least {least}")
     for text in args.bits:
         try:
-            LayerScheme(*parse_bits(text))  # is there such a quantizer?
+            check_quantizes(parse_bits(text))
         except ValueError as error:
             parser.error(f"--bits: {error}")
 

@@ -17,7 +17,7 @@ from calibration.initialise import Initialisation, initialise
 from calibration.losses import Perceptual
 from calibration.other_grids import layer_kinds
 from calibration.preparation import Preparation, Told
-from calibration.recipe import Recipe
+from calibration.recipe import Recipe, check_quantizes
 from calibration.schemes import COMPONENTS, fold_and_make_schemes, give_ranks, observe_full_precision
 from calibration.stages import Calibrated, Run, Watch, weights_digest
 from calibration.warm_start import record_of_folder, start_from_folder
@@ -44,6 +44,15 @@ def quantize(
         FloatingPointError: the loss is no number any more. OSError: disk full.
     """
     return begin(pipeline, full_precision, recipe, bits, patches, seed, state, **options).complete()
+
+
+def check_start(recipe: Recipe, start: Path | None) -> None:
+    """Raises ValueError if the recipe's layers cannot take the parameters of what ``start`` is, see `begin`."""
+    if start and start.is_dir() and not recipe.layer.deployable:
+        raise ValueError(
+            f"{start} is on another grid than that of {recipe.method}, which exists in simulation only:"
+            " start this recipe from the state of a run of its own"
+        )
 
 
 def begin(
@@ -87,13 +96,8 @@ def begin(
     """
     if perceptual is None and recipe.is_perceptual:
         raise ValueError(f"the recipe of {recipe.method} has a perceptual loss: give one, see calibration.losses.load_perceptual")
-    if min(bits) == 16:
-        raise ValueError("bits are w16a16, which quantizes nothing: give weights or activations fewer, such as w4a16 or w8a8")
-    if start and start.is_dir() and not recipe.layer.deployable:
-        raise ValueError(
-            f"{start} is on another grid than that of {recipe.method}, which exists in simulation only:"
-            " start this recipe from the state of a run of its own"
-        )
+    check_quantizes(bits)
+    check_start(recipe, start)
     workers.check(recipe)
     schemes = fold_and_make_schemes(pipeline, recipe, bits)
     identity = {

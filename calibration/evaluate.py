@@ -55,6 +55,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         make_folder(args.pictures)
     names = row_names(args.models)
     unseen = {model: check_no_overlap(files, fetch(model)) for model in args.models}
+    makers = {names[model]: made_by(fetch(model)) for model in args.models}
     candidates = load_candidates(args.models, getattr(torch, args.dtype), device)
     color_fixes = [None] if args.no_color_fix else [args.color_fix, None]
     made: dict[str, torch.Tensor] = {}
@@ -81,7 +82,7 @@ def evaluate(args: argparse.Namespace) -> dict:
             "comparisons": [picture_path(args, path).name for path in originals] if args.pictures else [],
             "unseen_by_record": {names[model]: checked for model, checked in unseen.items()},
         },
-        "made_by": {names[model]: made_by(fetch(model)) for model in args.models},
+        "made_by": makers,
         "settings": {
             "scale": 4,
             "degradation": DEGRADATIONS.get(layout, f"as the {layout} folder gives it"),
@@ -96,9 +97,11 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def made_by(folder: Path) -> dict[str, str]:
-    """Method and bits that a folder's record names, as "method" and "bits"; nothing where there is no such record."""
+    """Method and bits that a folder's record names, as "method" and "bits"; nothing where it is not of this program's kind."""
     record = record_of_folder(folder)
-    return {"method": record["recipe"]["method"], "bits": record["bits"].lower()} if {"recipe", "bits"} <= record.keys() else {}
+    method = record["recipe"].get("method") if isinstance(record.get("recipe"), dict) else None
+    bits = record.get("bits")
+    return {"method": method, "bits": bits.lower()} if isinstance(method, str) and isinstance(bits, str) else {}
 
 
 def picture_path(args: argparse.Namespace, original: Path) -> Path:

@@ -50,9 +50,10 @@ def save_pipeline(
         elif card is not None:
             (temporary / CARD_NAME).write_text(card, encoding="utf-8")
         replace_folder(temporary, folder)
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
         raise SavingError(
-            f"{folder} cannot be written ({error}): make room and call it again; what was saved before is untouched"
+            f"{folder} cannot be written ({error}). What was saved before is untouched. Make room or mend the folder, then"
+            " continue with --resume, where that is possible, or call it again."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -332,6 +332,13 @@ def parse_bits(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def check_quantizes(bits: tuple[int, int]) -> None:
+    """Raises ValueError where there is no such quantizer for weights and activations, or nothing to quantize."""
+    LayerScheme(*bits)
+    if min(bits) == 16:
+        raise ValueError("bits are w16a16, which quantizes nothing: give weights or activations fewer, such as w4a16 or w8a8")
+
+
 def recipe_names() -> list[str]:
     """The recipes that come with the project."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))

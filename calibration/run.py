@@ -31,12 +31,12 @@ from calibration.data.fingerprint import data_fingerprint, hardware, versions
 from calibration.data.overlap import check_no_overlap, file_digests, overlap
 from calibration.data.pairs import Patches
 from calibration.data.photographs import PhotographPatches, list_photographs
-from calibration.engine import quantize
+from calibration.engine import check_start, quantize
 from calibration.losses import PERCEPTUAL, load_perceptual
 from calibration.model_card import model_card
 from calibration.pipeline_folder import save_pipeline
 from calibration.preparation import Told
-from calibration.recipe import Recipe, load_recipe, parse_bits, recipe_names, with_values
+from calibration.recipe import Recipe, check_quantizes, load_recipe, parse_bits, recipe_names, with_values
 from calibration.run_report import make_report
 from calibration.sharing import on_the_same_weights
 from calibration.stages import Calibrated, Watch
@@ -49,12 +49,12 @@ from qartsr_pipeline.checkpoint_files import fetch, shipped_checkpoints
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.command_line.processes import join_processes
 from qartsr_pipeline.quantization.freeze import freeze
-from qartsr_pipeline.quantization.scheme import LayerScheme
 
 ARGUMENTS_NAME = "run.json"
 SAMPLE = Path(__file__).resolve().parents[1] / "qartsr_pipeline" / "samples" / "rider.jpg"
 PLACE = ("output", "resume", "device")  # arguments that are not part of what is made
-REPORTING = ("evaluate", "perceptual_weights")  # those that may change while a run is resumed: what is trained stays as it is
+# What may be another one when a run is resumed: what the report alone is of, and what the state knows by its content.
+MAY_CHANGE = (*PLACE, "evaluate", "model", "data", "start")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -109,22 +109,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     path = args.output / ARGUMENTS_NAME
     if args.resume:
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            parser.set_defaults(**stored)
+            parser.set_defaults(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"nothing to resume: {path} cannot be read ({error})") from error
-        args = parser.parse_args(argv)
-        changed = [name for name, value in stored.items() if name not in REPORTING and getattr(args, name) != value]
-        if changed:
-            raise ValueError(
-                f"--resume continues with the run's own arguments, and {changed[0].replace('_', '-')} is"
-                f" {stored[changed[0]]!r} there, not {getattr(args, changed[0])!r}: leave it out, or choose another --output"
-            )
-        return args
-    there = set(path.name for path in args.output.iterdir()) if args.output.exists() else set()
-    if ARGUMENTS_NAME in there and there != {ARGUMENTS_NAME}:  # alone, it is what a run left that ended before its first step
+        args, there = vars(parser.parse_args(argv)), vars(parser.parse_args(["--resume"]))
+        for name in there.keys() - set(MAY_CHANGE):
+            if args[name] != there[name]:
+                raise ValueError(
+                    f"--resume continues with the run's own arguments, and {name.replace('_', '-')} is {there[name]!r} there, not"
+                    f" {args[name]!r}: leave it out, or choose another --output"
+                )
+        return argparse.Namespace(**args)
+    if path.exists():
         raise ValueError(f"{args.output} holds a run already: continue it with --resume, or choose another --output")
-    if there - {ARGUMENTS_NAME}:
+    if args.output.exists() and any(args.output.iterdir()):
         raise FileExistsError(f"{args.output} exists and holds something else: choose another --output")
     return args
 
@@ -177,7 +175,8 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     """
     changes = [] if args.steps is None else [f"steps={args.steps}"]
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
-    LayerScheme(*bits)  # is there such a quantizer?
+    check_quantizes(bits)
+    check_start(recipe, args.start and start_of(args.start))
     workers.check(recipe)
     if args.timestep not in ("keep", "search") and not (args.timestep.isdecimal() and int(args.timestep) < 1000):
         raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
@@ -210,6 +209,12 @@ def start_folder(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in vars(args).items() if name not in PLACE}
     write_whole(args.output / ARGUMENTS_NAME, json.dumps(kept, indent=1, default=str).encode())
+
+
+def forget_unbegun(output: Path) -> None:
+    """Removes the arguments of a run that ended with an error before it made anything: the command can be corrected."""
+    if output.is_dir() and [path.name for path in output.iterdir()] == [ARGUMENTS_NAME]:
+        (output / ARGUMENTS_NAME).unlink()
 
 
 def start_of(start: str) -> Path:
@@ -254,6 +259,15 @@ def run(
         watch, preparing: for programs that call this where no signal reaches it, or show how far it is: see
             `calibration.engine.begin`.
     """
+    try:
+        return _run(args, watch, preparing, workers)
+    except (OSError, ValueError, ImportError):
+        if workers.is_main and not args.resume:
+            forget_unbegun(args.output)
+        raise
+
+
+def _run(args: argparse.Namespace, watch: Watch | None, preparing: Told | None, workers: Workers) -> bool:
     start = time.perf_counter()
     job = workers.together(lambda: load_job(args, workers))
     weights = Path(args.perceptual_weights) if args.perceptual_weights else None

@@ -133,7 +133,7 @@ class Run:
 
     def _check_something_is_trained(self) -> None:
         for stage in self.recipe.stages:
-            if not any(self._trained(block, stage) for block in self.blocks):
+            if sum(self.recipe.steps_of(stage, 1)) and not any(self._trained(block, stage) for block in self.blocks):
                 raise ValueError(
                     f"stage {stage.name!r} trains {', '.join(stage.train)} of the layers {stage.layers!r}, and there are none:"
                     f" layers have names such as {', '.join(list(self.layers)[:2]) or '(none is quantized)'}"
@@ -208,6 +208,7 @@ class Run:
         steps = [next(shares) if any_trained else 0 for any_trained in trained]
         if not sum(steps):
             return
+        self.stage_index = index  # stages without steps before it were passed by
         if stage.modules == "all":
             for block in self.blocks:
                 block.quantize(True)

@@ -153,11 +153,12 @@ def test_interruption_leaves_nothing_behind(upscale, photo, capsys, monkeypatch)
     assert sorted(path for path in photo.parent.iterdir()) == before
 
 
-def test_out_of_memory_names_the_way_out(upscale, photo, capsys, monkeypatch):
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 3.00 GiB", "DefaultCPUAllocator: can't allocate memory"])
+def test_out_of_memory_names_the_way_out(upscale, photo, capsys, monkeypatch, text):
     from qartsr_pipeline import pipeline_qartsr
 
     def exhaust(*arguments, **options):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(pipeline_qartsr.QArtSRPipeline, "__call__", exhaust)
     assert upscale(photo) == 2

@@ -163,6 +163,24 @@ def test_a_stopped_run_continues_to_the_same_parameters_bit_for_bit(tmp_path, ca
             assert torch.equal(x, y), f"{name}.{key}"
 
 
+@pytest.mark.parametrize("others", ["quantized_so_far", "full_precision"])
+def test_it_continues_in_a_turn_behind_those_that_train_nothing(tmp_path, others):
+    only = ["stages.0.layers=unet.*mid_block*", f"stages.0.others={others}"]
+    recipe = small_recipe("steps=8", "stages.0.share=1", "stages.1.share=0", *only)
+    whole, state = calibrated(recipe)[1], tmp_path / "state.pt"
+    assert calibrated(recipe, state=state, watch=lambda done, total: done == 3)[1].stopped
+    result = calibrated(recipe, state=state)[1]
+    assert result.losses == whole.losses and result.turns == whole.turns and len(whole.losses["RPQ"]) == 8
+
+
+def test_a_finished_run_has_nothing_left_to_train(tmp_path, monkeypatch):
+    """The first stage here has no steps, and none of its own saved states."""
+    recipe, state = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1"), tmp_path / "state.pt"
+    losses_ = calibrated(recipe, state=state)[1].losses
+    monkeypatch.setattr(stages.Run, "_step", lambda *_: pytest.fail("a step is made again"))
+    assert calibrated(recipe, state=state)[1].losses == losses_
+
+
 def test_a_kill_between_two_saves_loses_only_the_steps_since(tmp_path):
     recipe = small_recipe("steps=30", "stages.0.share=0.8", "stages.1.share=0.2")
     state = tmp_path / "state.pt"

@@ -1,6 +1,7 @@
 """The command `calibration/run.py`, from its arguments to the folder, the record and the report."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -72,7 +73,12 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp
         with pytest.raises(SystemExit, match="2"):
             command.main(["--resume", "--output", str(output), *changed])
         assert said in capsys.readouterr().err
-    command.main(["--resume", "--output", str(output)])
+    arguments = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps(arguments | {"bits": "W8A8"}))  # as runs from before have it
+    moved, others = tiny_folder.rename(tmp_path / "moved"), Path(small_picture[1]).rename(tmp_path / "others")
+    monkeypatch.setattr(command, "make_report", lambda job, *_: print("reported on", *job.evaluation))
+    command.main([str(moved), "--resume", "--output", str(output), "--evaluate", str(others)])
+    assert f"reported on {others / 'crop.png'}" in capsys.readouterr().out
     assert json.loads((output / "model" / "quantization.json").read_text())["bits"] == "w8a8"
 
 
@@ -80,6 +86,7 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp
     ("arguments", "said"),
     [
         (["--bits", "w5a4"], "weight_bits is 5"),
+        (["--timestep", "search", "--recipe", "svdquant", "--start", "tiny-w4a4"], "on another grid than that of SVDQuant"),
         (["--timestep", "soon"], "expected keep, search, or a number"),
         (["--timestep", "1000"], "expected keep, search, or a number from 0 to 999"),
         (["--bits", "4bit"], "'4bit', expected a form such as w4a4"),
@@ -98,12 +105,15 @@ def test_bad_arguments_are_errors_of_one_line(tiny_folder, tmp_path, capsys, arg
 
 
 def test_a_command_that_failed_before_its_first_step_can_be_corrected(tiny_folder, small_picture, tmp_path, capsys):
-    """The run's folder then holds its arguments and nothing else, which would be of no use to `--resume`."""
     output = tmp_path / "run"
     with pytest.raises(SystemExit, match="2"):
         command.main([str(tiny_folder), "--bits", "w16a16", "--output", str(output), *small_picture, *TINY])
     assert "w16a16, which quantizes nothing" in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == ["run.json"]
+    (tiny_folder / "vae" / "config.json").rename(tiny_folder / "config.json")
+    with pytest.raises(SystemExit, match="2"):  # once the run has its folder
+        command.main([str(tiny_folder), "--output", str(output), *small_picture, *TINY])
+    (tiny_folder / "config.json").rename(tiny_folder / "vae" / "config.json")
+    assert list(output.iterdir()) == []
     command.main([str(tiny_folder), "--bits", "W4A16", "--output", str(output), *small_picture, *TINY])
     assert json.loads((output / "model" / "quantization.json").read_text())["bits"] == "w4a16"
 
