@@ -40,7 +40,7 @@ def test_a_recipe_says_what_it_is_and_can_be_carried_out(name):
     assert recipe.source and len(recipe.reading) > 40
     assert {part for stage in recipe.stages for part in stage.train} == TRAINED[name]
     assert recipe.layer.deployable == (name in DEPLOYABLE)
-    assert recipe.steps == (400 if recipe.stages else 0)
+    assert recipe.steps == (350 if recipe.stages else 0)
     assert sum(stage.share for stage in recipe.stages) == pytest.approx(1 if recipe.stages else 0)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
