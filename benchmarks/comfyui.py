@@ -24,7 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "comfyui"))  # the server that the tests start
 
-from server import Server  # noqa: E402
+from server import Server, upscale_graph  # noqa: E402
 
 from calibration.data.fingerprint import processor  # noqa: E402
 from calibration.training_state import write_whole  # noqa: E402
@@ -43,18 +43,6 @@ def seconds_to_answer(installed: bool) -> float:
             return time.monotonic() - start
 
 
-def graph(model: str, picture: str, seed: int) -> dict[str, Any]:
-    """Load Image, Load Model, Upscale, Save Image, all options at their defaults."""
-    upscale = {"scale": 4.0, "long_side": 0, "tile_size": 0, "tile_overlap": 0, "color_fix": "wavelet"}
-    upscale |= {"sample_posterior": False, "seed": seed, "model": ["2", 0], "image": ["1", 0]}
-    return {
-        "1": {"class_type": "LoadImage", "inputs": {"image": picture}},
-        "2": {"class_type": "QArtSRLoadModel", "inputs": {"model": model, "hub_id": "", "backend": "auto", "dtype": "auto"}},
-        "3": {"class_type": "QArtSRUpscale", "inputs": upscale},
-        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "result"}},
-    }
-
-
 def peak_megabytes(server: Server) -> float:
     """Resident memory of the server's process at its highest so far (Linux)."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
@@ -68,7 +56,9 @@ def upscale(model: str, size: int) -> dict[str, Any]:
         before, seconds = peak_megabytes(server), []
         system = server.get("/system_stats")["system"]
         for seed in (0, 1):
-            status = server.finish(server.start(graph(model, "picture.png", seed)), seconds=3600)["status"]
+            graph = upscale_graph("picture.png", model, seed=seed)
+            del graph["3"]["inputs"]["mask"]
+            status = server.finish(server.start(graph), seconds=3600)["status"]
             times = {kind: content["timestamp"] for kind, content in status["messages"]}
             if "execution_success" not in times:
                 raise RuntimeError(f"{model} at {size}: {status['messages'][-1]}")

@@ -53,9 +53,9 @@ def evaluate(args: argparse.Namespace) -> dict:
         check_output(Path(args.output))
     if args.pictures:
         make_folder(args.pictures)
-    names = row_names(args.models)
-    unseen = {model: check_no_overlap(files, fetch(model)) for model in args.models}
-    makers = {names[model]: made_by(fetch(model)) for model in args.models}
+    names, folders = row_names(args.models), {model: fetch(model) for model in args.models}
+    unseen = {model: check_no_overlap(files, folder) for model, folder in folders.items()}
+    makers = {names[model]: made_by(folder) for model, folder in folders.items()}
     candidates = load_candidates(args.models, getattr(torch, args.dtype), device)
     color_fixes = [None] if args.no_color_fix else [args.color_fix, None]
     made: dict[str, torch.Tensor] = {}

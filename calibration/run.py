@@ -136,6 +136,7 @@ class Job:
     bits: tuple[int, int]
     model: str
     source: Path
+    start: Path | None
     pipeline: QArtSRPipeline
     full_precision: QArtSRPipeline
     patches: Patches
@@ -176,7 +177,8 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     changes = [] if args.steps is None else [f"steps={args.steps}"]
     recipe, bits = with_values(load_recipe(args.recipe), changes + args.set), parse_bits(args.bits)
     check_quantizes(bits)
-    check_start(recipe, args.start and start_of(args.start))
+    start = args.start and start_of(args.start)
+    check_start(recipe, start)
     workers.check(recipe)
     if args.timestep not in ("keep", "search") and not (args.timestep.isdecimal() and int(args.timestep) < 1000):
         raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
@@ -201,7 +203,8 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
-    return Job(args, recipe, bits, Path(args.model).name, source, pipeline, full_precision, patches, data, evaluation, sweep)
+    name = Path(args.model).name
+    return Job(args, recipe, bits, name, source, start, pipeline, full_precision, patches, data, evaluation, sweep)
 
 
 def start_folder(args: argparse.Namespace) -> None:
@@ -282,7 +285,7 @@ def _run(args: argparse.Namespace, watch: Watch | None, preparing: Told | None, 
         args.output / STATE_NAME,
         degradation=args.degradation,
         perceptual=perceptual,
-        start=args.start and start_of(args.start),
+        start=job.start,
         data={name: value for name, value in job.data.items() if name != "files"},
         watch=watch,
         preparing=preparing,

@@ -9,8 +9,8 @@ class UsageError(ValueError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: the allocators of processors, Apple's and NVIDIA's GPUs raise a RuntimeError that says so."""
-    told = ("DefaultCPUAllocator", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError) or any(text.lower() in str(error).lower() for text in told)
+    told = ("defaultcpuallocator", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in told)
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import torch
 from convert.stable_diffusion_base import adapt, build_parts, save_base
 from local_hub import LocalHub
 from PIL import Image
-from server import INPUTS, ROOT, Server, messages
+from server import INPUTS, ROOT, Server, messages, upscale_graph
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import shipped_checkpoints
@@ -23,17 +23,6 @@ pytestmark = [
     pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH is not set"),
 ]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-
-
-def upscale_graph(picture="qartsr_batch/left.png", model="tiny-fp", **options):
-    inputs = {"scale": 4.0, "long_side": 0, "tile_size": 0, "tile_overlap": 0, "color_fix": "wavelet"}
-    inputs |= {"sample_posterior": False, "seed": 0, "model": ["2", 0], "image": ["1", 0], "mask": ["1", 1]} | options
-    return {
-        "1": {"class_type": "LoadImage", "inputs": {"image": picture}},
-        "2": {"class_type": "QArtSRLoadModel", "inputs": {"model": model, "hub_id": "", "backend": "auto", "dtype": "auto"}},
-        "3": {"class_type": "QArtSRUpscale", "inputs": inputs},
-        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "result"}},
-    }
 
 
 @pytest.fixture(scope="module")
