@@ -89,9 +89,10 @@ def _deployed(layer: nn.Module, scheme: LayerScheme) -> DeployedLayer:
 
 
 def shipped(shape: str, bits: int) -> OneStepNetwork:
+    """As a loaded checkpoint is: folded, with its blocks exchanged."""
     if shape == "tiny":
         return QArtSRPipeline.from_pretrained(f"tiny-w{bits}a{bits}").network()
-    return quantize_without_data(full_precision(shape), bits)
+    return _fused(quantize_without_data(full_precision(shape), bits))
 
 
 def _in(network: OneStepNetwork, device: str, dtype: torch.dtype | None = None) -> OneStepNetwork:
@@ -178,15 +179,10 @@ CONTENDERS: dict[str, Contender] = {
     "quanto int4 weights": Contender(lambda s, d: _quanto(_in(full_precision(s), d), 4), listed=False),
     "torchao int8": Contender(lambda s, d: _torchao(_in(full_precision(s), d, BF16)), "torchao"),
     "sdnq int8": Contender(lambda s, d: _sdnq(_in(full_precision(s), d, BF16)), "sdnq"),
-    **{
-        f"ours W{bits}A{bits}{', fused' if fused else ''}": Contender(
-            lambda s, d, bits=bits, fused=fused: (_fused if fused else lambda n: n)(_in(shipped(s, bits), d))
-        )
-        for bits in (8, 4, 2)
-        for fused in (False, True)
-    },
+    **{f"ours W{bits}A{bits}": Contender(lambda s, d, bits=bits: _in(shipped(s, bits), d)) for bits in (8, 4, 2)},
+    "ours W4A4, diffusers' blocks": Contender(lambda s, d: _in(quantize_without_data(full_precision(s), 4), d), listed=False),
     "ours W4A4, not folded": Contender(
-        lambda s, d: _in(quantize_without_data(full_precision(s), 4, folded=False), d), listed=False
+        lambda s, d: _in(_fused(quantize_without_data(full_precision(s), 4, folded=False)), d), listed=False
     ),
     "ours W4A4, compiled": Contender(lambda s, d: _compiled(_in(shipped(s, 4), d)), listed=False),
 }

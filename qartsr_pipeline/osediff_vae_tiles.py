@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -131,7 +132,7 @@ def in_tiles(
     tiles = list(product(*(spans(side, tile, margin) for side in x.shape[-2:])))
     cut = [x[..., rows.start : rows.stop, columns.start : columns.stop] for rows, columns in tiles]
     common = CommonStatistics(len(tiles), x.device)
-    with exchanged_forwards(norms, common.normalized), ThreadPoolExecutor(len(tiles)) as threads:
+    with exchanged_forwards(norms, lambda norm: partial(common.normalized, norm)), ThreadPoolExecutor(len(tiles)) as threads:
         try:
             running = [threads.submit(common.run, forward, number, part) for number, part in enumerate(cut)]
             errors = [error for error in (job.exception() for job in running) if error is not None]
@@ -174,5 +175,5 @@ def osediff_vae_tiles(vae: AutoencoderKL, factor: int, encoder_tile: int | None,
     def forward(half: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return in_tiles(half, originals[half], x, *tiled[half])
 
-    with exchanged_forwards(list(tiled), forward):
+    with exchanged_forwards(list(tiled), lambda half: partial(forward, half)):
         yield

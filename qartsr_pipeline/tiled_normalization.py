@@ -96,7 +96,7 @@ class SharedStatistics:
             current[norm] = pooled_moments(without_rim(x, self.rim), norm.num_groups)
             return normalize(x, *current[norm], norm.weight, norm.bias, norm.eps)
 
-        with exchanged_forwards(self.norms, pooled_forward):
+        with exchanged_forwards(self.norms, lambda norm: partial(pooled_forward, norm)):
             yield
         self.recorded.append(current)
         self.moments = {norm: merged_moments([one[norm] for one in self.recorded]) for norm in current}
@@ -104,12 +104,25 @@ class SharedStatistics:
     @contextmanager
     def apply(self) -> Iterator[None]:
         """Inside, the kept statistics are used; a norm that recorded none works as usual."""
-
-        def fixed_forward(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-            return normalize(x, *self.moments[norm], norm.weight, norm.bias, norm.eps)
-
-        with exchanged_forwards([norm for norm in self.norms if norm in self.moments], fixed_forward):
+        recorded = [norm for norm in self.norms if norm in self.moments]
+        with exchanged_forwards(recorded, lambda norm: FixedNorm(norm, *self.moments[norm])):
             yield
+
+
+class FixedNorm:
+    """A group norm's forward with given moments, float32 (C,) each."""
+
+    def __init__(self, norm: nn.GroupNorm, mean: torch.Tensor, variance: torch.Tensor):
+        self.norm, self.mean, self.variance = norm, mean, variance
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return normalize(x, self.mean, self.variance, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def scale_shift(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x (B, C, ...) is multiplied by, and what is then added: float32 (B, C), twice."""
+        moments = self.mean.to(x.device), self.variance.to(x.device)
+        scale, shift = scale_shift(*moments, self.norm.weight, self.norm.bias, self.norm.eps)
+        return scale.expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
 
 
 def merged_moments(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,16 +169,23 @@ def normalize(
         eps: added to the variance.
     """
     mean, variance = mean.to(x.device), variance.to(x.device)
-    if weight is not None:
-        weight, bias = weight.float(), bias.float()
     if x.device.type in ("cpu", "cuda"):  # the backends whose batch norm takes float32 moments with a 16-bit input
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
-    scale = torch.rsqrt(variance + eps)
-    shift = -mean * scale
-    if weight is not None:
-        scale, shift = scale * weight, shift * weight + bias
+        affine = (None, None) if weight is None else (weight.float(), bias.float())
+        return F.batch_norm(x, mean, variance, *affine, training=False, eps=eps)
+    scale, shift = scale_shift(mean, variance, weight, bias, eps)
     shape = (1, -1) + (1,) * (x.ndim - 2)
     return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+def scale_shift(
+    mean: torch.Tensor, variance: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One factor and one summand a channel that are a normalisation with given moments, all (C,); see `normalize`."""
+    scale = torch.rsqrt(variance + eps)
+    if weight is None:
+        return scale, -mean * scale
+    scale = scale * weight.float()
+    return scale, bias.float() - mean * scale
 
 
 def _forward_name(module: nn.Module) -> str:
@@ -179,14 +199,16 @@ def own_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
 
 
 @contextmanager
-def exchanged_forwards(modules: list[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Instances get `forward(module, x)` as their own forward and, whatever happens, lose it again."""
+def exchanged_forwards(
+    modules: list[nn.Module], forward_of: Callable[[nn.Module], Callable[..., torch.Tensor]]
+) -> Iterator[None]:
+    """Instances get ``forward_of(module)`` as their own forward and, whatever happens, lose it again."""
     originals = []
     try:
         for module in modules:
             name = _forward_name(module)
             originals.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = partial(forward, module)
+            module.__dict__[name] = forward_of(module)
         yield
     finally:
         for module, name, original in originals:

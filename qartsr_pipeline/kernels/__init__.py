@@ -6,14 +6,24 @@ A backend is a module with
 - ``CONSTRAINTS``: what it demands of machine, device and layer, one `Constraints` for each kind of device,
 - ``unavailable() -> str | None``: why it cannot run on this machine at all,
 - ``unsupported(spec, device) -> str | None``: why it cannot run this layer there; both follow from ``CONSTRAINTS``,
-- ``linear(x, layer)`` and ``conv2d(x, layer)``: the whole layer (integer product, branch, bias) on a deployed layer's buffers.
+- ``linear(x, layer)`` and ``conv2d(x, layer)``: the whole layer (integer product, branch, bias) on a deployed layer's buffers,
+- where it can, ``group_scale_shift(x, norm)`` and ``norm_conv2d(x, scale, shift, layer, silu)``: a GroupNorm as one factor and
+  one summand a channel, and a convolution that applies them to its input within its own pass (`normalizing_backend`).
 
 What runs is the first entry of `BACKENDS` that can; `use_backend` and the environment variable QARTSR_BACKEND override that.
 """
 
 from qartsr_pipeline.kernels.compiled import register
 from qartsr_pipeline.kernels.constraints import Constraints
-from qartsr_pipeline.kernels.dispatch import BACKENDS, choose_backend, forced_backend, list_backends, run_layer, use_backend
+from qartsr_pipeline.kernels.dispatch import (
+    BACKENDS,
+    choose_backend,
+    forced_backend,
+    list_backends,
+    normalizing_backend,
+    run_layer,
+    use_backend,
+)
 from qartsr_pipeline.kernels.layer_spec import LayerSpec
 from qartsr_pipeline.kernels.prepared import PreparedWeights, low_memory
 
@@ -26,6 +36,7 @@ __all__ = [
     "forced_backend",
     "list_backends",
     "low_memory",
+    "normalizing_backend",
     "register",
     "run_layer",
     "use_backend",

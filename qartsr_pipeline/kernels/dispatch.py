@@ -139,6 +139,16 @@ def _run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 _operator = make_operator(_run_layer)
 
 
+def normalizing_backend(x: torch.Tensor, layer: StoredLayer) -> ModuleType | None:
+    """The backend that computes the layer, if it can take a GroupNorm and SiLU before it into its own pass over x (B, C, H, W);
+    otherwise, and within `torch.compile`, which fuses what stands before a layer itself, None.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() == 0:
+        return None
+    backend = choose_backend(layer.spec, x.device.type)
+    return backend if hasattr(backend, "norm_conv2d") else None
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within this context only the named backend is used.

@@ -7,8 +7,7 @@ on 7.5).
 With TRITON_INTERPRET=1 the same kernels run on a CPU in Triton's interpreter, thousands of times slower: for proofs.
 
 Beside `linear` and `conv2d` there are the fused forms: a residual is added in the product's epilogue, layers that share their
-input quantize it once (`linears`), and a GroupNorm, with SiLU or without, happens in the quantizing pass (`norm_conv2d`,
-`norm_linears`).
+input quantize it once (`linears`), and a GroupNorm, with SiLU or without, happens in the quantizing pass (`norm_conv2d`).
 """
 
 from __future__ import annotations
@@ -72,24 +71,21 @@ def conv2d(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = 
 
 def norm_conv2d(
     x: torch.Tensor,
-    norm: torch.nn.GroupNorm,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
     layer: StoredLayer,
     silu: bool,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`conv2d` of the normalized x, with SiLU between them if asked for. The normalized picture is never written."""
-    pixels = x.permute(0, 2, 3, 1)
-    return _conv2d(pixels, layer, residual, *_norm(pixels, norm), silu)
+    """`conv2d` of x times scale plus shift, (B, C) each, with SiLU between them if asked for: the normalized picture is never
+    written.
+    """
+    return _conv2d(_computable(x).permute(0, 2, 3, 1), layer, residual, scale, shift, silu).to(x.dtype)
 
 
-def norm_linears(x: torch.Tensor, norm: torch.nn.GroupNorm, layers: Sequence[StoredLayer]) -> list[torch.Tensor]:
-    """`linears` of the normalized pixels of x (B, C, H, W): (B, H * W, N) for every layer, as attention in a VAE takes them."""
-    pixels = x.permute(0, 2, 3, 1)
-    outputs = _linears(pixels, layers, None, *_norm(pixels, norm))
-    return [out.view(x.shape[0], -1, out.shape[1]) for out in outputs]
-
-
-def _norm(pixels: torch.Tensor, norm: torch.nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+def group_scale_shift(x: torch.Tensor, norm: torch.nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a GroupNorm multiplies x (B, C, H, W) by and what it then adds: float32 (B, C), twice."""
+    pixels = _computable(x).permute(0, 2, 3, 1)
     return operators.group_scale_shift(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.fold import fold_structure
+from qartsr_pipeline.quantization.fuse import fuse
 from qartsr_pipeline.quantization.scheme import FORMAT_VERSION, QuantizationScheme, quantizable_layers, replace_module
 
 
@@ -59,7 +60,7 @@ class QArtSRConfig(QuantizationConfigMixin):
 
 
 class QArtSRQuantizer(DiffusersQuantizer):
-    """Exchanges layers before the weights are loaded, and keeps the stored dtypes of what belongs to quantization."""
+    """Exchanges layers before the weights are loaded, blocks after; keeps the stored dtypes of what belongs to quantization."""
 
     requires_calibration = True  # only folders that were quantized before can be loaded with it
 
@@ -80,6 +81,7 @@ class QArtSRQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        fuse(model)
         return model
 
     def check_if_quantized_param(

@@ -7,12 +7,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 from deployed_layers import random_layer
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from benchmarks.triton_gpu_check import LEAST_DECIBELS, decibels, hard_values, quantizer_is_exact
 from qartsr_pipeline.arithmetic.affine import BITS
-from qartsr_pipeline.kernels import LayerSpec, reference, triton_backend
+from qartsr_pipeline.kernels import LayerSpec, reference, triton_backend, use_backend
 from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.fuse import LeanResnetBlock
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
@@ -136,18 +138,23 @@ def test_norm_and_silu_in_the_quantizing_pass(silu: bool):
     norm = nn.GroupNorm(2, 6, eps=1e-4).to(DEVICE)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x = 3 * inputs(2, 6, 5, 7) + 50  # a mean far from 0: sums of squares would cancel
-    scale, shift = triton_backend._norm(x.permute(0, 2, 3, 1), norm)
+    scale, shift = triton_backend.group_scale_shift(x, norm)
     assert torch.allclose(x * scale[:, :, None, None] + shift[:, :, None, None], norm(x), atol=2e-4)
     layer = layer_of(nn.Conv2d(6, 5, 3, padding=1), 8, 8, 2)
     between = norm(x)
     expected = reference.conv2d(nn.functional.silu(between) if silu else between, layer)
-    assert decibels(triton_backend.norm_conv2d(x, norm, layer, silu), expected) > 45
+    assert decibels(triton_backend.norm_conv2d(x, scale, shift, layer, silu), expected) > 45
 
 
-def test_a_norm_before_layers_of_pixels():
-    norm, layer, x = nn.GroupNorm(2, 6).to(DEVICE), layer_of(nn.Linear(6, 5), 8, 8, 2), inputs(2, 6, 3, 4)
-    y = triton_backend.norm_linears(x, norm, [layer])[0]
-    assert decibels(y, reference.linear(norm(x).flatten(2).mT, layer)) > 45
+def test_fused_blocks_take_the_norm_into_the_pass(monkeypatch):
+    block = LeanResnetBlock(ResnetBlock2D(in_channels=6, out_channels=6, temb_channels=None, groups=2, eps=1e-4)).to(DEVICE)
+    block.conv1, block.conv2 = (layer_of(nn.Conv2d(6, 6, 3, padding=1), 8, 8, 2, seed=seed) for seed in range(2))
+    x = inputs(1, 6, 5, 7)
+    with use_backend("reference"):
+        expected = block(x)
+    monkeypatch.setattr(nn.GroupNorm, "forward", None)
+    with use_backend("triton"):
+        assert decibels(block(x), expected) > 40
 
 
 def test_fake_implementations_know_shapes_and_dtypes():

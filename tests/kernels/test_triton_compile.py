@@ -76,7 +76,8 @@ def compile_everything(capability: int, all_configurations: bool, report) -> Non
         norm = torch.nn.GroupNorm(4, channels)
         x = torch.zeros(1, channels, 16, 16, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
         triton_backend.conv2d(x, layer)
-        triton_backend.norm_conv2d(x, norm, layer, silu=True, residual=torch.zeros(1, 128, 16, 16, dtype=x.dtype))
+        residual = torch.zeros(1, 128, 16, 16, dtype=x.dtype)
+        triton_backend.norm_conv2d(x, *triton_backend.group_scale_shift(x, norm), layer, silu=True, residual=residual)
         triton_backend.linear(x.flatten(2).mT, random_layer(torch.nn.Linear(channels, 128), LayerScheme(*bits, rank)))
 
 

@@ -7,8 +7,13 @@ import copy
 import pytest
 import torch
 from quantized_models import quantized_pipeline, run
+from torch import nn
 
-from qartsr_pipeline.quantization.fuse import fuse
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.kernels import reference
+from qartsr_pipeline.quantization import fuse as fusing
+from qartsr_pipeline.quantization.fuse import LeanResnetBlock, convolution_of_normalized, fuse
+from qartsr_pipeline.tiled_normalization import SharedStatistics
 from tiny_models import build_tiny_pipeline
 
 
@@ -22,6 +27,92 @@ def test_fused_models_compute_and_store_the_same(part: str):
     assert torch.allclose(result, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     before, after = model.state_dict(), fused.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_loaded_model_is_fused_wherever_it_can_be(tmp_path):
+    """A VAE's decoder names its time embedding otherwise, and has most of the work."""
+    quantized_pipeline().save_pretrained(tmp_path)
+    loaded = QArtSRPipeline.from_pretrained(tmp_path)
+    blocks = [block for model in (loaded.unet, loaded.vae) for block in model.modules() if hasattr(block, "conv1")]
+    assert blocks and all(isinstance(block, LeanResnetBlock) for block in blocks)
+    loaded.save_pretrained(tmp_path / "again")
+    assert fuse(QArtSRPipeline.from_pretrained(tmp_path / "again").vae) == 0
+
+
+class Backend:
+    """One that takes the norm into its pass; counts how often."""
+
+    calls = 0
+
+    @staticmethod
+    def group_scale_shift(x, norm):
+        variance, mean = torch.var_mean(x.reshape(len(x), norm.num_groups, -1), dim=2, correction=0)
+        mean, scale = (v.repeat_interleave(x.shape[1] // norm.num_groups, 1) for v in (mean, torch.rsqrt(variance + norm.eps)))
+        return scale * norm.weight, norm.bias - mean * scale * norm.weight
+
+    def norm_conv2d(self, x, scale, shift, layer, silu):
+        assert silu
+        self.calls += 1
+        return reference.conv2d(nn.functional.silu(x * scale[:, :, None, None] + shift[:, :, None, None]), layer)
+
+
+@pytest.fixture
+def backend(monkeypatch) -> Backend:
+    backend = Backend()
+    monkeypatch.setattr(fusing, "normalizing_backend", lambda x, layer: backend)
+    return backend
+
+
+@pytest.fixture
+def norm_and_convolution() -> tuple[nn.GroupNorm, nn.Module]:
+    block = quantized_pipeline().vae.decoder.mid_block.resnets[0]
+    nn.init.normal_(block.norm1.weight), nn.init.normal_(block.norm1.bias)
+    return block.norm1, block.conv1
+
+
+@torch.no_grad()
+def test_a_backend_that_can_takes_the_norm_into_its_pass(backend, norm_and_convolution):
+    norm, convolution = norm_and_convolution
+    x = torch.randn(2, 16, 9, 7) + 1
+    expected = reference.conv2d(nn.functional.silu(norm(x)), convolution)
+    y = convolution_of_normalized(x, norm, convolution)
+    assert backend.calls == 1 and (y - expected).norm() < 1e-2 * expected.norm()
+
+    shared = SharedStatistics([norm], rim=0)
+    with shared.record():
+        norm(4 * x[:1])
+    with shared.apply():
+        expected = reference.conv2d(nn.functional.silu(norm(x)), convolution)
+        y = convolution_of_normalized(x, norm, convolution)
+    assert backend.calls == 2 and (y - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("place", ["norm", "convolution"])
+@torch.no_grad()
+def test_nothing_around_norm_or_convolution_is_skipped(backend, norm_and_convolution, place: str):
+    norm, convolution = norm_and_convolution
+    module, x, seen = {"norm": norm, "convolution": convolution}[place], torch.randn(1, 16, 4, 5), []
+    hook = module.register_forward_hook(lambda *arguments: seen.append(1))
+    convolution_of_normalized(x, norm, convolution)
+    hook.remove()
+    assert seen and not backend.calls
+    own = module.forward
+    module.forward = lambda x: seen.append(1) or own(x)  # as offloading does
+    convolution_of_normalized(x, norm, convolution)
+    assert len(seen) == 2 and not backend.calls
+
+
+def test_fused_blocks_have_the_same_gradient():
+    model = quantized_pipeline().vae
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    x = torch.randn(1, 4, 6, 8)
+    gradients = []
+    for one in (model, fused):
+        latent = x.clone().requires_grad_()
+        one.decode(latent).sample.square().mean().backward()
+        gradients.append(latent.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5 * gradients[0].abs().max().item())
 
 
 def test_models_in_full_precision_are_left_alone():
