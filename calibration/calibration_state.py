@@ -37,8 +37,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def started_from(path: Path) -> dict[str, Any]:
-    """What is recorded of the run whose parameters another one starts from: recipe, bits, seed, and what it started from."""
-    return _read(path)["identity"]
+    """What is recorded of the run whose parameters another one starts from: recipe, bits, seed, what it started from, and how
+    many of the recipe's steps it has made.
+    """
+    state = _read(path)
+    return state["identity"] | {"steps_made": sum(map(len, state["losses"].values()))}
 
 
 @torch.no_grad()

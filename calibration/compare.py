@@ -21,9 +21,9 @@ if __package__ in (None, ""):  # run as a script: its own folder must not shadow
 
 from calibration.comparison.cells import full_precision, run_cell
 from calibration.comparison.learning_rate import StoppedError
-from calibration.comparison.methods import EXTRA_BITS, Cell, Method, make_method, method_names
+from calibration.comparison.methods import EXTRA_BITS, MAIN, Cell, Method, make_method, method_names
 from calibration.comparison.setting import Comparison, load_model
-from calibration.comparison.table import MAIN, read_cells, write_tables
+from calibration.comparison.table import read_cells, write_tables
 from calibration.data.fingerprint import data_fingerprint
 from calibration.data.overlap import check_no_overlap, file_digests, overlap
 from calibration.data.pairs import choose_held_out
@@ -56,7 +56,7 @@ def further_cells(done: dict[Cell, dict[str, Any]], seeds: int, before_trq: bool
         cells += [replace(cell, seed=seed) for cell in ranked[:REPEATED] for seed in range(1, seeds)]
         if before_trq:
             main = [cell for cell in ranked if cell.method.name == MAIN]
-            others = [cell for cell in ranked if cell.method.name != MAIN][:BESIDE_MAIN]
+            others = [cell for cell in ranked if not cell.method.name.startswith(MAIN)][:BESIDE_MAIN]
             cells += [replace(cell, model="t999") for cell in main + others]
     return cells
 
@@ -99,10 +99,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_cells(comparison: Comparison, cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
-    """Runs the cells one after another and says what came out of each."""
+    """Runs the cells one after another and says what came out of each; those whose training diverges have no entry."""
     done = {}
     for number, cell in enumerate(cells, 1):
-        done[cell] = content = run_cell(comparison, cell)
+        try:
+            done[cell] = content = run_cell(comparison, cell)
+        except FloatingPointError as error:  # one method's failure is no reason to leave out the others
+            print(f"{number}/{len(cells)} {cell.key} is left out of the tables: {' '.join(str(error).split())}", flush=True)
+            continue
         metrics, factor = content["metrics"]["wavelet"], content["learning_rate"]["factor"]
         rate = "" if factor is None else f", learning rate x{factor:g}"
         print(

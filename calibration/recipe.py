@@ -210,7 +210,7 @@ class Recipe:
         layer: the parameters of every layer.
         stages: their training, in order; none for a method that does not train.
         keep: pattern of "component.layer" names -> bits such as w8a8, or w16a16 to leave layers as they are. The first match
-            wins.
+            wins. These layers have no branch, and never fewer bits than the others.
         steps: optimizer steps of the whole run.
         images: calibration pictures that observers see.
         image_size: their side in pixels, high resolution.

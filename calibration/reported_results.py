@@ -119,15 +119,20 @@ def reproduce(reports: list[dict[str, Any]]) -> str:
     Args:
         reports: what `calibration/evaluate.py --output` wrote, any number.
     """
-    ours = our_lines(reports)
     parts = []
-    for number, table in enumerate(TABLES):
-        beside = ours if number == 0 else {}  # ours is compared once, with the longest table
+    for table in TABLES:
+        beside = our_lines([report for report in reports if _table_of(report) is table])
         title = f"## {table.source}: {table.data}\n\nFull precision is {table.model}."
-        parts.append(f"{title}\n\n{_table(table, beside, bool(reports) and number == 0)}")
+        parts.append(f"{title}\n\n{_table(table, beside, bool(beside))}")
     if reports:
         parts.append("## What differs\n\n" + "\n".join(f"- {line}" for line in differences(reports)))
     return "\n\n".join(parts)
+
+
+def _table_of(report: dict[str, Any]) -> ReportedTable:
+    """Beside which table ours goes: the first of the same photographs, otherwise the longest, which is the first."""
+    layout = report["data"].get("layout")
+    return next((table for table in TABLES if layout and table.data.startswith(layout)), TABLES[0])
 
 
 def _table(table: ReportedTable, ours: dict[tuple[str, str], list[dict[str, Any]]], with_ours: bool) -> str:

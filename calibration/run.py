@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -28,11 +29,12 @@ from calibration.calibration_state import STATE_NAME
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
 from calibration.data.fingerprint import data_fingerprint, hardware, versions
-from calibration.data.overlap import check_no_overlap, file_digests, overlap
+from calibration.data.overlap import BEFORE, check_no_overlap, file_digests, overlap, recorded_files
 from calibration.data.pairs import Patches
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.engine import check_start, quantize
-from calibration.losses import PERCEPTUAL, load_perceptual
+from calibration.export_teacher import RECORD_NAME as TRAINING_NAME
+from calibration.losses import PERCEPTUAL, Perceptual, load_perceptual
 from calibration.model_card import model_card
 from calibration.pipeline_folder import save_pipeline
 from calibration.preparation import Told
@@ -41,6 +43,8 @@ from calibration.run_report import make_report
 from calibration.sharing import on_the_same_weights
 from calibration.stages import Calibrated, Watch
 from calibration.teacher import pictures as training_pictures
+from calibration.tensor_store import PREFIX
+from calibration.training_settings import parse_phase
 from calibration.training_state import write_whole
 from calibration.warm_start import RECORD_NAME
 from calibration.workers import ALONE, Workers
@@ -54,7 +58,7 @@ ARGUMENTS_NAME = "run.json"
 SAMPLE = Path(__file__).resolve().parents[1] / "qartsr_pipeline" / "samples" / "rider.jpg"
 PLACE = ("output", "resume", "device")  # arguments that are not part of what is made
 # What may be another one when a run is resumed: what the report alone is of, and what the state knows by its content.
-MAY_CHANGE = (*PLACE, "evaluate", "model", "data", "start")
+MAY_CHANGE = (*PLACE, "evaluate", "model", "data", "start", "least_bypass_cost", "quality_margin")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -66,6 +70,7 @@ def arguments() -> argparse.ArgumentParser:
         help="QArtSR's first stage: a timestep to retrain the model at before quantizing it, `search` to find one"
         " (calibration/trq.py), or `keep` (default)",
     )
+    trq.add_search_arguments(parser.add_argument_group("with --timestep"))
     parser.add_argument("--recipe", default="qartsr", help=f"{', '.join(recipe_names())}, or a YAML file")
     parser.add_argument(
         "--bits", default="w4a4", type=str.lower, help="of weights and activations: 2, 3, 4, 6, 8, or 16 for none"
@@ -81,7 +86,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--start",
         metavar="RUN",
-        help="start from the parameters of that finished run, or of a quantized folder (also a shipped name or a Hub id) made of"
+        help="start from the parameters of that run, or of a quantized folder (also a shipped name or a Hub id) made of"
         " the same model, of the same or of other bits",
     )
     parser.add_argument("--data", help="folder of photographs to calibrate on (default: procedural pictures)")
@@ -129,7 +134,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Job:
-    """What a run works on: checked arguments, loaded models and data."""
+    """What a run works on: checked arguments, loaded models and data.
+
+    Attributes:
+        before: name -> SHA-256 of the photographs that the models it is made from were made with.
+        retrained: how the full-precision model was, before it was quantized; see `calibration.trq`.
+    """
 
     args: argparse.Namespace
     recipe: Recipe
@@ -142,7 +152,9 @@ class Job:
     patches: Patches
     data: dict[str, Any]
     evaluation: list[Path]
+    before: dict[str, str]
     sweep: list[dict[str, Any]] | None = None
+    retrained: dict[str, Any] | None = None
 
 
 def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | None]:
@@ -155,10 +167,15 @@ def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | 
         return fetch(args.model), None
     searched = args.timestep == "search"
     options = trq.Options(
-        timesteps=trq.TIMESTEPS if searched else (int(args.timestep),), degradation=args.degradation, seed=args.seed
+        timesteps=tuple(args.timesteps) if searched else (int(args.timestep),),
+        phases=tuple(map(parse_phase, args.phases)),
+        full_phases=tuple(map(parse_phase, args.full_phases)),
+        rule=trq.Rule(args.least_bypass_cost, args.quality_margin),
+        degradation=args.degradation,
+        seed=args.seed,
     )
-    pictures = argparse.Namespace(data=args.data, procedural=0.0 if args.data else 1.0, held_out=8, degradation=args.degradation)
-    patches, held_out, record = training_pictures(pictures)
+    pictures = {"data": args.data, "procedural": 0.0 if args.data else 1.0, "degradation": args.degradation}
+    patches, held_out, record = training_pictures(argparse.Namespace(**pictures, held_out=args.held_out))
     folder = args.output / "timestep"
     search = trq.Search(args.model, patches, held_out, options, folder, record, device=choose_device(args.device)[0])
     if not searched:
@@ -180,6 +197,8 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     start = args.start and start_of(args.start)
     check_start(recipe, start)
     workers.check(recipe)
+    if args.timestep != "keep" and start and start.is_file():
+        raise ValueError("--start: the run is of the model as it is, and --timestep retrains it; give one of the two")
     if args.timestep not in ("keep", "search") and not (args.timestep.isdecimal() and int(args.timestep) < 1000):
         raise ValueError(f"--timestep {args.timestep}: expected keep, search, or a number from 0 to 999")
     if args.timestep != "keep" and workers.several:
@@ -193,23 +212,37 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
         if seen:
             raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
     device = workers.processes.device or choose_device(args.device)[0]
-    source = fetch(args.model)
-    check_no_overlap(evaluation, source)
+    source, before = fetch(args.model), {}
+    for folder in (source, *([start.parent / "model" if start.is_file() else start] if start else [])):
+        check_no_overlap(evaluation, folder)
+        before |= recorded_files(folder) or {}
     if workers.is_main:
         start_folder(args)
+    if args.timestep != "keep" and recipe.is_perceptual:  # what it lacks is said before the model is retrained, not after
+        perceptual_of(args, QArtSRPipeline.from_pretrained(source))
     folder, sweep = at_timestep(args)
+    retrained = None if args.timestep == "keep" else json.loads((folder / TRAINING_NAME).read_text(encoding="utf-8"))
     without = {"text_encoder": None, "tokenizer": None}  # the fixed prompt is folded into the weights
     pipeline = QArtSRPipeline.from_pretrained(folder, **without).to(device)
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
     name = Path(args.model).name
-    return Job(args, recipe, bits, name, source, start, pipeline, full_precision, patches, data, evaluation, sweep)
+    models = (name, source, start, pipeline, full_precision)
+    return Job(args, recipe, bits, *models, patches, data, evaluation, before, sweep, retrained)
+
+
+def perceptual_of(args: argparse.Namespace, full_precision: QArtSRPipeline) -> Perceptual:
+    """The perceptual loss that the arguments ask for; raises what `load_perceptual` does."""
+    weights = Path(args.perceptual_weights) if args.perceptual_weights else None
+    return load_perceptual(args.perceptual, full_precision.vae, weights)
 
 
 def start_folder(args: argparse.Namespace) -> None:
-    """Makes the run's folder and writes its arguments into it, for `--resume`."""
+    """Makes the run's folder and writes its arguments into it, for `--resume`; removes what a killed process left there."""
     args.output.mkdir(parents=True, exist_ok=True)
+    for left_over in args.output.glob(PREFIX + "*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     kept = {name: value for name, value in vars(args).items() if name not in PLACE}
     write_whole(args.output / ARGUMENTS_NAME, json.dumps(kept, indent=1, default=str).encode())
 
@@ -231,6 +264,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
     return {
         "model": job.model,
         "timestep": job.pipeline.config.timestep,
+        "retrained": job.retrained and {name: value for name, value in job.retrained.items() if name != "data"},
         "bits": job.args.bits,
         "recipe": job.recipe.to_dict(),
         "seed": job.args.seed,
@@ -238,6 +272,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
         "degradation": job.args.degradation,
         "perceptual": perceptual,
         "data": job.data,
+        BEFORE: job.before,
         "versions": versions(),
         "hardware": hardware(job.pipeline.vae.device.type),
         "loss": {stage: [float(f"{loss:.4g}") for loss in losses] for stage, losses in calibrated.losses.items()},
@@ -273,8 +308,7 @@ def run(
 def _run(args: argparse.Namespace, watch: Watch | None, preparing: Told | None, workers: Workers) -> bool:
     start = time.perf_counter()
     job = workers.together(lambda: load_job(args, workers))
-    weights = Path(args.perceptual_weights) if args.perceptual_weights else None
-    perceptual = load_perceptual(args.perceptual, job.full_precision.vae, weights) if job.recipe.is_perceptual else None
+    perceptual = perceptual_of(args, job.full_precision) if job.recipe.is_perceptual else None
     calibrated = quantize(
         job.pipeline,
         job.full_precision,

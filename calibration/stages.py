@@ -317,19 +317,25 @@ class Run:
         loss = loss_of(self.step)
         value = self.workers.mean(loss.detach())
         if not math.isfinite(value):
-            kept = f"{self.state} has the state before it: " if self.state and self.state.exists() else ""
-            raise FloatingPointError(
-                f"the loss of step {self.step} of {stage.name}, {self.bar.desc}, is {value}: {kept}"
-                f"start again with a smaller learning rate than {stage.lr:g}"
-            )
+            raise self._diverged(stage, f"the loss is {value}")
         for group in self.optimizer.param_groups:
             group["lr"] = group["relative"] * rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.workers.average_gradients(parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.workers.average_gradients(parameters)
+        if not all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None):
+            raise self._diverged(stage, "a gradient is not finite")
         self.optimizer.step()
         keep_zero_inside(self.layers.values())
         return value
+
+    def _diverged(self, stage: Stage, what: str) -> FloatingPointError:
+        kept = f"{self.state} has the state before it. " if self.state and self.state.exists() else ""
+        return FloatingPointError(
+            f"step {self.step} of {stage.name}, {self.bar.desc}: {what}. {kept}Begin another run with a smaller learning rate"
+            f" than {stage.lr:g}" + (f"; it can start from this one's parameters, {self.state.parent}" if kept else "")
+        )
 
     def save(self) -> None:
         """Writes the state, where the run has one."""

@@ -34,6 +34,7 @@ import torch
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
 from calibration.data.fingerprint import data_fingerprint, versions
+from calibration.data.overlap import file_digests
 from calibration.data.pairs import MixedPatches, Pair, Patches, choose_held_out, held_out_pairs, procedural_pairs
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.teacher_losses import DISTANCES
@@ -111,7 +112,7 @@ def pictures(args: argparse.Namespace) -> tuple[Patches, list[Pair], dict[str, A
     patches: Patches = DeadLeaves() if args.procedural == 1 else PhotographPatches(rest)
     if 0 < args.procedural < 1:
         patches = MixedPatches(patches, DeadLeaves(), args.procedural)
-    record = {"data": data_fingerprint(paths), "held_out": [path.name for path in held]}
+    record = {"data": data_fingerprint(paths) | {"files": file_digests(paths)}, "held_out": [path.name for path in held]}
     return patches, held_out_pairs(held, args.degradation), record
 
 
@@ -138,7 +139,7 @@ def build_trainer(args: argparse.Namespace) -> Trainer:
     trainer = Trainer(model, args.phases, patches, held_out, settings, record)
     if args.resume:
         before = (load_state(trainer.state_path).get("record") or {}).get("data", record["data"])
-        if before != record["data"]:
+        if (before or {}).get("sha256") != (record["data"] or {}).get("sha256"):
             raise ValueError(
                 f"the photographs are not those that {trainer.state_path} was trained on: restore them or start anew"
             )

@@ -14,6 +14,9 @@ The rule that picks T (our reading; the paper states none):
 2. Of the others, those within 0.1 dB of the best one's full-precision quality stay.
 3. Of these, the one with the least relative error of z_H is taken.
 
+Retraining is by the L1 distance of latents, then of pictures; `Search.perceptual` adds features. The paper's is L2 with LPIPS,
+and OSEDiff's variational score distillation, which is not here.
+
 The chosen candidate is then trained on for the full number of steps. The output folder holds ``sweep.json``, ``sweep.md``,
 ``sweep.png`` (where matplotlib is installed), one folder for each candidate, and ``model``: the full-precision pipeline folder.
 Every finished candidate is kept: a second call with the same arguments goes on where the first was stopped.
@@ -215,7 +218,7 @@ class Search:
         """One timestep's result, from its folder where it is finished."""
         folder = self.output / f"t{timestep:03d}"
         path = folder / RESULT_NAME
-        made_with = {"model": Path(self.model).name, "data": self.record.get("data"), **self.options.of_candidates}
+        made_with = {"model": Path(self.model).name, "data": self._pictures, **self.options.of_candidates}
         if path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
             if result["made_with"] != made_with:
@@ -226,6 +229,12 @@ class Search:
         result = {"candidate": asdict(candidate), "made_with": made_with}
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         return candidate
+
+    @property
+    def _pictures(self) -> dict[str, Any] | None:
+        """The photographs' number and hash; their list stands in the records of the models."""
+        data = self.record.get("data")
+        return data and {name: value for name, value in data.items() if name != "files"}
 
     def retrain(self, start: str, timestep: int, phases: tuple[Phase, ...], folder: Path) -> Path:
         """Trains ``start`` at ``timestep`` in ``folder`` and returns the pipeline folder ``folder / "model"``.
@@ -305,7 +314,7 @@ class Search:
             "rows": rows,
             "options": options,
             "pictures_held_out": len(self.held_out),
-            "data": self.record.get("data"),
+            "data": self._pictures,
             "versions": versions(),
         }
         write_whole(self.output / "sweep.json", (json.dumps(report, indent=1) + "\n").encode())
@@ -361,25 +370,37 @@ def markdown(candidates: list[Candidate], chosen: Candidate | None, options: Opt
     return "\n".join(lines)
 
 
+def add_search_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Arguments of the search that `calibration/run.py` has, too."""
+    steps = {"nargs": "+", "metavar": "NAME:STEPS:LR:PATCH:BATCH"}
+    parser.add_argument("--timesteps", type=int, nargs="+", default=list(TIMESTEPS), metavar="T", help="candidates")
+    parser.add_argument("--phases", default=list(SHORT), help=f"at each candidate (default: {' '.join(SHORT)})", **steps)
+    parser.add_argument("--full-phases", default=list(FULL), help=f"at the chosen one (default: {' '.join(FULL)})", **steps)
+    parser.add_argument(
+        "--least-bypass-cost", type=float, default=Rule.least_bypass_cost, metavar="DB",
+        help="what leaving the UNet out must cost at a timestep that may be chosen (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality-margin", type=float, default=Rule.quality_margin, metavar="DB",
+        help="so much below the best full-precision quality is as good (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--held-out", type=int, default=8, metavar="N", help="pictures kept for measuring (default: %(default)s)")
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="full-precision pipeline folder, shipped name or Hub id")
-    parser.add_argument("--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T")
+    add_search_arguments(parser)
     parser.add_argument("--data", help="folder of photographs; without it, procedural pictures are used")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything; its `model` is the result")
-    parser.add_argument("--phases", nargs="+", default=SHORT, metavar="NAME:STEPS:LR:PATCH:BATCH", help="at each candidate")
-    parser.add_argument("--full-phases", nargs="+", default=FULL, metavar="NAME:STEPS:LR:PATCH:BATCH", help="at the chosen one")
     parser.add_argument("--sweep-only", action="store_true", help="do not train on at the chosen timestep")
     parser.add_argument("--bits", default="w4a4", help="of the plain quantization (default: w4a4)")
-    parser.add_argument("--least-bypass-cost", type=float, default=Rule.least_bypass_cost, metavar="DB")
-    parser.add_argument("--quality-margin", type=float, default=Rule.quality_margin, metavar="DB")
     parser.add_argument(
         "--train", choices=("auto", "all", "adapters"), default="auto", help="UNet weights (default: adapters for large models)"
     )
     parser.add_argument("--train-encoder", action="store_true", help="train the VAE encoder in the pixel phase, as OSEDiff does")
     parser.add_argument("--loss", choices=tuple(DISTANCES), default="l1")
     parser.add_argument("--degradation", choices=tuple(DEGRADATIONS), default="bicubic")
-    parser.add_argument("--held-out", type=int, default=8, help="pictures kept for measuring")
     parser.add_argument("--every", type=int, default=250, help="validate and save every so many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", dest="bf16", action="store_false", help="no bfloat16 autocast")

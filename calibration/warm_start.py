@@ -32,8 +32,9 @@ def record_of_folder(folder: Path) -> dict[str, Any]:
         return {"folder": folder.name}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {"folder": folder.name} | {name: record[name] for name in RECORDED if name in record}
-    except (OSError, ValueError) as error:
+        made = {"steps_made": sum(map(len, record["loss"].values()))} if "loss" in record else {}
+        return {"folder": folder.name} | {name: record[name] for name in RECORDED if name in record} | made
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove it, or start from another folder") from error
 
 

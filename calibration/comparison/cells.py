@@ -140,7 +140,8 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     """Makes and measures a cell, or reads it where it is finished.
 
     Raises:
-        ValueError: it is there, of other settings. StoppedError: by Ctrl-C; what is done of it is saved.
+        FloatingPointError: training diverges. ValueError: it is there, of other settings. StoppedError: by Ctrl-C; what is
+            done of it is saved.
     """
     settings = comparison.settings(cell)
     path = comparison.output / "cells" / f"{cell.key}.json"

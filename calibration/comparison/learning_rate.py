@@ -86,7 +86,7 @@ def sweep(trials: Trials) -> dict[str, Any]:
         "factor", and "losses" by factor (None where training diverged).
 
     Raises:
-        ValueError: training diverged with every rate. StoppedError: by Ctrl-C.
+        FloatingPointError: training diverged with every rate. StoppedError: by Ctrl-C.
     """
     comparison, cell = trials.comparison, trials.cell
     first = replace(cell, seed=0)
@@ -104,7 +104,8 @@ def sweep(trials: Trials) -> dict[str, Any]:
             break
         best = factor
     if losses[best] == math.inf:
-        raise ValueError(f"{cell.group}: training diverges with the recipe's learning rates times {', '.join(map(str, SWEPT))}")
+        factors = ", ".join(map(str, SWEPT))
+        raise FloatingPointError(f"{cell.group}: training diverges with the recipe's learning rates times {factors}")
     shown = {f"{factor:g}": losses[factor] if math.isfinite(losses[factor]) else None for factor in sorted(losses)}
     chosen = {"settings": settings, "factor": best, "losses": shown}
     write_json(path, chosen)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from calibration.comparison.table import MAIN
 from calibration.recipe import Recipe, Stage, load_recipe
 
 METHODS = ("maxmin", "lsq", "q_dm", "efficientdm", "passionsr", "svdquant", "qartsr")
+MAIN = "qartsr"
 EXTRA_BITS = {"passionsr": "w8a8"}  # what its publication is about
 
 

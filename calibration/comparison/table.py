@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from calibration.comparison.learning_rate import SWEEP_STEPS
+from calibration.comparison.methods import MAIN
 from calibration.training_state import write_whole
 from qartsr_pipeline.image.comparison import compare
 
 TABLE_NAME, JSON_NAME = "comparison.md", "comparison.json"
 COLOR_FIX = "wavelet"  # the pipeline's default: what the tables are about; the JSON has both
 TO_FULL_PRECISION, TRUTH = "psnr_y_to_full_precision", "psnr_y"
-MAIN = "qartsr"
 COLUMNS = {  # metric -> heading, layout; further metrics to full precision come behind
     "psnr_y_to_full_precision": ("PSNR-Y to full precision", "{:.2f}"),
     "ssim_y_to_full_precision": ("SSIM-Y to full precision", "{:.4f}"),
@@ -209,7 +210,8 @@ def heading(cells: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> str
             "",
             f"{settings['evaluation']['count']} photographs, enlarged 4 times after bicubic reduction; calibrated on"
             f" others, {', '.join(map(str, steps)) or 'no'} steps where a method trains; its learning rate chosen on patches of"
-            f" some that are not calibrated on ({settings['calibration']['count']} in all).",
+            f" some that are not calibrated on ({settings['calibration']['count']} in all), in trials of a third of the steps,"
+            f" {SWEEP_STEPS} at most.",
             f"Full precision (T = {model['timestep']}): PSNR-Y {metrics[TRUTH]:.2f}, SSIM-Y {metrics['ssim_y']:.4f};"
             f" bicubic {bicubic[TRUTH]:.2f} and {bicubic['ssim_y']:.4f}. Colours aligned ({COLOR_FIX}), the pipeline's default.",
             "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a weight, MB: codes,"

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 RECORDS = ("quantization.json", "training.json")
+BEFORE = "photographs_before"  # of a record: those of the models that this one was made from
 
 
 def file_digests(paths: list[Path]) -> dict[str, str]:
@@ -31,7 +32,8 @@ def overlap(paths: list[Path], recorded: dict[str, str]) -> list[Path]:
 
 
 def recorded_files(folder: str | Path) -> dict[str, str] | None:
-    """Name -> SHA-256 of the photographs that the records of a pipeline folder list; None if they list none.
+    """Name -> SHA-256 of the photographs that the records of a pipeline folder list, as its own or as those of the models that it
+    was made from; None if they list none.
 
     Raises:
         ValueError: a record is not JSON.
@@ -40,13 +42,14 @@ def recorded_files(folder: str | Path) -> dict[str, str] | None:
     for path in (Path(folder) / name for name in RECORDS):
         if path.is_file():
             try:
-                data = json.loads(path.read_text(encoding="utf-8")).get("data")
+                record = json.loads(path.read_text(encoding="utf-8"))
+                data, before = record.get("data"), record.get(BEFORE) or {}
             except (ValueError, AttributeError) as error:
                 raise ValueError(
                     f"{path} cannot be read as a record ({error}): restore it from where the model is from"
                 ) from error
             listed = data.get("files") if isinstance(data, dict) else None
-            files |= {f"{path.name}: {name}": digest for name, digest in (listed or {}).items()}
+            files |= {f"{path.name}: {name}": digest for name, digest in {**before, **(listed or {})}.items()}
     return files or None
 
 

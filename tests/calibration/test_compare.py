@@ -155,6 +155,15 @@ def test_the_learning_rate_is_chosen_on_held_out_patches_with_a_third_of_the_ste
     assert engine.begun.count(("LSQ", 0)) == 1  # all of these calibrations start from the same layers
 
 
+def test_a_method_whose_training_diverges_does_not_end_the_comparison(command, engine, monkeypatch, capsys):
+    monkeypatch.setattr(learning_rate, "SWEPT", (30.0,))
+    engine.diverges_at = 30.0
+    command(methods="lsq maxmin")
+    assert list(cells(command.output)) == ["maxmin-w4a4-seed0"]
+    printed = capsys.readouterr().out
+    assert "lsq-w4a4-seed0 is left out of the tables: lsq-w4a4: training diverges" in printed and "**MaxMin**" in printed
+
+
 def test_held_out_photographs_are_neither_calibrated_nor_evaluated_on(pictures, engine):
     arguments = ["--data", str(pictures / "data"), "--evaluate", str(pictures / "evaluate"), "--output", "x"]
     comparison = compare.prepare(compare.arguments().parse_args([str(pictures / "model"), *arguments]))

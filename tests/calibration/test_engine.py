@@ -224,15 +224,31 @@ def test_a_run_starts_from_another_ones_parameters_if_they_fit(tmp_path):
         calibrated(small_recipe("steps=0"), start=tmp_path / "missing.pt")
 
 
-def test_a_loss_that_is_no_number_stops_with_the_way_out(tmp_path, monkeypatch):
+class NoGradient(torch.autograd.Function):
+    """The number itself, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"), [(lambda loss: loss * float("nan"), "the loss is nan"), (NoGradient.apply, "a gradient is not finite")]
+)
+def test_a_loss_or_gradient_that_is_no_number_stops_with_the_way_out(tmp_path, monkeypatch, spoilt, said: str):
     recipe = small_recipe("steps=4", "stages.0.share=0", "stages.1.share=1")
 
     def diverging(step_of, *arguments, **kwargs):
-        return end_to_end_loss(step_of, *arguments, **kwargs) * (float("nan") if next(calls) == 3 else 1)
+        loss = end_to_end_loss(step_of, *arguments, **kwargs)
+        return spoilt(loss) if next(calls) == 3 else loss
 
     calls, end_to_end_loss = itertools.count(1), stages.end_to_end_loss
     monkeypatch.setattr(stages, "end_to_end_loss", diverging)
-    with pytest.raises(FloatingPointError, match="loss of step 2 of ET.* smaller learning rate than 0.003"):
+    with pytest.raises(FloatingPointError, match=f"step 2 of ET.*{said}.* smaller learning rate than 0.003"):
         calibrated(recipe, state=tmp_path / "state.pt", every=1)
     monkeypatch.undo()
     assert not calibrated(recipe, state=tmp_path / "state.pt", every=1)[1].stopped  # what was saved before it is whole

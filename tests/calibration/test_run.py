@@ -1,6 +1,7 @@
 """The command `calibration/run.py`, from its arguments to the folder, the record and the report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from recipes_for_tests import SMALL
 from safetensors import SafetensorError
 
 from calibration import run as command
-from calibration.data.overlap import file_digests
+from calibration.data.overlap import check_no_overlap, file_digests
 from calibration.stages import Run
 from qartsr_pipeline import QArtSRPipeline
 
@@ -143,6 +144,45 @@ def test_pictures_that_the_model_was_trained_on_are_not_reported_on(tiny_folder,
         command.main([str(tiny_folder), "--output", str(tmp_path / "new"), "--evaluate", str(photographs), *TINY])
     assert "picture_0.png is one of the photographs that" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, small_picture, photographs, tmp_path, capsys):
+    record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
+    (tiny_folder / "training.json").write_text(json.dumps(record))
+    first = tmp_path / "first"
+    command.main([str(tiny_folder), "--output", str(first), *small_picture, *TINY])  # on procedural pictures
+    with pytest.raises(ValueError, match="picture_0.png is one of the photographs that model was made with"):
+        check_no_overlap(sorted(photographs.iterdir()), first / "model")
+    (tiny_folder / "training.json").unlink()
+    for start in (first, first / "model"):
+        with pytest.raises(SystemExit, match="2"):
+            arguments = ["--start", str(start), "--evaluate", str(photographs), "--output", str(tmp_path / "new")]
+            command.main([str(tiny_folder), *arguments, *TINY])
+        assert "picture_0.png is one of the photographs that model" in capsys.readouterr().err
+
+
+def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_picture, photographs, tmp_path, capsys):
+    output, short = tmp_path / "run", ["--phases", "latent:1:1e-4:64:1", "--full-phases", "latent:2:1e-4:64:1", "--held-out", "1"]
+    arguments = [str(tiny_folder), "--output", str(output), "--data", str(photographs), *small_picture, *TINY, *short]
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*arguments, "--timestep", "search", "--timesteps", "20", "400"])
+    assert "at no timestep does bypassing the UNet cost 1 dB" in capsys.readouterr().err
+    command.main(["--resume", "--output", str(output), "--least-bypass-cost", "-100"])
+    record = json.loads((output / "model" / "quantization.json").read_text())
+    retrained = record["retrained"]
+    assert record["timestep"] == retrained["timestep"] in (20, 400) and retrained["phases"][0]["steps"] == 2
+    assert "picture_0.png" in record["data"]["files"] and "timestep" in (output / "report" / "index.html").read_text()
+    assert QArtSRPipeline.from_pretrained(output / "model").config.timestep == retrained["timestep"]
+
+
+def test_what_is_left_of_a_killed_process_is_removed(tiny_folder, small_picture, tmp_path):
+    output = tmp_path / "run"
+    command.main([str(tiny_folder), "--output", str(output), *small_picture, *TINY])
+    (output / ".activations.x").mkdir()
+    (output / ".activations.x" / "0.safetensors").write_bytes(b"large")
+    shutil.rmtree(output / "model")
+    command.main(["--resume", "--output", str(output)])
+    assert (output / "model").exists() and not list(output.glob(".activations*"))
 
 
 def test_pictures_to_evaluate_must_not_be_calibrated_on(tiny_folder, photographs, tmp_path, capsys):
