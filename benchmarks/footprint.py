@@ -26,7 +26,7 @@ from calibration.data.fingerprint import processor
 WARM_UP = 128  # pixels a side of the pictures of calls that do not count, at most
 
 
-def measure(model: str, size: int, calls: int, warm_up: int, threads: int) -> dict[str, object]:
+def measure(model: str, size: int, calls: int, warm_up: int, threads: int, tile_size: int | None = None) -> dict[str, object]:
     """In this process: seconds of each call on a square picture of ``size`` pixels, and the peak resident memory in MB."""
     import numpy as np
     import torch
@@ -43,16 +43,19 @@ def measure(model: str, size: int, calls: int, warm_up: int, threads: int) -> di
     seconds = []
     for _ in range(calls):
         start = time.perf_counter()
-        pipeline(picture)
+        pipeline(picture, tile_size=tile_size)
         seconds.append(time.perf_counter() - start)
     peak = peak_megabytes("cpu")
     return {"seconds": seconds, "peak_mb": peak, "loaded_mb": before, "tiles": pipeline.num_timesteps}
 
 
-def in_own_process(model: str, size: int, calls: int, warm_up: int, threads: int) -> dict[str, object]:
+def in_own_process(
+    model: str, size: int, calls: int, warm_up: int, threads: int, tile_size: int | None = None
+) -> dict[str, object]:
     """`measure` in a fresh process; ends the program with the process's own message when that fails."""
     command = [sys.executable, __file__, model, "--sizes", str(size), "--calls", str(calls)]
     command += ["--warm-up", str(warm_up), "--threads", str(threads), "--one"]
+    command += [] if tile_size is None else ["--tile-size", str(tile_size)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if result.returncode:
         raise SystemExit(f"{model}, {size}: {result.stderr[-2000:]}")
@@ -67,11 +70,12 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="calls before them that do not count")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--tile-size", type=int, help="side of the tiles, enlarged (default: what free memory allows)")
     parser.add_argument("--output", help="the JSON report")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.models[0], args.sizes[0], args.calls, args.warm_up, args.threads)))
+        print(json.dumps(measure(args.models[0], args.sizes[0], args.calls, args.warm_up, args.threads, args.tile_size)))
         return
     rows = []
     print("| input | model | seconds | ratio | peak MB | of it above the loaded model | tiles |")

@@ -23,9 +23,9 @@ from calibration.figures import png_of
 from calibration.training_state import write_whole
 
 
-def measure(model: str, size: int, scale: int, rounds: int, threads: int) -> dict[str, Any]:
+def measure(model: str, size: int, scale: int, rounds: int, threads: int, tile_size: int) -> dict[str, Any]:
     """Medians over fresh processes, for a square picture of ``size`` pixels a side."""
-    runs = [in_own_process(model, size, calls=1, warm_up=1, threads=threads) for _ in range(rounds)]
+    runs = [in_own_process(model, size, calls=1, warm_up=1, threads=threads, tile_size=tile_size) for _ in range(rounds)]
     megapixels = (size * scale) ** 2 / 1e6
     seconds = [run["seconds"][0] for run in runs]
     return {
@@ -46,6 +46,15 @@ def bytes_per_pixel(rows: list[dict[str, Any]]) -> float | None:
     return float(np.polyfit([row["megapixels"] for row in tiled], [row["peak_megabytes"] for row in tiled], 1)[0])
 
 
+def deviation(rows: list[dict[str, Any]]) -> float | None:
+    """Of the seconds per megapixel from their mean, the largest, as a share of it, over pictures of more than one tile."""
+    seconds = [row["seconds_per_megapixel"] for row in rows if row["tiles"] > 1]
+    if len(seconds) < 2:
+        return None
+    mean = statistics.fmean(seconds)
+    return max(abs(one - mean) for one in seconds) / mean
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
         "| output, megapixels | tiles | seconds | seconds per megapixel | peak, MB |",
@@ -55,8 +64,12 @@ def table(result: dict[str, Any]) -> str:
         seconds = statistics.median(row["seconds"])
         shown = f"{row['megapixels']:.2f} | {row['tiles']} | {seconds:.1f} | {row['seconds_per_megapixel']:.2f}"
         lines.append(f"| {shown} | {row['peak_megabytes']:.0f} |")
-    growth = result["bytes_per_pixel"]
-    return "\n".join([*lines, "" if growth is None else f"\n{growth:.0f} bytes for each further output pixel"])
+    growth, off = result["bytes_per_pixel"], result["largest_deviation"]
+    if growth is not None:
+        lines.append(f"\n{growth:.0f} bytes for each further output pixel")
+    if off is not None:
+        lines.append(f"\nSeconds per megapixel: {100 * off:.0f} % at most off the mean over pictures of more than one tile")
+    return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -81,13 +94,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, default=4, help="of the model (default: 4)")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each size (default: 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--tile-size", type=int, default=1024, help="side of the tiles, enlarged, in pixels (default: 1024)")
     parser.add_argument("--output", type=Path, required=True, help="the JSON report; the plot has its name")
     args = parser.parse_args(argv)
     rows = []
     for size in args.sizes:
-        rows.append(measure(args.model, size, args.scale, args.rounds, args.threads))
+        rows.append(measure(args.model, size, args.scale, args.rounds, args.threads, args.tile_size))
         print(rows[-1], flush=True)
     result = {"model": args.model, "rows": rows, "bytes_per_pixel": bytes_per_pixel(rows), "threads": args.threads}
+    result |= {"tile_size": args.tile_size, "largest_deviation": deviation(rows)}
     result |= {"processor": processor(), "versions": versions()}
     write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
     plot(result, args.output.with_suffix(".png"))

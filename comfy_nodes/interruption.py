@@ -1,4 +1,4 @@
-"""Cancelling within a tile: ComfyUI's cancel button is looked at before every layer."""
+"""Cancelling within a tile: ComfyUI's cancel button is looked at before every block of layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 @contextmanager
 def interruptible(network: nn.Module) -> Iterator[None]:
-    """Inside, `network` raises ComfyUI's InterruptProcessingException at its next layer once the user cancels."""
+    """Inside, `network` raises ComfyUI's InterruptProcessingException at its next block once the user cancels.
+
+    Single layers get no hook: what has one is not fused with its neighbours.
+    """
     from comfy.model_management import throw_exception_if_processing_interrupted
 
     def look(module: nn.Module, inputs: tuple) -> None:
         throw_exception_if_processing_interrupted()
 
-    hooks = [module.register_forward_pre_hook(look) for module in network.modules()]
+    hooks = [module.register_forward_pre_hook(look) for module in network.modules() if any(module.children())]
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -134,7 +135,7 @@ def in_tiles(
     common = CommonStatistics(len(tiles), x.device)
     with exchanged_forwards(norms, lambda norm: partial(common.normalized, norm)), ThreadPoolExecutor(len(tiles)) as threads:
         try:
-            running = [threads.submit(common.run, forward, number, part) for number, part in enumerate(cut)]
+            running = [threads.submit(copy_context().run, common.run, forward, number, part) for number, part in enumerate(cut)]
             errors = [error for error in (job.exception() for job in running) if error is not None]
         except BaseException:  # Ctrl-C, or no more threads: nobody would come to the others' barrier
             common.abort()

@@ -122,7 +122,7 @@ class FixedNorm:
         """What x (B, C, ...) is multiplied by, and what is then added: float32 (B, C), twice."""
         moments = self.mean.to(x.device), self.variance.to(x.device)
         scale, shift = scale_shift(*moments, self.norm.weight, self.norm.bias, self.norm.eps)
-        return scale.expand(x.shape[0], -1), shift.expand(x.shape[0], -1)
+        return scale.repeat(x.shape[0], 1), shift.repeat(x.shape[0], 1)
 
 
 def merged_moments(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from qartsr_pipeline.command_line.device import processor
+
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "Pillow")
 
 
@@ -29,12 +31,3 @@ def hardware(device: str = "cpu") -> str:
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"{processor()}, {torch.get_num_threads()} threads"
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor without a name there
-        return platform.processor() or platform.machine()

@@ -56,8 +56,16 @@ def machine(device: str) -> str:
     import diffusers
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}, " if device == "cpu" else ""
+    from ..kernels import list_backends
+    from ..kernels.onednn import has_vnni
+    from .device import processor
+
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    threads = ""
+    if device == "cpu":
+        bytes_summed = "bytes summed in 32 bits" if list_backends()["onednn"] is None and has_vnni() else "no VNNI"
+        vectors = f"{torch.backends.cpu.get_cpu_capability()}, {bytes_summed}"
+        threads = f"{vectors}, {torch.get_num_threads()} threads of {os.cpu_count()}, "
     return f"{device}: {name}, {threads}torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.system()}"
 
 

@@ -35,13 +35,14 @@ def _triton() -> dict[str, ModuleType]:
         return {}
 
 
-# In order of preference. Triton's kernels stand behind `torch._int_mm` until they have run on a GPU, which
-# `benchmarks/triton_gpu_check.py` is for.
+# In order of preference.
 BACKENDS: dict[str, ModuleType] = (
     {backend.NAME: backend for backend in (onednn, int_mm)}
     | _triton()
     | {backend.NAME: backend for backend in (float_product, reference)}
 )
+
+ONLY_WHEN_ASKED_FOR = {"triton"}  # until its kernels have run on a GPU, which `benchmarks/triton_gpu_check.py` is for
 
 _forced: ContextVar[str | None] = ContextVar("qartsr_backend", default=None)
 
@@ -79,7 +80,7 @@ def _choose(spec: LayerSpec, device: str, forced: str | None) -> str:
     """The name of the backend; see `choose_backend`. What was refused is asked for again."""
     reasons: dict[str, str] = {}
     for name, backend in BACKENDS.items():
-        if forced not in (None, name):
+        if forced != name if forced else name in ONLY_WHEN_ASKED_FOR:
             continue
         reason = backend.unavailable() or backend.unsupported(spec, device)
         if reason is None:
@@ -140,10 +141,10 @@ _operator = make_operator(_run_layer)
 
 
 def normalizing_backend(x: torch.Tensor, layer: StoredLayer) -> ModuleType | None:
-    """The backend that computes the layer, if it can take a GroupNorm and SiLU before it into its own pass over x (B, C, H, W);
-    otherwise, and within `torch.compile`, which fuses what stands before a layer itself, None.
+    """The backend that computes the layer, if it can take a GroupNorm and SiLU before it into its own pass over x (B, C, H, W),
+    otherwise None.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.numel() == 0:
+    if torch.is_grad_enabled() or x.numel() == 0:
         return None
     backend = choose_backend(layer.spec, x.device.type)
     return backend if hasattr(backend, "norm_conv2d") else None

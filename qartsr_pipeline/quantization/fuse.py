@@ -4,15 +4,17 @@
 up to the rounding of the float type: where that moves a value across a tie, its code is the next one.
 
 A GroupNorm and the SiLU behind it become part of the pass in which the convolution quantizes its input, if the backend has such
-a pass. Triton's has. On a CPU, made of torch's operators block by block in the cache, it was no faster than one after the other
-(tiny W4A4, 128 to 512 pixels, one thread: 3.94 s and 3.87 s): half of its time is SiLU's exponential, and calls for every block
-cost what they save. Norm and convolution are called as modules, one after the other, where anything else would skip what
-somebody has put around them: hooks, offloading, another forward. Only statistics that tiles share
+a pass: Triton's, with QARTSR_BACKEND=triton. On a CPU, made of torch's operators block by block in the cache, it was no faster
+than one after the other (tiny W4A4, 128 to 512 pixels, one thread: 3.94 s and 3.87 s): half of its time is SiLU's exponential,
+and calls for every block cost what they save. Norm and convolution are called as modules, one after the other, where anything
+else would skip what somebody has put around them: hooks, offloading, another forward. Only statistics that tiles share
 (`tiled_normalization.FixedNorm`) say themselves what they multiply and add.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qartsr_pipeline.kernels import normalizing_backend
-from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
 
 if TYPE_CHECKING:  # diffusers imports this package while it is itself being imported (see `registration`)
@@ -29,26 +31,36 @@ if TYPE_CHECKING:  # diffusers imports this package while it is itself being imp
 
 def convolution_of_normalized(x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedLayer) -> torch.Tensor:
     """``convolution(silu(norm(x)))``, in fewer passes where that can be."""
+    if torch.compiler.is_compiling():
+        return _one_after_the_other(x, norm, convolution)
+    fixed = _other_forward(norm)
+    if type(convolution) is not DeployedConv2d or _other_forward(convolution) or _has_hooks(norm) or _has_hooks(convolution):
+        return _one_after_the_other(x, norm, convolution)
     backend = normalizing_backend(x, convolution)
-    fixed = vars(norm).get("forward")
-    if backend is None or _is_surrounded(norm) or _is_surrounded(convolution) or "forward" in vars(convolution):
+    if backend is None or (fixed and not hasattr(fixed, "scale_shift")):
         return _one_after_the_other(x, norm, convolution)
-    if fixed is None:
-        scale, shift = backend.group_scale_shift(x, norm)
-    elif hasattr(fixed, "scale_shift"):
-        scale, shift = fixed.scale_shift(x)
-    else:
-        return _one_after_the_other(x, norm, convolution)
+    scale, shift = fixed.scale_shift(x) if fixed else backend.group_scale_shift(x, norm)
     return backend.norm_conv2d(x, scale, shift, convolution, silu=True)
 
 
-def _one_after_the_other(x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedLayer) -> torch.Tensor:
-    return convolution(F.silu(norm(x), inplace=not torch.is_grad_enabled()))
+def _one_after_the_other(x: torch.Tensor, norm: nn.GroupNorm, convolution: nn.Module) -> torch.Tensor:
+    return convolution(F.silu(norm(x), inplace=_may_be_overwritten(norm)))
 
 
-def _is_surrounded(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+def _other_forward(module: nn.Module) -> Callable | None:
+    """The forward that somebody has given this one module. accelerate leaves the class's own there when it takes its hook off."""
+    forward = vars(module).get("forward")
+    is_its_class = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+    return None if is_its_class else forward
+
+
+def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _may_be_overwritten(module: nn.Module) -> bool:
+    """Whether nobody may have kept the module's output: a hook, or the graph of gradients. A compiler sees that itself."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _has_hooks(module) or _other_forward(module))
 
 
 class LeanResnetBlock(nn.Module):
@@ -68,10 +80,12 @@ class LeanResnetBlock(nn.Module):
         """(B, C, H, W), and the time embedding (B, D) or None -> (B, N, H, W)."""
         hidden = convolution_of_normalized(input_tensor, self.norm1, self.conv1)
         if self.time_emb_proj is not None:
-            hidden = hidden.add_(self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None])
+            shift = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
+            hidden = hidden.add_(shift) if _may_be_overwritten(self.conv1) else hidden + shift
         hidden = convolution_of_normalized(hidden, self.norm2, self.conv2)
-        hidden = hidden.add_(input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
-        return hidden if self.output_scale_factor == 1 else hidden.div_(self.output_scale_factor)
+        straight = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        hidden = hidden.add_(straight) if _may_be_overwritten(self.conv2) else hidden + straight
+        return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
 def is_fusable(block: nn.Module) -> bool:
@@ -80,6 +94,7 @@ def is_fusable(block: nn.Module) -> bool:
 
     return (
         type(block) is ResnetBlock2D
+        and not (_has_hooks(block) or hasattr(block, "_hf_hook") or _other_forward(block))
         and isinstance(block.conv1, DeployedLayer)
         and isinstance(block.conv2, DeployedLayer)
         and type(block.nonlinearity) is nn.SiLU

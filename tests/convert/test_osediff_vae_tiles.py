@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL
 from group_offload import needs_group_offload
 from torch import nn
 
+from qartsr_pipeline.kernels import forced_backend, low_memory, use_backend
+from qartsr_pipeline.kernels.prepared import saves_memory
 from qartsr_pipeline.osediff_vae_tiles import ENCODER_MARGIN, Span, in_tiles, osediff_vae_tiles, spans
 
 
@@ -148,6 +150,14 @@ def test_group_offloading_is_refused_with_the_way_out():
     with torch.no_grad(), pytest.raises(ValueError, match="group offloading.*vae_encoder_tile=None"):
         with osediff_vae_tiles(vae, 2, 64, 32):
             vae.encode(photo(136, 200))
+
+
+def test_the_choice_of_a_backend_reaches_the_tiles():
+    seen, vae = set(), small_vae()
+    vae.encoder.conv_in.register_forward_hook(lambda *_: seen.add((forced_backend(), saves_memory())))
+    with osediff_vae_tiles(vae, 2, 64, 32), use_backend("reference"), low_memory(), torch.no_grad():
+        vae.encode(photo(136, 200))
+    assert seen == {("reference", True)}
 
 
 def test_autocast_reaches_the_tiles():

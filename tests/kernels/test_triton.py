@@ -16,6 +16,7 @@ from qartsr_pipeline.kernels import LayerSpec, reference, triton_backend, use_ba
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock
 from qartsr_pipeline.quantization.scheme import LayerScheme
+from qartsr_pipeline.tiled_normalization import SharedStatistics
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -152,9 +153,16 @@ def test_fused_blocks_take_the_norm_into_the_pass(monkeypatch):
     x = inputs(1, 6, 5, 7)
     with use_backend("reference"):
         expected = block(x)
+    statistics, pair = SharedStatistics([block], rim=0), inputs(2, 6, 3, 4)
+    with statistics.record():
+        block(x)
+    with statistics.apply(), use_backend("reference"):
+        of_pair = block(pair)
     monkeypatch.setattr(nn.GroupNorm, "forward", None)
     with use_backend("triton"):
         assert decibels(block(x), expected) > 40
+        with statistics.apply():
+            assert all(decibels(*pictures) > 40 for pictures in zip(block(pair), of_pair, strict=True))
 
 
 def test_fake_implementations_know_shapes_and_dtypes():

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from quantized_models import quantized_pipeline, run
 from torch import nn
 
@@ -100,6 +101,56 @@ def test_nothing_around_norm_or_convolution_is_skipped(backend, norm_and_convolu
     module.forward = lambda x: seen.append(1) or own(x)  # as offloading does
     convolution_of_normalized(x, norm, convolution)
     assert len(seen) == 2 and not backend.calls
+
+
+@torch.no_grad()
+def test_what_a_hook_has_seen_stays_as_it_was():
+    model = quantized_pipeline().unet
+    fuse(model)
+    block, seen = model.mid_block.resnets[0], []
+    for module in (block.norm1, block.conv1, block.norm2, block.conv2):
+        module.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+    run(model)
+    assert len(seen) == 4 and all(torch.equal(*pair) for pair in seen)
+
+
+@torch.no_grad()
+def test_a_convolution_that_was_exchanged_is_called(backend, norm_and_convolution):
+    x, other = torch.randn(1, 16, 4, 5), nn.Conv2d(16, 16, 1)
+    assert torch.equal(
+        convolution_of_normalized(x, norm_and_convolution[0], other), other(nn.functional.silu(norm_and_convolution[0](x)))
+    )
+
+
+@torch.no_grad()
+def test_the_pass_is_back_when_offloading_ends(backend, norm_and_convolution):
+    for module in norm_and_convolution:
+        add_hook_to_module(module, ModelHook())
+    x = torch.randn(1, 16, 4, 5)
+    convolution_of_normalized(x, *norm_and_convolution)
+    assert not backend.calls
+    for module in norm_and_convolution:
+        remove_hook_from_module(module)
+    convolution_of_normalized(x, *norm_and_convolution)
+    assert backend.calls == 1
+
+
+def test_blocks_that_have_hooks_are_left_as_they_are():
+    """accelerate's `device_map` puts them there before a loaded model is fused."""
+    model = quantized_pipeline().unet
+    hooked = model.mid_block.resnets[0]
+    add_hook_to_module(hooked, ModelHook())
+    fuse(model)
+    assert model.mid_block.resnets[0] is hooked and isinstance(model.mid_block.resnets[1], LeanResnetBlock)
+
+
+def test_a_fused_block_is_compiled_without_a_break():
+    model = quantized_pipeline().vae
+    fuse(model)
+    block, x = model.decoder.mid_block.resnets[0], torch.randn(1, 16, 6, 8)
+    with torch.no_grad():
+        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), block(x), rtol=1e-4, atol=1e-4)
 
 
 def test_fused_blocks_have_the_same_gradient():
