@@ -4,9 +4,10 @@
     python calibration/evaluate.py reproduce --ours report.json
 
 The folder holds high-resolution photographs, or pairs as DIV2K and RealSR lay them out (see calibration/data/paired_folders.py).
-A photograph alone is cut to multiples of 4, reduced 4 times with bicubic resampling and rounded to 8 bits; the models enlarge
-it again. Results are rounded to 8 bits, PSNR and SSIM are those of the BT.601 luma without a border of 4 pixels. When the
-first model is full precision, the others are compared with it as well. `reproduce` prints what the papers report, beside ours.
+A photograph alone is cut to multiples of 4, reduced 4 times with bicubic resampling, or as --degradation says, and rounded to 8
+bits; the models enlarge it again. Results are rounded to 8 bits, PSNR and SSIM are those of the BT.601 luma without a border of
+4 pixels. When the first model is full precision, the others are compared with it as well. `reproduce` prints what the papers
+report, beside ours.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from calibration.data.degradations import DEGRADATIONS
 from calibration.data.fingerprint import data_fingerprint, hardware, versions
 from calibration.data.overlap import check_no_overlap
-from calibration.data.paired_folders import find_pairs
+from calibration.data.paired_folders import HR_ONLY, find_pairs
 from calibration.data.photographs import as_pixels
 from calibration.evaluation import evaluate_pipelines, load_candidates, row_names
 from calibration.evaluation_report import markdown, summarize
@@ -38,8 +40,6 @@ from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.command_line.device import choose_device
 from qartsr_pipeline.image.comparison import compare
 from qartsr_pipeline.picture_files import PictureFile, make_folder, write_picture
-
-DEGRADATIONS = {"HR only": "bicubic, 8 bits"}
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -71,7 +71,8 @@ def evaluate(args: argparse.Namespace) -> dict:
                 write_comparison(picture_path(args, path), made)
             made.clear()
 
-        rows = evaluate_pipelines(candidates, pairs, color_fixes, args.tile_size, args.bypass, metrics, made=collect)
+        options = {"made": collect, "degradation": args.degradation}
+        rows = evaluate_pipelines(candidates, pairs, color_fixes, args.tile_size, args.bypass, metrics, **options)
     return {
         "data": {
             "folder": Path(args.data).resolve().name,
@@ -85,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         "made_by": makers,
         "settings": {
             "scale": 4,
-            "degradation": DEGRADATIONS.get(layout, f"as the {layout} folder gives it"),
+            "degradation": f"{args.degradation}, 8 bits" if layout == HR_ONLY else f"as the {layout} folder gives it",
             "border": 4,
             "tile_size": args.tile_size,
             "dtype": args.dtype,
@@ -192,6 +193,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="folder of high-resolution photographs, or of pairs")
     parser.add_argument(
         "--color-fix", choices=("wavelet", "adain"), default="wavelet", help="colour alignment (default: wavelet)"
+    )
+    parser.add_argument(
+        "--degradation", choices=tuple(DEGRADATIONS), default="bicubic", help="of photographs that come alone (default: bicubic)"
     )
     parser.add_argument("--no-color-fix", action="store_true", help="only the networks' own colours (default: both)")
     parser.add_argument("--tile-size", type=count, help="side of the tiles in enlarged pixels (default: no tiles)")

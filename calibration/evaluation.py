@@ -9,13 +9,15 @@ Within a program, with models in memory, simulated or deployed:
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from calibration.data.degradations import as_bytes, bicubic_degradation
+from calibration.data.degradations import DEGRADATIONS, as_bytes
 from calibration.data.paired_folders import SCALE, PicturePair, read_pair
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import fetch
@@ -113,6 +115,15 @@ def read_original(path: Path) -> torch.Tensor:
     return read_pair(PicturePair(path))[0]
 
 
+def degraded(path: Path, high: torch.Tensor, degradation: str) -> torch.Tensor:
+    """An original's low-resolution picture (1, 3, H / 4, W / 4); what is random in it goes by the file's name.
+
+    Args:
+        degradation: of `calibration.data.degradations.DEGRADATIONS`.
+    """
+    return DEGRADATIONS[degradation](high, SCALE, np.random.default_rng(zlib.crc32(path.name.encode())))
+
+
 def upscale(
     pipeline: QArtSRPipeline, network: OneStepNetwork, low: torch.Tensor, color_fixes: list[str | None], tile_size: int | None
 ) -> tuple[list[torch.Tensor], float]:
@@ -185,19 +196,18 @@ class Evaluation:
 
     @torch.no_grad()
     def picture(
-        self, high: torch.Tensor, low: torch.Tensor | None = None, references: list[torch.Tensor] | None = None
+        self, high: torch.Tensor, low: torch.Tensor, references: list[torch.Tensor] | None = None
     ) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Measures one original.
 
         Args:
             high: (1, 3, H, W) in [0, 1].
-            low: (1, 3, H / 4, W / 4), multiples of 1/255 in [0, 1]; None: the original, reduced by bicubic resampling.
+            low: (1, 3, H / 4, W / 4), multiples of 1/255 in [0, 1].
             references: full-precision outputs from elsewhere, one for each alignment, for when no model here is the reference.
 
         Yields:
             Each method's name with what it made of the picture, (1, 3, H, W) for each alignment; one for "bicubic".
         """
-        low = bicubic_degradation(high, SCALE) if low is None else low
         bicubic = as_bytes(resize(low, high.shape[-2:]))
         self._measure(Row("bicubic", "bicubic", None), bicubic, high)
         yield "bicubic", [bicubic]
@@ -250,17 +260,19 @@ def evaluate_pipelines(
     metrics: dict[str, Metric] | None = None,
     references: dict[Path, list[torch.Tensor]] | None = None,
     made: Callable[[Path, str, torch.Tensor], None] | None = None,
+    degradation: str = "bicubic",
 ) -> list[Row]:
     """Measures models on pictures: the rows that `calibration.evaluation_report.summarize` takes.
 
     Args:
         candidates: full precision first, for the others to be compared with it.
-        pairs: what `calibration.data.paired_folders.find_pairs` lists, or originals, which are reduced by bicubic resampling.
+        pairs: what `calibration.data.paired_folders.find_pairs` lists, or originals, which are degraded.
         color_fixes, tile_size, bypass, metrics: see `Evaluation`.
         references: the full-precision outputs by original, uint8, one for each alignment, kept from call to call: an empty
             dictionary is filled when the first candidate is full precision, a filled one stands in when none is.
         made: called as the work goes on with the original's path, a method's name and what it made of the picture,
             (1, 3, H, W) in [0, 1] under the first alignment; at last with "original" and the original.
+        degradation: of originals; see `degraded`.
 
     Raises:
         ValueError: a picture that a model or a metric cannot take, by its path, or one that `references` lacks.
@@ -268,6 +280,7 @@ def evaluate_pipelines(
     evaluation = Evaluation(candidates, color_fixes, tile_size, bypass, metrics or {})
     for pair in (pair if isinstance(pair, PicturePair) else PicturePair(pair) for pair in pairs):
         high, low = read_pair(pair)
+        low = degraded(pair.high, high, degradation) if low is None else low
         known = _kept_outputs(references, pair.high) if references and evaluation.reference is None else None
         try:
             for name, outputs in evaluation.picture(high, low, known):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from calibration.data.degradations import bicubic_degradation
 from calibration.data.photographs import as_pixels
-from calibration.evaluation import Candidate, evaluate_pipelines, read_original
+from calibration.evaluation import Candidate, degraded, evaluate_pipelines, read_original
 from calibration.evaluation_report import markdown, summarize
 from calibration.report import ReportData, write_report
 from calibration.stages import Calibrated
@@ -38,10 +37,10 @@ def measure(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]
         if path in shown or len(shown) < PICTURES:
             shown.setdefault(path, {})[name] = as_pixels(picture)
 
-    rows = evaluate_pipelines(candidates, job.evaluation, made=keep)
+    rows = evaluate_pipelines(candidates, job.evaluation, made=keep, degradation=job.args.degradation)
     sheets = []
     for path, pictures in shown.items():
-        low = bicubic_degradation(read_original(path), 4)
+        low = degraded(path, read_original(path), job.args.degradation)
         sheets.append({"low resolution": as_pixels(nearest(low, 4))} | pictures)
     return summarize(rows), sheets
 

@@ -24,6 +24,8 @@ SCALE = 4
 EQUAL_NAMES = {"hr": "lr", "test_hr": "test_lr", "gt": "lq"}
 REALSR = re.compile(r"(?P<scene>.+)_(?P<kind>HR|LR\d)")
 
+HR_ONLY = "HR only"  # the layout of photographs that come alone
+
 
 @dataclass(frozen=True)
 class PicturePair:
@@ -38,7 +40,7 @@ class PicturePair:
 
 
 def find_pairs(folder: str | Path) -> tuple[str, list[PicturePair]]:
-    """The pairs below a folder, sorted by the original's path, and the layout: "DIV2K", "RealSR", "HR and LR" or "HR only".
+    """The pairs below a folder, sorted by the original's path, and the layout: "DIV2K", "RealSR", "HR and LR" or `HR_ONLY`.
 
     Raises:
         FileNotFoundError: no such folder, no picture in it, or a picture without its partner.
@@ -52,7 +54,7 @@ def find_pairs(folder: str | Path) -> tuple[str, list[PicturePair]]:
             for pair in pairs:
                 check_sizes(pair)
             return layout, sorted(pairs, key=lambda pair: pair.high)
-    return "HR only", [PicturePair(path) for path in paths]
+    return HR_ONLY, [PicturePair(path) for path in paths]
 
 
 def check_sizes(pair: PicturePair) -> None:

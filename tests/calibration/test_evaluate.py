@@ -255,6 +255,18 @@ def test_a_simulated_model_measures_as_the_deployed_one(small_photographs):
     assert measured(prepare) == pytest.approx(measured(freeze), abs=0.05)
 
 
+def test_photographs_can_be_degraded_as_in_the_wild(small_photographs, tiny_folder, tmp_path):
+    rows = {}
+    for name in ("bicubic", "realesrgan", "realesrgan"):
+        output = tmp_path / "report.json"
+        arguments = [str(tiny_folder), "--data", str(small_photographs), "--limit", "1", "--output", str(output)]
+        evaluate.main([*arguments, "--degradation", name])
+        report = json.loads(output.read_text())
+        assert report["settings"]["degradation"] == f"{name}, 8 bits"
+        rows.setdefault(name, []).append([row["psnr_y"] for row in report["rows"]])
+    assert rows["realesrgan"][0] == rows["realesrgan"][1] and rows["realesrgan"][0][0] < rows["bicubic"][0][0]
+
+
 def test_reproduce_puts_ours_beside_the_paper(tmp_path, capsys):
     evaluate.main(["reproduce"])
     assert "| QArtSR | W2A2 | 25.51 | 0.4124 | 50.04 |" in capsys.readouterr().out
