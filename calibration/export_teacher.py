@@ -17,8 +17,8 @@ if __package__ in (None, ""):  # run as a script: its own folder must not shadow
 
 import torch
 
-from calibration.data.fingerprint import data_fingerprint, versions
-from calibration.data.overlap import file_digests
+from calibration.data.fingerprint import versions
+from calibration.data.overlap import photographs_record
 from calibration.data.pairs import choose_held_out
 from calibration.data.photographs import list_photographs
 from calibration.pipeline_folder import save_pipeline
@@ -120,7 +120,7 @@ def data_record(data: str | Path, held_out: int) -> dict[str, Any]:
     """
     paths = list_photographs(data)
     kept = [path.name for path in choose_held_out(paths, held_out)]
-    return {"data": data_fingerprint(paths) | {"files": file_digests(paths)}, "held_out": kept}
+    return {"data": photographs_record(paths), "held_out": kept}
 
 
 def main(argv: list[str] | None = None) -> None:

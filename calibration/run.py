@@ -28,8 +28,8 @@ from calibration import trq
 from calibration.calibration_state import STATE_NAME
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
-from calibration.data.fingerprint import data_fingerprint, hardware, versions
-from calibration.data.overlap import BEFORE, check_no_overlap, file_digests, overlap, recorded_files
+from calibration.data.fingerprint import hardware, versions
+from calibration.data.overlap import BEFORE, check_no_overlap, overlap, photographs_record, recorded_files, without_files
 from calibration.data.pairs import Patches
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.engine import check_start, quantize
@@ -207,7 +207,7 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     patches, data = DeadLeaves(), {"procedural": "dead leaves"}
     if args.data:
         paths = list_photographs(args.data)
-        patches, data = PhotographPatches(paths), data_fingerprint(paths) | {"files": file_digests(paths)}
+        patches, data = PhotographPatches(paths), photographs_record(paths)
         seen = overlap(evaluation, data["files"])
         if seen:
             raise ValueError(f"{seen[0]} is among the photographs to calibrate on: give other ones with --evaluate")
@@ -320,7 +320,7 @@ def _run(args: argparse.Namespace, watch: Watch | None, preparing: Told | None, 
         degradation=args.degradation,
         perceptual=perceptual,
         start=job.start,
-        data={name: value for name, value in job.data.items() if name != "files"},
+        data=without_files(job.data),
         watch=watch,
         preparing=preparing,
         workers=workers,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from calibration.data.overlap import without_files
 from calibration.data.photographs import as_pixels
 from calibration.evaluation import Candidate, degraded, evaluate_pipelines, read_original
 from calibration.evaluation_report import markdown, summarize
@@ -53,7 +54,7 @@ def make_report(job: Job, calibrated: Calibrated, record: dict[str, Any], folder
     """
     metrics, pictures = measure(job)
     print(markdown(metrics))
-    data = {name: value for name, value in job.data.items() if name != "files"}
+    data = without_files(job.data)
     facts = {
         "model": f"{job.model}, timestep {job.pipeline.config.timestep}",
         "method": f"{job.recipe.method} ({job.recipe.source})",

@@ -33,8 +33,8 @@ import torch
 
 from calibration.data.dead_leaves import DeadLeaves
 from calibration.data.degradations import DEGRADATIONS
-from calibration.data.fingerprint import data_fingerprint, versions
-from calibration.data.overlap import file_digests
+from calibration.data.fingerprint import versions
+from calibration.data.overlap import photographs_record
 from calibration.data.pairs import MixedPatches, Pair, Patches, choose_held_out, held_out_pairs, procedural_pairs
 from calibration.data.photographs import PhotographPatches, list_photographs
 from calibration.teacher_losses import DISTANCES
@@ -112,7 +112,7 @@ def pictures(args: argparse.Namespace) -> tuple[Patches, list[Pair], dict[str, A
     patches: Patches = DeadLeaves() if args.procedural == 1 else PhotographPatches(rest)
     if 0 < args.procedural < 1:
         patches = MixedPatches(patches, DeadLeaves(), args.procedural)
-    record = {"data": data_fingerprint(paths) | {"files": file_digests(paths)}, "held_out": [path.name for path in held]}
+    record = {"data": photographs_record(paths), "held_out": [path.name for path in held]}
     return patches, held_out_pairs(held, args.degradation), record
 
 

@@ -40,6 +40,7 @@ import torch
 
 from calibration.data.degradations import DEGRADATIONS
 from calibration.data.fingerprint import versions
+from calibration.data.overlap import without_files
 from calibration.data.pairs import Pair, Patches
 from calibration.export_teacher import RECORD_NAME, pipeline_of
 from calibration.initialise import Initialisation, initialise
@@ -234,7 +235,7 @@ class Search:
     def _pictures(self) -> dict[str, Any] | None:
         """The photographs' number and hash; their list stands in the records of the models."""
         data = self.record.get("data")
-        return data and {name: value for name, value in data.items() if name != "files"}
+        return data and without_files(data)
 
     def retrain(self, start: str, timestep: int, phases: tuple[Phase, ...], folder: Path) -> Path:
         """Trains ``start`` at ``timestep`` in ``folder`` and returns the pipeline folder ``folder / "model"``.

@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+from calibration.data.fingerprint import data_fingerprint
 
 RECORDS = ("quantization.json", "training.json")
 BEFORE = "photographs_before"  # of a record: those of the models that this one was made from
@@ -19,6 +22,16 @@ def file_digests(paths: list[Path]) -> dict[str, str]:
         common = os.path.commonpath([path.parent for path in paths])
         names = [path.relative_to(common).as_posix() for path in paths]
     return {name: _digest(path) for name, path in sorted(zip(names, paths, strict=True))}
+
+
+def photographs_record(paths: list[Path]) -> dict[str, Any]:
+    """What a record says of photographs: `data_fingerprint`, and "files", every one's own."""
+    return data_fingerprint(paths) | {"files": file_digests(paths)}
+
+
+def without_files(data: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the data, without the list of the photographs."""
+    return {name: value for name, value in data.items() if name != "files"}
 
 
 def overlap(paths: list[Path], recorded: dict[str, str]) -> list[Path]:

@@ -94,7 +94,7 @@ def is_fusable(block: nn.Module) -> bool:
 
     return (
         type(block) is ResnetBlock2D
-        and not (_has_hooks(block) or hasattr(block, "_hf_hook") or _other_forward(block))
+        and not (_has_hooks(block) or _other_forward(block))
         and isinstance(block.conv1, DeployedLayer)
         and isinstance(block.conv2, DeployedLayer)
         and type(block.nonlinearity) is nn.SiLU
