@@ -4,7 +4,8 @@ Codes are rounded and clamped as in every backend, and are exact in float32; sca
 the 16-bit branch in place. Against the reference: constants are made once, and every pass over a feature map that can be left out
 is. Feature maps are channels-last.
 
-Memory: four bytes a weight beside the stored ones, as much as the float model has, unless `prepared.low_memory`.
+Memory: one byte a weight beside the stored ones, none at 8 bits, where the stored bytes are the codes; with `prepared.low_memory`
+none ever. A layer's weights are floats during its own call only.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def unsupported(spec: LayerSpec, device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A layer's constants. `weight` is the codes times both scales; `down` has phi in it."""
+    """A layer's constants. `scale` is weights' times input's; `down` has phi in it."""
 
-    weight: torch.Tensor
+    codes: torch.Tensor  # int8, as `weight_bytes` gives them
+    scale: torch.Tensor  # (N,), shaped to broadcast over `codes`
     multiplier: torch.Tensor
     zero_point: int
     down: torch.Tensor | None
@@ -44,11 +46,11 @@ class Prepared:
 
 
 def prepare(layer: StoredLayer, dtype: torch.dtype) -> Prepared:
-    weight = weight_bytes(layer).float()
-    scale = (layer.weight_scale * layer.input_scale).view(-1, *[1] * (weight.dim() - 1))
+    codes = weight_bytes(layer)
     has_branch = layer.spec.rank > 0
     return Prepared(
-        weight.mul_(scale),
+        codes,
+        (layer.weight_scale * layer.input_scale).view(-1, *[1] * (codes.dim() - 1)),
         layer.smooth / layer.input_scale,
         int(layer.input_zero_point),
         (layer.branch_down * layer.smooth).to(dtype) if has_branch else None,
@@ -61,6 +63,11 @@ def _prepared(x: torch.Tensor, layer: StoredLayer) -> Prepared:
     return layer.prepared.get(layer, (NAME, dtype), lambda stored: prepare(stored, dtype))
 
 
+def _weight(ready: Prepared) -> torch.Tensor:
+    """The float weights that codes of inputs are multiplied by."""
+    return ready.codes.float().mul_(ready.scale)
+
+
 def _codes(rows: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Tensor:
     return quantized_floats(rows, ready.multiplier, ready.zero_point, layer.spec.activation_bits)
 
@@ -69,7 +76,7 @@ def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     ready = _prepared(x, layer)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = F.linear(_codes(rows, ready, layer), ready.weight, layer.bias)
+    y = F.linear(_codes(rows, ready, layer), _weight(ready), layer.bias)
     if layer.spec.rank:
         y += F.linear(hidden_rows(rows, ready), ready.up)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -80,7 +87,7 @@ def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     spec, ready = layer.spec, _prepared(x, layer)
     rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last input
     codes = as_map(_codes(rows, ready, layer), x)
-    y = F.conv2d(codes, ready.weight, layer.bias, spec.stride, spec.padding).to(compute_dtype(x))
+    y = F.conv2d(codes, _weight(ready), layer.bias, spec.stride, spec.padding).to(compute_dtype(x))
     if spec.rank:
         add_branch(y, as_map(hidden_rows(rows, ready), x), ready, spec)
     return y.to(x.dtype)

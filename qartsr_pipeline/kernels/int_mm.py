@@ -4,7 +4,8 @@ Codes of up to 6 bits are centred, so that the product is the result and padding
 signed byte, u = c + z - 128, which is put right afterwards: sum(w c) = sum(w u) + (128 - z) sum(w); padding is then z - 128. The
 patches of a convolution (kh kw bytes for every input byte) are built for as many output rows at a time as fit `PATCH_BYTES`.
 
-Memory: one byte per weight beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
+Memory: on CUDA weights stay packed, and are bytes during their layer's own call only: unpacking is quick there, memory scarce. On a
+CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ CONSTRAINTS = (
     ),
     Constraints(device="cuda", capability=(7, 5), channel_multiple=8),
 )
+STAYS_PACKED_ON = {"cuda"}
 PATCH_BYTES = 1 << 24
 FEWEST_ROWS = 32  # CUDA demands more than 16
 
@@ -59,9 +61,9 @@ def unsupported(spec: LayerSpec, device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A layer's constants. `weight` is (K, N) int8, K in the order (kh, kw, C), as the patches have it."""
+    """A layer's constants."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None  # of `_matrix`, None where it stays packed
     multiplier: torch.Tensor  # (C,)
     scale: torch.Tensor  # (N,), of the integer product
     constant: torch.Tensor | None  # (N,) int32, to be added to the integer product
@@ -69,18 +71,23 @@ class Prepared:
     offset: int  # what codes are stored with
 
 
-def prepare(layer: StoredLayer) -> Prepared:
-    spec, weight = layer.spec, weight_bytes(layer)
-    if spec.kind == "conv2d":
+def _matrix(layer: StoredLayer) -> torch.Tensor:
+    """Centred weight codes, (K, N) int8, K in the order (kh, kw, C), as the patches have it."""
+    weight = weight_bytes(layer)
+    if layer.spec.kind == "conv2d":
         weight = weight.permute(0, 2, 3, 1)
-    weight = weight.reshape(spec.out_channels, -1)
+    return weight.reshape(layer.spec.out_channels, -1).t()
+
+
+def prepare(layer: StoredLayer) -> Prepared:
+    spec, weight = layer.spec, _matrix(layer)
     zero_point = int(layer.input_zero_point)
     offset = zero_point - 128 if spec.activation_bits == 8 else 0
     return Prepared(
-        weight.t(),
+        None if weight.device.type in STAYS_PACKED_ON else weight,
         layer.smooth / layer.input_scale,
         layer.input_scale * layer.weight_scale,
-        -offset * weight.sum(1, dtype=torch.int32) if offset else None,
+        -offset * weight.sum(0, dtype=torch.int32) if offset else None,
         zero_point,
         offset,
     )
@@ -90,7 +97,7 @@ def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     ready = layer.prepared.get(layer, NAME, prepare)
     rows = x.reshape(-1, x.shape[-1])
-    y = _scaled(_multiply(_codes(rows, ready, layer.spec), ready), ready, layer)
+    y = _scaled(_multiply(_codes(rows, ready, layer.spec), _weight(ready, layer)), ready, layer)
     if layer.spec.rank:
         hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
         y += F.linear(hidden, layer.branch_up.to(x.dtype))
@@ -107,9 +114,9 @@ def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         for side, pad, kernel, stride in zip((height, width), spec.padding, spec.kernel_size, spec.stride, strict=True)
     )
     y = torch.empty((batch * out_height * out_width, spec.out_channels), dtype=torch.float32, device=x.device)
-    start = 0
+    weight, start = _weight(ready, layer), 0
     for patches in _patches(codes, spec, ready.offset, out_width):
-        y[start : start + len(patches)] = _scaled(_multiply(patches, ready), ready, layer)
+        y[start : start + len(patches)] = _scaled(_multiply(patches, weight), ready, layer)
         start += len(patches)
     y = y.view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
     if spec.rank:
@@ -119,21 +126,26 @@ def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     return y.to(x.dtype)
 
 
+def _weight(ready: Prepared, layer: StoredLayer) -> torch.Tensor:
+    return _matrix(layer) if ready.weight is None else ready.weight
+
+
 def _codes(rows: torch.Tensor, ready: Prepared, spec: LayerSpec) -> torch.Tensor:
     """Signed bytes, (rows, C)."""
     return quantized_rows(rows, ready.multiplier, ready.zero_point, spec.activation_bits, ready.offset).view(torch.int8)
 
 
-def _multiply(codes: torch.Tensor, ready: Prepared) -> torch.Tensor:
-    """(rows, K) int8 -> (rows, N) int32, exact."""
+def _multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(rows, K) int8 by (K, N) int8 -> (rows, N) int32, exact."""
     rows = len(codes)
     if codes.device.type == "cuda" and rows < FEWEST_ROWS:
         codes = F.pad(codes, (0, 0, 0, FEWEST_ROWS - rows))
-    product = torch._int_mm(codes, ready.weight)[:rows]
-    return product if ready.constant is None else product.add_(ready.constant)
+    return torch._int_mm(codes, weight)[:rows]
 
 
 def _scaled(product: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Tensor:
+    if ready.constant is not None:
+        product += ready.constant
     y = product * ready.scale
     return y if layer.bias is None else y.add_(layer.bias)
 

@@ -70,4 +70,9 @@ class PreparedWeights:
 
 def _bytes_besides(sources: tuple, made: Any) -> int:
     tensors = [value for value in vars(made).values() if isinstance(value, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors if not any(t is source for source in sources))
+    own = {_address(source) for source in sources if source is not None}
+    return sum(t.numel() * t.element_size() for t in tensors if t.is_mkldnn or _address(t) not in own)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -167,6 +167,25 @@ def test_low_memory_keeps_nothing_and_changes_nothing(backend: str, monkeypatch)
     assert torch.equal(compute(backend, layer, x), saved) and layer.prepared.bytes > 0
 
 
+@pytest.mark.parametrize(("bits", "share"), [((8, 8), 0), ((4, 4), 1)])
+@pytest.mark.parametrize("backend", ["float", "int_mm"])
+def test_no_float_copy_of_the_weights_is_kept(backend: str, bits: tuple[int, int], share: int):
+    """A byte a weight at most, and none where the stored bytes are the codes."""
+    layer = random_layer(nn.Conv2d(64, 64, 3, padding=1), LayerScheme(*bits))
+    BACKENDS[backend].conv2d(inputs(1, 64, 5, 5), layer)
+    assert 0 <= layer.prepared.bytes - share * layer.weight_count < 2048
+
+
+@pytest.mark.parametrize("bits", BIT_PAIRS)
+def test_weights_that_stay_packed_give_the_same(bits: tuple[int, int], monkeypatch):
+    """As on CUDA."""
+    layer, x = random_layer(nn.Conv2d(64, 8, 3, padding=1), LayerScheme(*bits, 2)), inputs(1, 64, 5, 5)
+    unpacked = BACKENDS["int_mm"].conv2d(x, layer)
+    layer.prepared.clear()
+    monkeypatch.setattr(BACKENDS["int_mm"], "STAYS_PACKED_ON", {"cpu"})
+    assert torch.equal(BACKENDS["int_mm"].conv2d(x, layer), unpacked) and layer.prepared.bytes < 512
+
+
 def test_gradients_come_from_the_reference():
     layer = random_layer(nn.Linear(16, 8), LayerScheme(4, 4, 2))
     x = inputs(3, 16).requires_grad_()
