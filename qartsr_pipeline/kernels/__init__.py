@@ -26,6 +26,7 @@ from qartsr_pipeline.kernels.dispatch import (
 )
 from qartsr_pipeline.kernels.layer_spec import LayerSpec
 from qartsr_pipeline.kernels.prepared import PreparedWeights, low_memory
+from qartsr_pipeline.kernels.shared_input import quantize_alike, shared_input
 
 __all__ = [
     "BACKENDS",
@@ -37,7 +38,9 @@ __all__ = [
     "list_backends",
     "low_memory",
     "normalizing_backend",
+    "quantize_alike",
     "register",
     "run_layer",
+    "shared_input",
     "use_backend",
 ]

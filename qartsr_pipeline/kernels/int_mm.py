@@ -4,8 +4,8 @@ Codes of up to 6 bits are centred, so that the product is the result and padding
 signed byte, u = c + z - 128, which is put right afterwards: sum(w c) = sum(w u) + (128 - z) sum(w); padding is then z - 128. The
 patches of a convolution (kh kw bytes for every input byte) are built for as many output rows at a time as fit `PATCH_BYTES`.
 
-Memory: on CUDA weights stay packed, and are bytes during their layer's own call only: unpacking is quick there, memory scarce. On a
-CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
+Memory: on CUDA weights stay packed, and are bytes during their layer's own call only: unpacking is quick there, memory scarce. On
+a CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.operand import quantized_rows
+from qartsr_pipeline.kernels.shared_input import shared_operand
 from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "int_mm"
@@ -97,7 +98,8 @@ def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     ready = layer.prepared.get(layer, NAME, prepare)
     rows = x.reshape(-1, x.shape[-1])
-    y = _scaled(_multiply(_codes(rows, ready, layer.spec), _weight(ready, layer)), ready, layer)
+    codes = shared_operand(NAME, x, layer, lambda layers: [_codes(rows, ready, layer.spec)] * len(layers))
+    y = _scaled(_multiply(codes, _weight(ready, layer)), ready, layer)
     if layer.spec.rank:
         hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
         y += F.linear(hidden, layer.branch_up.to(x.dtype))

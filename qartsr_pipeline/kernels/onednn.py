@@ -10,6 +10,7 @@ bits), and the branch in the model's dtype. With `prepared.low_memory` neither i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +19,7 @@ import torch
 from qartsr_pipeline.kernels.constraints import X86, Constraints, unavailable_because, unmet
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.operand import quantized_rows
+from qartsr_pipeline.kernels.shared_input import shared_operand
 from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "onednn"
@@ -114,8 +116,13 @@ def _prepacked(x: torch.Tensor, layer: StoredLayer) -> Prepacked:
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     packed = _prepacked(x, layer)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = linear_product(input_codes(rows, packed, layer.spec), packed, layer, compute_dtype(x))
+
+    def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return [(rows, input_codes(rows, packed, layer.spec))] * len(layers)
+
+    rows, codes = shared_operand(NAME, x, layer, quantize)
+    y = linear_product(codes, packed, layer, compute_dtype(x))
     if layer.spec.rank:
         y.addmm_(hidden_rows(rows, packed), packed.up.t())
     return y.to(x.dtype).view(*x.shape[:-1], -1)

@@ -7,7 +7,8 @@ on 7.5).
 With TRITON_INTERPRET=1 the same kernels run on a CPU in Triton's interpreter, thousands of times slower: for proofs.
 
 Beside `linear` and `conv2d` there are the fused forms: a residual is added in the product's epilogue, layers that share their
-input quantize it once (`linears`), and a GroupNorm, with SiLU or without, happens in the quantizing pass (`norm_conv2d`).
+input quantize it once and take all their hidden values with it (`shared_input`), and a GroupNorm, with SiLU or without, happens
+in the quantizing pass (`norm_conv2d`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from qartsr_pipeline.kernels import triton_operators as operators
 from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.shared_input import shared_operand
 from qartsr_pipeline.kernels.triton_interpreter import interpreted
 from qartsr_pipeline.kernels.triton_prepared import TritonWeights, prepare
 
@@ -49,19 +51,11 @@ def _computable(x: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype. ``residual``: of the output's shape and dtype, added to it."""
-    return linears(x, (layer,), residual)[0]
-
-
-def linears(x: torch.Tensor, layers: Sequence[StoredLayer], residual: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """The outputs of layers that share input, smoothing and activation bounds, which are quantized once.
-
-    ``residual`` is added to every output.
-    """
     rows = _computable(x).reshape(1, 1, -1, x.shape[-1])
+    codes, hidden = shared_operand(NAME, x, layer, lambda layers: _quantized(rows, layers))
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    outputs = _linears(rows, layers, residual)
-    return [out.view(*x.shape[:-1], out.shape[1]).to(x.dtype) for out in outputs]
+    return _linear(codes, hidden, layer, residual, rows.dtype).view(*x.shape[:-1], layer.spec.out_channels).to(x.dtype)
 
 
 def conv2d(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,15 +87,17 @@ def _prepared(layer: StoredLayer) -> TritonWeights:
     return layer.prepared.get(layer, NAME, prepare)
 
 
-def _quantized(pixels: torch.Tensor, layers: Sequence[StoredLayer], *norm) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Codes (B, H, W, C) and, for each layer, its hidden values (B, H, W, r), slices of one tensor; None without a branch."""
+def _quantized(pixels: torch.Tensor, layers: Sequence[StoredLayer], *norm) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """For each of several layers that quantize alike: codes (B, H, W, C), the same for all, and its hidden values (B, H, W, r),
+    a slice of one tensor; None without a branch.
+    """
     first = layers[0]
     downs = [layer.branch_down for layer in layers if layer.spec.rank]
     stacked = torch.cat(downs) if len(downs) > 1 else (downs or [None])[0]
     quantizer = (first.smooth, first.input_scale, first.input_zero_point, first.spec.activation_bits)
     codes, hidden = operators.quantize(pixels, *quantizer, stacked, *norm)
     slices = hidden.split([layer.spec.rank for layer in layers], dim=-1)
-    return codes, [part if layer.spec.rank else None for part, layer in zip(slices, layers, strict=True)]
+    return [(codes, part if layer.spec.rank else None) for part, layer in zip(slices, layers, strict=True)]
 
 
 def _stored(layer: StoredLayer) -> tuple:
@@ -112,38 +108,29 @@ def _stored(layer: StoredLayer) -> tuple:
     return *weights, *input_quantizer, prepared.code_sums, prepared.branch_up, layer.bias
 
 
-def _linears(pixels: torch.Tensor, layers: Sequence[StoredLayer], residual: torch.Tensor | None, *norm) -> list[torch.Tensor]:
-    """(B, H, W, C) -> (B H W, N) of every layer; ``residual`` (B H W, N)."""
-    codes, hidden = _quantized(pixels, layers, *norm)
-    rows = codes.view(-1, codes.shape[-1])
-    if residual is not None:
-        residual = residual.contiguous()
-    return [
-        operators.linear_product(
-            rows,
-            None if part is None else part.flatten(0, 2),
-            *_stored(layer),
-            residual,
-            layer.spec.weight_bits,
-            layer.spec.activation_bits,
-            pixels.dtype,
-        )
-        for layer, part in zip(layers, hidden, strict=True)
-    ]
+def _linear(
+    codes: torch.Tensor, hidden: torch.Tensor | None, layer: StoredLayer, residual: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Codes (B, H, W, C) and hidden values (B, H, W, r) -> (B H W, N) in ``dtype``; ``residual`` (B H W, N)."""
+    spec = layer.spec
+    rows, hidden_rows = codes.view(-1, codes.shape[-1]), None if hidden is None else hidden.flatten(0, 2)
+    residual = None if residual is None else residual.contiguous()
+    arguments = (*_stored(layer), residual, spec.weight_bits, spec.activation_bits, dtype)
+    return operators.linear_product(rows, hidden_rows, *arguments)
 
 
 def _conv2d(pixels: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None, *norm) -> torch.Tensor:
     """(B, H, W, C), any strides -> (B, N, H', W'), channels-last."""
     spec = layer.spec
+    ((codes, hidden),) = _quantized(pixels, (layer,), *norm)
     if residual is not None:
         residual = residual.permute(0, 2, 3, 1).contiguous()
     if spec.kernel_size == spec.stride == (1, 1) and spec.padding == (0, 0):
         if residual is not None:
             residual = residual.flatten(0, 2)
-        out = _linears(pixels, (layer,), residual, *norm)[0].view(*pixels.shape[:3], spec.out_channels)
+        out = _linear(codes, hidden, layer, residual, pixels.dtype).view(*pixels.shape[:3], spec.out_channels)
         return out.permute(0, 3, 1, 2)
-    codes, hidden = _quantized(pixels, (layer,), *norm)
     geometry = (list(spec.kernel_size), list(spec.stride), list(spec.padding))
     bits = (spec.weight_bits, spec.activation_bits)
-    out = operators.conv_product(codes, hidden[0], *_stored(layer), residual, *bits, *geometry, pixels.dtype)
+    out = operators.conv_product(codes, hidden, *_stored(layer), residual, *bits, *geometry, pixels.dtype)
     return out.permute(0, 3, 1, 2)

@@ -8,20 +8,24 @@ a pass: Triton's, with QARTSR_BACKEND=triton. On a CPU, made of torch's operator
 than one after the other (tiny W4A4, 128 to 512 pixels, one thread: 3.94 s and 3.87 s): half of its time is SiLU's exponential,
 and calls for every block cost what they save. Norm and convolution are called as modules, one after the other, where anything
 else would skip what somebody has put around them: hooks, offloading, another forward. Only statistics that tiles share
-(`tiled_normalization.FixedNorm`) say themselves what they multiply and add.
+(`tiled_normalization.FixedNorm`) say themselves what they multiply and add. Such a backend adds the block's input, too, in its
+product's epilogue.
+
+An attention's queries, keys and values are made of one input, which is quantized once, in every backend but the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
+from types import MethodType, ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qartsr_pipeline.kernels import normalizing_backend
+from qartsr_pipeline.kernels import normalizing_backend, quantize_alike
 from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
 
@@ -29,22 +33,33 @@ if TYPE_CHECKING:  # diffusers imports this package while it is itself being imp
     from diffusers.models.resnet import ResnetBlock2D
 
 
-def convolution_of_normalized(x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedLayer) -> torch.Tensor:
-    """``convolution(silu(norm(x)))``, in fewer passes where that can be."""
+def convolution_of_normalized(
+    x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedLayer, residual: Callable[[], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """``convolution(silu(norm(x)))``, plus ``residual()`` if there is one, in fewer passes where that can be."""
+    arguments = _normalizing_pass(x, norm, convolution)
+    if arguments is not None:
+        backend, scale, shift = arguments
+        return backend.norm_conv2d(x, scale, shift, convolution, silu=True, residual=residual and residual())
+    y = convolution(F.silu(norm(x), inplace=_may_be_overwritten(norm)))
+    if residual is None:
+        return y
+    return y.add_(residual()) if _may_be_overwritten(convolution) else y + residual()
+
+
+def _normalizing_pass(
+    x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedLayer
+) -> tuple[ModuleType, torch.Tensor, torch.Tensor] | None:
+    """Backend, factors and summands of such a pass; None where norm and convolution must be called one after the other."""
     if torch.compiler.is_compiling():
-        return _one_after_the_other(x, norm, convolution)
+        return None
     fixed = _other_forward(norm)
     if type(convolution) is not DeployedConv2d or _other_forward(convolution) or _has_hooks(norm) or _has_hooks(convolution):
-        return _one_after_the_other(x, norm, convolution)
+        return None
     backend = normalizing_backend(x, convolution)
     if backend is None or (fixed and not hasattr(fixed, "scale_shift")):
-        return _one_after_the_other(x, norm, convolution)
-    scale, shift = fixed.scale_shift(x) if fixed else backend.group_scale_shift(x, norm)
-    return backend.norm_conv2d(x, scale, shift, convolution, silu=True)
-
-
-def _one_after_the_other(x: torch.Tensor, norm: nn.GroupNorm, convolution: nn.Module) -> torch.Tensor:
-    return convolution(F.silu(norm(x), inplace=_may_be_overwritten(norm)))
+        return None
+    return backend, *(fixed.scale_shift(x) if fixed else backend.group_scale_shift(x, norm))
 
 
 def _other_forward(module: nn.Module) -> Callable | None:
@@ -82,9 +97,8 @@ class LeanResnetBlock(nn.Module):
         if self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
             hidden = hidden.add_(shift) if _may_be_overwritten(self.conv1) else hidden + shift
-        hidden = convolution_of_normalized(hidden, self.norm2, self.conv2)
-        straight = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        hidden = hidden.add_(straight) if _may_be_overwritten(self.conv2) else hidden + straight
+        straight = partial(self.conv_shortcut or nn.Identity(), input_tensor)
+        hidden = convolution_of_normalized(hidden, self.norm2, self.conv2, straight)
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
@@ -105,13 +119,32 @@ def is_fusable(block: nn.Module) -> bool:
     )
 
 
+def is_shareable(attention: nn.Module) -> bool:
+    """Whether this is diffusers' attention, with queries, keys and values of one quantized input."""
+    from diffusers.models.attention_processor import Attention
+
+    from qartsr_pipeline.quantization.shared_attention import projections
+
+    return (
+        type(attention) is Attention
+        and not (_has_hooks(attention) or _other_forward(attention))
+        and all(isinstance(layer, DeployedLayer) for layer in projections(attention))
+        and quantize_alike(projections(attention))
+    )
+
+
 def fuse(model: nn.Module) -> int:
     """Exchanges blocks in place; doing it twice changes nothing.
 
     Returns:
         How many were exchanged.
     """
+    from qartsr_pipeline.quantization.shared_attention import SharedInputAttention
+
     names = [name for name, block in model.named_modules() if is_fusable(block)]
     for name in names:
         replace_module(model, name, LeanResnetBlock(model.get_submodule(name)))
-    return len(names)
+    attentions = [module for module in model.modules() if is_shareable(module)]
+    for attention in attentions:
+        attention.__class__ = SharedInputAttention
+    return len(names) + len(attentions)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes
-from qartsr_pipeline.kernels import BACKENDS, low_memory, use_backend
+from qartsr_pipeline.kernels import BACKENDS, low_memory, shared_input, use_backend
 from qartsr_pipeline.kernels.operand import BLOCK_ELEMENTS, quantized_rows
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
@@ -184,6 +184,22 @@ def test_weights_that_stay_packed_give_the_same(bits: tuple[int, int], monkeypat
     layer.prepared.clear()
     monkeypatch.setattr(BACKENDS["int_mm"], "STAYS_PACKED_ON", {"cpu"})
     assert torch.equal(BACKENDS["int_mm"].conv2d(x, layer), unpacked) and layer.prepared.bytes < 512
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_layers_that_share_their_input_give_the_same(backend: str):
+    layers = [
+        random_layer(nn.Linear(24, outputs), LayerScheme(4, 4, rank), outputs) for outputs, rank in ((16, 2), (8, 0), (5, 3))
+    ]
+    for layer in layers[1:]:
+        for name in ("smooth", "input_scale", "input_zero_point"):
+            getattr(layer, name).copy_(getattr(layers[0], name))
+    x = inputs(2, 3, 24)
+    alone = [compute(backend, layer, x) for layer in layers]
+    with shared_input(layers):
+        assert all(torch.equal(compute(backend, layer, x), y) for layer, y in zip(layers, alone, strict=True))
+        doubled = x.mul_(2)  # in place: what was quantized is another input now
+        assert all(not torch.equal(compute(backend, layer, doubled), y) for layer, y in zip(layers, alone, strict=True))
 
 
 def test_gradients_come_from_the_reference():

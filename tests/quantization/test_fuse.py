@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.models.attention_processor import Attention
 from quantized_models import quantized_pipeline, run
 from torch import nn
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.kernels import reference
+from qartsr_pipeline.kernels import onednn, reference, use_backend
 from qartsr_pipeline.quantization import fuse as fusing
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock, convolution_of_normalized, fuse
+from qartsr_pipeline.quantization.shared_attention import SharedInputAttention
 from qartsr_pipeline.tiled_normalization import SharedStatistics
 from tiny_models import build_tiny_pipeline
 
@@ -51,10 +54,11 @@ class Backend:
         mean, scale = (v.repeat_interleave(x.shape[1] // norm.num_groups, 1) for v in (mean, torch.rsqrt(variance + norm.eps)))
         return scale * norm.weight, norm.bias - mean * scale * norm.weight
 
-    def norm_conv2d(self, x, scale, shift, layer, silu):
+    def norm_conv2d(self, x, scale, shift, layer, silu, residual):
         assert silu
         self.calls += 1
-        return reference.conv2d(nn.functional.silu(x * scale[:, :, None, None] + shift[:, :, None, None]), layer)
+        y = reference.conv2d(nn.functional.silu(x * scale[:, :, None, None] + shift[:, :, None, None]), layer)
+        return y if residual is None else y + residual
 
 
 @pytest.fixture
@@ -179,3 +183,84 @@ def test_the_blocks_input_is_left_as_it_was():
     with torch.no_grad():
         block(x, None)
     assert torch.equal(x, kept)
+
+
+def attention_with_shared_input() -> nn.Module:
+    """The VAE's, fused; queries, keys and values quantize alike."""
+    vae = quantized_pipeline().vae
+    attention = vae.decoder.mid_block.attentions[0]
+    for name in ("to_k", "to_v"):
+        layer = copy.deepcopy(attention.to_q)
+        layer.weight_packed.random_(0, 256, generator=torch.Generator().manual_seed(ord(name[-1])))
+        setattr(attention, name, layer)
+    fuse(vae)
+    assert type(attention) is SharedInputAttention
+    return attention
+
+
+@pytest.fixture
+def quantized(monkeypatch) -> list:
+    """Inputs that oneDNN's backend has quantized."""
+    seen, quantize = [], onednn.input_codes
+    monkeypatch.setattr(onednn, "input_codes", lambda rows, *others: seen.append(rows) or quantize(rows, *others))
+    return seen
+
+
+needs_onednn = pytest.mark.skipif(onednn.unavailable() is not None, reason="oneDNN's integers are for x86")
+
+
+@needs_onednn
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_attention_quantizes_its_input_once(quantized, context):
+    attention = attention_with_shared_input()
+    with context(), use_backend("onednn"):
+        x = torch.randn(2, 16, 5, 3)
+        shared = attention(x)
+        assert len(quantized) == 2  # and what goes to to_out
+        assert torch.equal(shared, Attention.forward(attention, x)) and len(quantized) == 2 + 4
+        assert torch.equal(attention(x), shared) and not torch.equal(attention(-x), shared)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_attention_quantizes_again_what_is_another_input(quantized):
+    """A hook that changes the input in place or for another, and a layer that was given other bounds."""
+    attention, x = attention_with_shared_input(), torch.randn(1, 16, 5, 3)
+    with use_backend("onednn"):
+        for change in (lambda module, inputs: (2 * inputs[0],), lambda module, inputs: (inputs[0].mul_(2),)):
+            hook = attention.to_k.register_forward_pre_hook(change)
+            assert torch.equal(attention(x), Attention.forward(attention, x))
+            hook.remove()
+        before = attention(x)
+        state = attention.state_dict()
+        state["to_v.input_scale"] = 4 * state["to_v.input_scale"]
+        attention.load_state_dict(state)
+        assert torch.equal(attention(x), Attention.forward(attention, x)) and not torch.equal(attention(x), before)
+        attention.to_v = nn.Linear(16, 16)
+        assert torch.equal(attention(x), Attention.forward(attention, x))
+
+
+def test_attention_whose_layers_quantize_otherwise_is_left_alone():
+    vae = quantized_pipeline().vae
+    attention = vae.decoder.mid_block.attentions[0]
+    attention.to_k, attention.to_v = copy.deepcopy(attention.to_q), copy.deepcopy(attention.to_q)
+    attention.to_v.smooth.mul_(2)
+    fuse(vae)
+    assert type(attention) is Attention
+
+
+def test_shared_attention_is_copied_pickled_and_compiled():
+    attention, x = attention_with_shared_input(), torch.randn(1, 16, 5, 3)
+    with torch.no_grad():
+        expected = attention(x)
+        for copied in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+            assert type(copied) is SharedInputAttention and torch.equal(copied(x), expected)
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_loaded_models_share():
+    """Calibration gives queries, keys and values one input quantizer."""
+    attentions = [m for m in QArtSRPipeline.from_pretrained("tiny-w4a4").unet.modules() if isinstance(m, Attention)]
+    own = [attention for attention in attentions if not attention.is_cross_attention]
+    assert own and all(type(attention) is SharedInputAttention for attention in own)
