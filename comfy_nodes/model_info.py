@@ -41,11 +41,12 @@ def describe(model: ManagedModel) -> str:
     parts = {name: getattr(model.pipeline, name) for name in ("unet", "vae", "prompt_embedding")}
     with model.kernels():
         reports = [describe_model(name, part, model.device.type) for name, part in parts.items()]
-    packed, fp16 = (sum(getattr(report, field) for report in reports) for field in ("packed_bytes", "fp16_bytes"))
+    fields = ("packed_bytes", "prepared_bytes", "fp16_bytes")
+    packed, prepared, fp16 = (sum(getattr(report, field) for report in reports) for field in fields)
     config, dtype = model.pipeline.config, str(compute_dtype(model.pipeline.vae)).removeprefix("torch.")
     lines = [
         f"{model.name}: x{config.scale}, timestep {config.timestep}",
-        f"{packed / 1e6:.2f} MB loaded; {fp16 / 1e6:.2f} MB at 16 bits",
+        f"{packed / 1e6:.2f} MB loaded, {prepared / 1e6:.2f} MB more for the kernels; {fp16 / 1e6:.2f} MB at 16 bits",
         *(line for report in reports for line in _component(report)),
         f"running on: {model.device}, {dtype}, kernels {model.backend}",
     ]

@@ -1,6 +1,7 @@
 """`qartsr info` and `qartsr demo`."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -26,6 +27,25 @@ def test_info_as_json(tiny_folder, capsys):
     assert report["quantized"] is False
     components = {component["name"]: component for component in report["components"]}
     assert {"unet", "vae"} <= set(components) and components["unet"]["parameters"] > 1000
+
+
+def test_info_says_what_the_kernels_keep_beside_the_weights(capsys, monkeypatch):
+    """On a CPU at most a byte a weight, and the branch; the model itself is not touched for it."""
+
+    def layers() -> list[dict]:
+        assert main(["info", "tiny-w4a4", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        return [layer for component in report["components"] for layer in component["layers"]]
+
+    monkeypatch.setenv("QARTSR_BACKEND", "float")
+    for layer in layers():
+        outputs, inputs, *kernel = layer["shape"]
+        taps, rank = math.prod(kernel), layer["rank"]
+        weights = outputs * inputs * taps if layer["weight_bits"] < 8 else 0
+        assert layer["prepared_bytes"] == weights + 4 * (outputs + inputs) + 4 * rank * (inputs + outputs * taps)
+    monkeypatch.setenv("QARTSR_LOW_MEMORY", "1")
+    assert not any(layer["prepared_bytes"] for layer in layers())
+    assert main(["info", "tiny-w4a4"]) == 0 and "prepared:" not in capsys.readouterr().out
 
 
 def test_info_of_a_folder_that_is_no_checkpoint(tmp_path, capsys):

@@ -24,11 +24,14 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"folder": str(folder), "quantized": is_quantized(folder), "components": content}, indent=2))
         return 0
     print(folder if is_quantized(folder) else f"{folder} (full precision: nothing in it is quantized)")
-    print(_table(["component", "class", "bits", "parameters", "size", "as fp16", "ratio", "kernels"], map(_row, components)))
+    titles = ["component", "class", "bits", "parameters", "size", "as fp16", "ratio", "prepared", "kernels"]
+    print(_table(titles, map(_row, components)))
     if options.layers:
         for component in components:
             if component.layers:
                 print(f"\n{component.name}\n{_layers(component)}")
+    if any(component.prepared_bytes for component in components):
+        print("\nprepared: what kernels keep in memory beside the size; nothing, and slower, with QARTSR_LOW_MEMORY=1")
     print(f"\n{_backends()}")
     return 0
 
@@ -94,12 +97,13 @@ def _row(component: ComponentReport) -> list[str]:
         _megabytes(component.packed_bytes),
         _megabytes(component.fp16_bytes),
         ratio,
+        _megabytes(component.prepared_bytes),
         kernels([component]),
     ]
 
 
 def _layers(component: ComponentReport) -> str:
-    titles = ["layer", "kind", "bits", "rank", "shape", "size", "kernel"]
+    titles = ["layer", "kind", "bits", "rank", "shape", "size", "prepared", "kernel"]
     rows = (
         [
             layer.name,
@@ -108,6 +112,7 @@ def _layers(component: ComponentReport) -> str:
             str(layer.rank),
             " x ".join(map(str, layer.shape)),
             _megabytes(layer.packed_bytes),
+            _megabytes(layer.prepared_bytes),
             layer.kernel,
         ]
         for layer in component.layers

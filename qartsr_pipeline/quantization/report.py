@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from qartsr_pipeline.kernels import choose_backend
@@ -20,7 +22,7 @@ class LayerReport:
     Attributes:
         shape: the float weight's.
         packed_bytes: everything that is stored for it.
-        prepared_bytes: what its kernel keeps in memory beside that, from the layer's first call on.
+        prepared_bytes: what its kernel keeps in memory beside that, from the layer's first call on; see `kernels.low_memory`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ComponentReport:
         parameters: of the float model; folded layers no longer count.
         packed_bytes: of all stored tensors.
         fp16_bytes: of the same parameters at 16 bits.
+        prepared_bytes: of all layers.
     """
 
     name: str
@@ -59,6 +62,10 @@ class ComponentReport:
     packed_bytes: int
     fp16_bytes: int
     layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def prepared_bytes(self) -> int:
+        return sum(layer.prepared_bytes for layer in self.layers)
 
 
 def describe_layer(name: str, layer: DeployedLayer, device: str) -> LayerReport:
@@ -73,9 +80,17 @@ def describe_layer(name: str, layer: DeployedLayer, device: str) -> LayerReport:
         spec.rank,
         (spec.out_channels, spec.in_channels, *kernel),
         layer.packed_bytes,
-        layer.prepared.bytes,
+        prepared_bytes(layer, device),
         choose_backend(spec, device).NAME,
     )
+
+
+@torch.no_grad()
+def prepared_bytes(layer: DeployedLayer, device: str) -> int:
+    """What the layer's kernel keeps for it on such a device, in a model of float32: tried out on a copy and a small input."""
+    trial, spec = copy.deepcopy(layer).to(device), layer.spec
+    trial(torch.zeros(1, spec.in_channels, *(spec.kernel_size if spec.kind == "conv2d" else ()), device=device))
+    return trial.prepared.bytes
 
 
 def _bits(model: nn.Module, layers: list[LayerReport]) -> str:
@@ -90,7 +105,7 @@ def _bits(model: nn.Module, layers: list[LayerReport]) -> str:
 
 
 def describe_model(name: str, model: nn.Module, device: str = "cpu") -> ComponentReport:
-    """Report of one component; ``device`` is the type of device that kernels are chosen for."""
+    """Report of one component; ``device`` is the type of device that kernels are chosen for, and tried on."""
     deployed = {n: m for n, m in model.named_modules() if isinstance(m, DeployedLayer)}
     inside = {id(t) for layer in deployed.values() for t in layer.buffers()}
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
