@@ -65,8 +65,7 @@ def upscale_picture(
     """The enlarged picture, or its z_H, float32 (1, C, h, w) on the CPU, unless `settings.decode`."""
     rgb = picture.rgb if picture.alpha is None else fill_transparent(picture.rgb, picture.alpha)
     enlarged = resize(rgb, enlarged_size(picture.size, settings.scale))  # (1, 3, sH, sW), about [0, 1]
-    padded = pad_to_multiple(enlarged, plan.multiple, plan.minimum)
-    result = run_tiles(network, padded, plan, settings, reporter)
+    result = run_tiles(network, pad_to_multiple(enlarged, plan.multiple, plan.minimum), plan, settings, reporter)
     if not settings.decode:
         return result
     result = result[..., : enlarged.shape[-2], : enlarged.shape[-1]]
@@ -76,7 +75,8 @@ def upscale_picture(
 def finish(picture: Picture, enlarged: torch.Tensor, result: torch.Tensor, settings: Settings) -> Picture:
     """Colour alignment of `result` to `enlarged`, both (1, 3, sH, sW); resampling to the size asked for; alpha."""
     size = enlarged_size(picture.size, settings.upscale)
-    rgb = resize(align_color(result, enlarged, settings.color_fix), size).clamp(0, 1)
+    rgb = resize(align_color(result, enlarged, settings.color_fix), size)
+    rgb = rgb.clamp(0, 1) if rgb is result else rgb.clamp_(0, 1)  # the result may be a tile that a callback has kept
     if picture.greyscale:
         rgb = luma(rgb).expand(-1, 3, -1, -1)
     alpha = None if picture.alpha is None else enlarge_alpha(picture.alpha, size)

@@ -39,9 +39,16 @@ def to_pil(picture: Picture) -> PIL.Image.Image:
     colour = luma(picture.rgb) if picture.greyscale else picture.rgb
     if picture.greyscale and picture.sixteen_bit and picture.alpha is None:
         return PIL.Image.fromarray((colour[0, 0].clamp(0, 1) * 65535).round().numpy().astype(np.uint16))
-    channels = colour[0] if picture.alpha is None else torch.cat([colour[0], picture.alpha[0]])
-    values = (channels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    values = _bytes([*colour[0], *(() if picture.alpha is None else picture.alpha[0])])
     return PIL.Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+
+def _bytes(channels: list[torch.Tensor]) -> np.ndarray:
+    """C channels (H, W) in [0, 1] -> uint8 (H, W, C); one after the other, because a large picture's floats take gigabytes."""
+    values = torch.empty((*channels[0].shape, len(channels)), dtype=torch.uint8)
+    for out, channel in zip(values.unbind(-1), channels, strict=True):
+        out.copy_(channel.clamp(0, 1).mul_(255).round_())
+    return values.numpy()
 
 
 def luma(rgb: torch.Tensor) -> torch.Tensor:

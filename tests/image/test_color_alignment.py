@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qartsr_pipeline.image import color_alignment
 from qartsr_pipeline.image.color_alignment import align_color, low_pass
 
 
@@ -28,6 +29,15 @@ def test_wavelet_keeps_detail_of_one_and_tone_of_the_other():
     inner = aligned[..., 64:-64, 64:-64]
     assert torch.allclose(inner[..., ::2] - inner[..., 1::2], torch.full_like(inner[..., ::2], 0.2), atol=1e-4)
     assert torch.allclose(F.avg_pool2d(inner, (1, 2)), reference[..., 64:-64, 64:-64:2], atol=1e-4)
+
+
+@pytest.mark.parametrize("height", [1, 31, 32, 100, 333])
+def test_bands_of_rows_are_the_whole_picture(height, monkeypatch):
+    monkeypatch.setattr(color_alignment, "BAND_ROWS", 32)
+    image, reference = torch.rand(2, 1, 3, height, 40, generator=torch.Generator().manual_seed(0))
+    kept = image.clone(), reference.clone()
+    assert torch.equal(align_color(image, reference, "wavelet"), image + low_pass(reference - image))
+    assert torch.equal(image, kept[0]) and torch.equal(reference, kept[1])
 
 
 def test_low_pass_is_the_composed_binomial_kernel():
