@@ -1,12 +1,14 @@
 """What `benchmarks.speed` times: peers and ours, each a function that builds a network ready to run.
 
 Shape `tiny` are the models that ship. Shape `sd21` is Stable Diffusion 2.1-base's with random weights, quantized without data:
-its pictures are noise, and only its seconds and bytes mean something.
+its pictures are noise, and only its seconds and bytes mean something. torchao and sdnq get a model in bfloat16
+where the processor computes with it, else in float32.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +21,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.arithmetic.affine import affine_parameters, centred_codes
 from qartsr_pipeline.arithmetic.packing import pack
 from qartsr_pipeline.convert import stable_diffusion_2_1
+from qartsr_pipeline.kernels.prepared import LOW_MEMORY_VARIABLE
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.fold import fold
@@ -122,6 +125,11 @@ def _fused(network: OneStepNetwork) -> OneStepNetwork:
     return network
 
 
+def _low_memory(network: OneStepNetwork) -> OneStepNetwork:
+    os.environ[LOW_MEMORY_VARIABLE] = "1"  # of this contender's process
+    return network
+
+
 def _quanto(network: OneStepNetwork, bits: int) -> OneStepNetwork:
     from optimum import quanto
 
@@ -168,6 +176,10 @@ class Contender:
         return importlib.util.find_spec(self.needs) is not None
 
 
+def _fast_float(device: str) -> torch.dtype:
+    return BF16 if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 BF16 = torch.bfloat16
 CONTENDERS: dict[str, Contender] = {
     "fp32": Contender(lambda s, d: _in(full_precision(s), d)),
@@ -177,8 +189,8 @@ CONTENDERS: dict[str, Contender] = {
     "bf16 compiled": Contender(lambda s, d: _compiled(_in(full_precision(s), d, BF16)), listed=False),
     "quanto int8 weights": Contender(lambda s, d: _quanto(_in(full_precision(s), d), 8)),
     "quanto int4 weights": Contender(lambda s, d: _quanto(_in(full_precision(s), d), 4), listed=False),
-    "torchao int8": Contender(lambda s, d: _torchao(_in(full_precision(s), d, BF16)), "torchao"),
-    "sdnq int8": Contender(lambda s, d: _sdnq(_in(full_precision(s), d, BF16)), "sdnq"),
+    "torchao int8": Contender(lambda s, d: _torchao(_in(full_precision(s), d, _fast_float(d))), "torchao"),
+    "sdnq int8": Contender(lambda s, d: _sdnq(_in(full_precision(s), d, _fast_float(d))), "sdnq"),
     **{f"ours W{bits}A{bits}": Contender(lambda s, d, bits=bits: _in(shipped(s, bits), d)) for bits in (8, 4, 2)},
     **{
         f"ours W{bits}A{bits}, {how}": Contender(lambda s, d, bits=bits, make=make: _in(make(s, bits), d), listed=False)
@@ -188,6 +200,7 @@ CONTENDERS: dict[str, Contender] = {
             ("not folded", lambda s, bits: _fused(quantize_without_data(full_precision(s), bits, folded=False))),
         )
     },
+    "ours W4A4, low memory": Contender(lambda s, d: _low_memory(_in(shipped(s, 4), d)), listed=False),
     "ours W4A4, compiled": Contender(lambda s, d: _compiled(_in(shipped(s, 4), d)), listed=False),
 }
 WITHOUT_DATA = [name for name in CONTENDERS if name.endswith(("blocks", "folded"))]  # whose error means nothing at any shape

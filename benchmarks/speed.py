@@ -5,7 +5,9 @@
     python -m benchmarks.speed --table benchmarks/results/speed_tiny_cpu.json
 
 Every contender lives in a process of its own, so that its peak of memory is its own; the processes take turns, one at a time.
-Medians and ranges over the rounds; ratios are against the first contender. `--size` is the side of the enlarged picture.
+Medians and ranges over the rounds; ratios are against the first contender, and who is `PATIENCE` times slower is timed in the
+first round only. `--size` is the side of the enlarged picture. Peers that are not installed are left out: torchao comes with
+`pip install -e .[bench]`, sdnq is installed by hand, for its licence. The JSON has bits, rank and kernel of every layer of ours.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from benchmarks.contenders import CONTENDERS, WITHOUT_DATA
 from benchmarks.machine import forget_peak, peak_megabytes
 from calibration.data.fingerprint import processor
 
+PATIENCE = 10
 TITLES = {
     "tiny": "the small models that ship",
     "sd21": "Stable Diffusion 2.1's shape with RANDOM weights: about speed and memory only, errors mean nothing",
@@ -48,12 +52,35 @@ def work(connection: Connection, name: str, args: argparse.Namespace) -> None:
         while (order := connection.recv()) == "time":
             connection.send(time_stages(network, up)[0])
         facts: dict[str, Any] = {"peak_mb": peak_megabytes(args.device), "weights_mb": tensor_bytes(network) / 1e6}
+        facts |= {"floats": str(dtype).removeprefix("torch."), "layers": layers_of(network)}
         with kinds_timed(network) as seconds:
             if order == "kinds" and "compiled" not in name:
                 time_stages(network, up)
             connection.send(facts | {"kinds": seconds()})
     except Exception as error:  # told to the parent, which goes on without this contender
         connection.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def layers_of(network: Any) -> dict[str, str]:
+    """Bits, rank and kernel of every quantized layer of ours, such as "W4A4, rank 8, onednn"."""
+    from qartsr_pipeline.kernels import choose_backend
+    from qartsr_pipeline.quantization.deployed import DeployedLayer
+
+    return {
+        f"{part}.{name}": f"W{layer.spec.weight_bits}A{layer.spec.activation_bits}, rank {layer.spec.rank}, "
+        + choose_backend(layer.spec, network.device.type).NAME
+        for part in ("unet", "vae")
+        for name, layer in getattr(network, part).named_modules()
+        if isinstance(layer, DeployedLayer)
+    }
+
+
+def answer(pipe: Connection) -> dict[str, Any]:
+    """Of a contender's process, which may be gone."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return {"error": "the process has ended: was there too little memory?"}
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -69,22 +96,28 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         process.start()
         other.close()
         processes.append(process)
-        rows[name] = {"name": name, "rounds": []} | pipes[name].recv()
+        rows[name] = {"name": name, "rounds": []} | answer(pipes[name])
     alive = [name for name in args.contenders if "error" not in rows[name]]
+    timed = alive
     for turn in range(args.rounds):
         print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
-        for name in alive:
+        for name in timed:
             pipes[name].send("time")
-            rows[name]["rounds"].append(pipes[name].recv())
+            found = answer(pipes[name])
+            rows[name] |= found if "error" in found else {"rounds": [*rows[name]["rounds"], found]}
+        alive = [name for name in alive if "error" not in rows[name]]
+        seconds = {name: sum(rows[name]["rounds"][0].values()) for name in alive}
+        timed = [name for name in timed if name in alive and seconds[name] < PATIENCE * seconds[alive[0]]]
+    for name, process in zip(args.contenders, processes, strict=True):
+        if name in alive:
+            pipes[name].send("kinds")
+            rows[name] |= answer(pipes[name])
+        process.join(60)  # before the next one is timed
+        process.kill()
+    pictures = {name: row.pop("picture") for name, row in rows.items() if "picture" in row}
     for name in alive:
-        pipes[name].send("kinds")
-        rows[name] |= pipes[name].recv()
-    first = rows[alive[0]]["picture"] if alive else None
-    for name in alive:
-        error = np.square(rows[name].pop("picture") - first).mean()
+        error = np.square(pictures[name] - pictures[alive[0]]).mean()
         rows[name]["psnr_to_first"] = float(10 * np.log10(4 / error)) if error else None
-    for process in processes:
-        process.join(10)
     return list(rows.values())
 
 
@@ -94,24 +127,34 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"{setting['size']} x {setting['size']} pixels out, {TITLES[setting['shape']]}. {result['hardware']}. Median (range) of"
         f" {setting['rounds']} rounds, in turns.\n",
-        "| | seconds | ratio | encode | UNet | decode | peak MB | weights MB | dB to the first |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| | floats | seconds | ratio | encode | UNet | decode | peak MB | weights MB | dB to the first |",
+        "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     base = None
     for row in result["rows"]:
         if "error" in row:
-            lines.append(f"| {row['name']} | {row['error'].splitlines()[0][:100]} | | | | | | | |")
+            lines.append(f"| {row['name']} | {row['error'].splitlines()[0][:100]} | | | | | | | | |")
             continue
         sums = [sum(stages.values()) for stages in row["rounds"]]
         median = statistics.median(sums)
         base = base or median
         stages = [f"{statistics.median(r[stage] for r in row['rounds']):.3f}" for stage in row["rounds"][0]]
         decibels = row["psnr_to_first"]
-        cells = [row["name"], f"{median:.3f} ({min(sums):.3f}-{max(sums):.3f})", f"{median / base:.2f}", *stages]
+        spread = f"({min(sums):.3f}-{max(sums):.3f})" if len(sums) == setting["rounds"] else "(one round)"
+        cells = [row["name"], row.get("floats", ""), f"{median:.3f} {spread}", f"{median / base:.2f}", *stages]
         means_nothing = decibels is None or row["name"] in WITHOUT_DATA
         cells += [f"{row['peak_mb']:.0f}", f"{row['weights_mb']:.1f}", "" if means_nothing else f"{decibels:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *kinds_table(result["rows"])])
+    return "\n".join([*lines, "", *kinds_table(result["rows"]), "", *schemes(result["rows"])])
+
+
+def schemes(rows: list[dict[str, Any]]) -> list[str]:
+    """How many layers of ours have which bits, rank and kernel."""
+    return [
+        f"- {row['name']}: " + "; ".join(f"{what} x {count}" for what, count in Counter(row["layers"].values()).most_common())
+        for row in rows
+        if row.get("layers")
+    ]
 
 
 def kinds_table(rows: list[dict[str, Any]]) -> list[str]:

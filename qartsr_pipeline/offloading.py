@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 class NothingKept(PreparedWeights):
     """Prepares anew in every call: a layer whose tensors come and go would keep a copy of them on the device."""
 
+    keeps = False
+
     def get(self, layer: nn.Module, key: Any, make: Callable[[Any], Any]) -> Any:
         return make(layer)
 

@@ -25,7 +25,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as the pipeline; inference_mode is refused by some libraries' tensors
 def time_stages(network: OneStepNetwork, up: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
     """Seconds of each stage, and the picture.
 

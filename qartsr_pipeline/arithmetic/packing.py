@@ -48,12 +48,13 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     per_group, group_bytes = GROUPS[bits]
     if bits == 8:
         return packed[:, :length]
-    if group_bytes == 1:  # nothing straddles a byte, and bytes are a quarter of the traffic of 32-bit words
-        shifts = torch.arange(per_group, dtype=torch.uint8, device=packed.device) * bits
-        return ((packed[..., None] >> shifts) & (2**bits - 1)).view(rows, -1)[:, :length]
-    padded = F.pad(packed, (0, -packed.shape[1] % group_bytes)).view(rows, -1, group_bytes).to(torch.int32)
-    byte_shifts = torch.arange(group_bytes, dtype=torch.int32, device=packed.device) * 8
-    words = (padded << byte_shifts).sum(-1, dtype=torch.int32)
-    shifts = torch.arange(per_group, dtype=torch.int32, device=packed.device) * bits
-    codes = (words[..., None] >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).view(rows, -1)[:, :length]
+    groups = F.pad(packed, (0, -packed.shape[1] % group_bytes)).view(rows, -1, group_bytes)
+    codes = torch.stack([_bits_from(groups, position * bits, bits) for position in range(per_group)], dim=-1)
+    return codes.bitwise_and_(2**bits - 1).view(rows, -1)[:, :length]
+
+
+def _bits_from(groups: torch.Tensor, first: int, bits: int) -> torch.Tensor:
+    """What begins at this bit of every group (.., bytes): uint8 (..), with other bits above those of the code."""
+    byte, shift = divmod(first, 8)
+    low = groups[..., byte] >> shift
+    return low if shift + bits <= 8 else low | groups[..., byte + 1] << (8 - shift)

@@ -7,8 +7,12 @@ A backend is a module with
 - ``unavailable() -> str | None``: why it cannot run on this machine at all,
 - ``unsupported(spec, device) -> str | None``: why it cannot run this layer there; both follow from ``CONSTRAINTS``,
 - ``linear(x, layer)`` and ``conv2d(x, layer)``: the whole layer (integer product, branch, bias) on a deployed layer's buffers,
-- where it can, ``group_scale_shift(x, norm)`` and ``norm_conv2d(x, scale, shift, layer, silu)``: a GroupNorm as one factor and
-  one summand a channel, and a convolution that applies them to its input within its own pass (`normalizing_backend`).
+- where it keeps anything beside the stored weights, ``prepared(layer, dtype)``: makes it, in the layer's `PreparedWeights`,
+- where it can, ``group_scale_shift(x, norm)`` and ``norm_conv2d(x, scale, shift, layer, silu, residual)``: a GroupNorm as one
+  factor and one summand a channel, and a convolution that applies them to its input within its own pass and adds the residual
+  (`normalizing_backend`).
+
+A linear layer's input goes through `shared_operand`, so that layers of one input quantize it once.
 
 What runs is the first entry of `BACKENDS` that can; `use_backend` and the environment variable QARTSR_BACKEND override that.
 """

@@ -60,9 +60,10 @@ def prepare(layer: StoredLayer, dtype: torch.dtype) -> Prepared:
     )
 
 
-def _prepared(x: torch.Tensor, layer: StoredLayer) -> Prepared:
-    dtype = compute_dtype(x)
-    return layer.prepared.get(layer, (NAME, dtype), lambda stored: prepare(stored, dtype))
+def prepared(layer: StoredLayer, dtype: torch.dtype) -> Prepared:
+    """What is kept of the layer for inputs of this dtype."""
+    computed = compute_dtype(dtype)
+    return layer.prepared.get(layer, (NAME, computed), lambda stored: prepare(stored, computed))
 
 
 def _weight(ready: Prepared) -> torch.Tensor:
@@ -76,7 +77,7 @@ def _codes(rows: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Ten
 
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
-    ready = _prepared(x, layer)
+    ready = prepared(layer, x.dtype)
 
     def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -91,10 +92,10 @@ def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 
 def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(B, C, H, W) -> (B, N, H', W'), in x's dtype, channels-last."""
-    spec, ready = layer.spec, _prepared(x, layer)
+    spec, ready = layer.spec, prepared(layer, x.dtype)
     rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last input
     codes = as_map(_codes(rows, ready, layer), x)
-    y = F.conv2d(codes, _weight(ready), layer.bias, spec.stride, spec.padding).to(compute_dtype(x))
+    y = F.conv2d(codes, _weight(ready), layer.bias, spec.stride, spec.padding).to(compute_dtype(x.dtype))
     if spec.rank:
         add_branch(y, as_map(hidden_rows(rows, ready), x), ready, spec)
     return y.to(x.dtype)

@@ -4,8 +4,8 @@ Codes of up to 6 bits are centred, so that the product is the result and padding
 signed byte, u = c + z - 128, which is put right afterwards: sum(w c) = sum(w u) + (128 - z) sum(w); padding is then z - 128. The
 patches of a convolution (kh kw bytes for every input byte) are built for as many output rows at a time as fit `PATCH_BYTES`.
 
-Memory: on CUDA weights stay packed, and are bytes during their layer's own call only: unpacking is quick there, memory scarce. On
-a CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
+Memory: on CUDA weights stay packed, and are unpacked in every call, for that layer alone (what this costs was not measured). On a
+CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ def _matrix(layer: StoredLayer) -> torch.Tensor:
 
 
 def prepare(layer: StoredLayer) -> Prepared:
-    spec, weight = layer.spec, _matrix(layer)
+    kept = layer.weight_packed.device.type not in STAYS_PACKED_ON
     zero_point = int(layer.input_zero_point)
-    offset = zero_point - 128 if spec.activation_bits == 8 else 0
+    offset = zero_point - 128 if layer.spec.activation_bits == 8 else 0
+    weight = _matrix(layer) if kept or offset else None
     return Prepared(
-        None if weight.device.type in STAYS_PACKED_ON else weight,
+        weight if kept else None,
         layer.smooth / layer.input_scale,
         layer.input_scale * layer.weight_scale,
         -offset * weight.sum(0, dtype=torch.int32) if offset else None,
@@ -94,9 +95,14 @@ def prepare(layer: StoredLayer) -> Prepared:
     )
 
 
+def prepared(layer: StoredLayer, dtype: torch.dtype | None = None) -> Prepared:
+    """What is kept of the layer, whatever the dtype."""
+    return layer.prepared.get(layer, NAME, prepare)
+
+
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
-    ready = layer.prepared.get(layer, NAME, prepare)
+    ready = prepared(layer)
     rows = x.reshape(-1, x.shape[-1])
     codes = shared_operand(NAME, x, layer, lambda layers: [_codes(rows, ready, layer.spec)] * len(layers))
     y = _scaled(_multiply(codes, _weight(ready, layer)), ready, layer)
@@ -108,7 +114,7 @@ def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 
 def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(B, C, H, W) -> (B, N, H', W'), in x's dtype, channels-last."""
-    spec, ready = layer.spec, layer.prepared.get(layer, NAME, prepare)
+    spec, ready = layer.spec, prepared(layer)
     batch, channels, height, width = x.shape
     codes = _codes(x.permute(0, 2, 3, 1).reshape(-1, channels), ready, spec).view(batch, height, width, channels)
     out_height, out_width = (

@@ -79,11 +79,11 @@ class Prepacked:
     up: torch.Tensor | None
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """What the branch is computed in and the product is returned in; float16 is too slow or absent on processors, and so is
-    bfloat16 on older ones.
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the branch is computed in and the product is returned in, for inputs of this dtype; float16 is too slow or absent on
+    processors, and so is bfloat16 on older ones.
     """
-    fast = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -108,21 +108,22 @@ def prepack(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
     )
 
 
-def _prepacked(x: torch.Tensor, layer: StoredLayer) -> Prepacked:
-    dtype = compute_dtype(x)
-    return layer.prepared.get(layer, (NAME, dtype), lambda stored: prepack(stored, dtype))
+def prepared(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
+    """What is kept of the layer for inputs of this dtype."""
+    computed = compute_dtype(dtype)
+    return layer.prepared.get(layer, (NAME, computed), lambda stored: prepack(stored, computed))
 
 
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
-    packed = _prepacked(x, layer)
+    packed = prepared(layer, x.dtype)
 
     def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         return [(rows, input_codes(rows, packed, layer.spec))] * len(layers)
 
     rows, codes = shared_operand(NAME, x, layer, quantize)
-    y = linear_product(codes, packed, layer, compute_dtype(x))
+    y = linear_product(codes, packed, layer, compute_dtype(x.dtype))
     if layer.spec.rank:
         y.addmm_(hidden_rows(rows, packed), packed.up.t())
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -130,9 +131,9 @@ def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 
 def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(B, C, H, W) -> (B, N, H', W'), in x's dtype, channels-last."""
-    packed = _prepacked(x, layer)
+    packed = prepared(layer, x.dtype)
     rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last input
-    y = conv2d_product(as_map(input_codes(rows, packed, layer.spec), x), packed, layer, compute_dtype(x))
+    y = conv2d_product(as_map(input_codes(rows, packed, layer.spec), x), packed, layer, compute_dtype(x.dtype))
     if layer.spec.rank:
         add_branch(y, as_map(hidden_rows(rows, packed), x), packed, layer.spec)
     return y.to(x.dtype)

@@ -36,7 +36,13 @@ def saves_memory() -> bool:
 
 
 class PreparedWeights:
-    """Holder of what backends prepared for one layer. Copies and pickles of it are empty."""
+    """Holder of what backends prepared for one layer. Copies and pickles of it are empty.
+
+    Attributes:
+        keeps: whether it holds anything from call to call.
+    """
+
+    keeps = True
 
     def __init__(self):
         self._entries: dict[Any, tuple[tuple, Any]] = {}

@@ -5,59 +5,65 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
 from qartsr_pipeline.kernels.layer_spec import StoredLayer
 
+QUANTIZER = ("smooth", "input_scale", "input_zero_point")
 T = TypeVar("T")
 
 
 @dataclass
 class _Shared:
-    """The layers of a context, and what was made for them: `operands`, of input `x` in its `version`, by the backend `name`."""
+    """The layers of a context, and what a backend made for those that have not been called: operands by the layer's number."""
 
     layers: tuple[StoredLayer, ...]
     name: str = ""
     x: torch.Tensor | None = None
     version: int = 0
-    operands: Sequence = ()
+    operands: dict[int, Any] = field(default_factory=dict)
+
+    def take(self, name: str, x: torch.Tensor, layer: StoredLayer) -> Any:
+        """The operand of this layer for this input, once; None if there is none."""
+        if self.x is not x or (self.name, self.version) != (name, _version(x)):
+            return None
+        operand = self.operands.pop(layer.number, None)
+        if not self.operands:
+            self.x = None
+        return operand
+
+    def give(self, name: str, x: torch.Tensor, operands: Sequence) -> None:
+        self.name, self.x, self.version = name, x, _version(x)
+        self.operands = {layer.number: operand for layer, operand in zip(self.layers, operands, strict=True)}
 
 
 @dataclass(frozen=True)
-class _Alike:
+class _Verdict:
+    """Whether layers quantize alike, as long as they have these tensors, unchanged: comparing values makes a GPU wait."""
+
+    tensors: list[tuple[ref, int]]
     alike: bool
 
 
 _shared: ContextVar[_Shared | None] = ContextVar("qartsr_shared_input", default=None)
+_verdicts: WeakKeyDictionary[StoredLayer, _Verdict] = WeakKeyDictionary()
 
 
 @contextmanager
 def shared_input(layers: Sequence[StoredLayer]) -> Iterator[None]:
-    """Within this context linear layers that quantize alike quantize once, if they are called with the very same tensor."""
-    token = _shared.set(_Shared(tuple(layers)) if quantize_alike(layers) else None)
+    """Within this context linear layers that quantize alike quantize once, if they are called with the very same tensor.
+
+    Nothing may change it in place between their calls in `torch.inference_mode`, whose tensors do not tell.
+    """
+    token = _shared.set(_Shared(tuple(layers)) if len(layers) > 1 else None)
     try:
         yield
     finally:
         _shared.reset(token)
-
-
-def quantize_alike(layers: Sequence[StoredLayer]) -> bool:
-    """Whether there is more than one, and smoothing, scale, zero point and bits are equal."""
-    if len(layers) < 2:
-        return False
-    first, *others = layers
-    key = ("quantize alike", *(layer.number for layer in others))
-    return first.prepared.get(first, key, lambda layer: _Alike(all(_alike(layer, other) for other in others))).alike
-
-
-def _alike(one: StoredLayer, other: StoredLayer) -> bool:
-    names = ("smooth", "input_scale", "input_zero_point")
-    return one.spec.activation_bits == other.spec.activation_bits < 16 and all(
-        torch.equal(getattr(one, name), getattr(other, name)) for name in names
-    )
 
 
 def shared_operand(name: str, x: torch.Tensor, layer: StoredLayer, make: Callable[[Sequence[StoredLayer]], Sequence[T]]) -> T:
@@ -71,7 +77,31 @@ def shared_operand(name: str, x: torch.Tensor, layer: StoredLayer, make: Callabl
     shared = None if torch.compiler.is_compiling() else _shared.get()
     if shared is None or not any(layer is one for one in shared.layers):
         return make((layer,))[0]
-    version = 0 if x.is_inference() else x._version
-    if shared.x is not x or (shared.version, shared.name) != (version, name):
-        shared.name, shared.x, shared.version, shared.operands = name, x, version, make(shared.layers)
-    return next(operand for one, operand in zip(shared.layers, shared.operands, strict=True) if one is layer)
+    operand = shared.take(name, x, layer)
+    if operand is None and quantize_alike(shared.layers, x.device):
+        shared.give(name, x, make(shared.layers))
+        operand = shared.take(name, x, layer)
+    return make((layer,))[0] if operand is None else operand
+
+
+def quantize_alike(layers: Sequence[StoredLayer], device: torch.device) -> bool:
+    """Whether smoothing, scale, zero point and bits are equal, and all of them are on the device, not offloaded."""
+    tensors = [getattr(layer, name) for layer in layers for name in QUANTIZER]
+    if len({layer.spec.activation_bits for layer in layers}) > 1 or any(t is None or t.device != device for t in tensors):
+        return False
+    known = _verdicts.get(layers[0])
+    if known is None or not _same(known.tensors, tensors):
+        first, *others = (tensors[start : start + len(QUANTIZER)] for start in range(0, len(tensors), len(QUANTIZER)))
+        alike = all(torch.equal(one, other) for quantizer in others for one, other in zip(first, quantizer, strict=True))
+        known = _verdicts[layers[0]] = _Verdict([(ref(tensor), _version(tensor)) for tensor in tensors], alike)
+    return known.alike
+
+
+def _same(known: list[tuple[ref, int]], tensors: list[torch.Tensor]) -> bool:
+    return len(known) == len(tensors) and all(
+        kept() is tensor and version == _version(tensor) for (kept, version), tensor in zip(known, tensors, strict=True)
+    )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

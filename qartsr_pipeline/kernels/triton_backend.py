@@ -51,11 +51,15 @@ def _computable(x: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype. ``residual``: of the output's shape and dtype, added to it."""
-    rows = _computable(x).reshape(1, 1, -1, x.shape[-1])
-    codes, hidden = shared_operand(NAME, x, layer, lambda layers: _quantized(rows, layers))
+
+    def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return _quantized(_computable(x).reshape(1, 1, -1, x.shape[-1]), layers)
+
+    codes, hidden = shared_operand(NAME, x, layer, quantize)
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    return _linear(codes, hidden, layer, residual, rows.dtype).view(*x.shape[:-1], layer.spec.out_channels).to(x.dtype)
+    dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+    return _linear(codes, hidden, layer, residual, dtype).view(*x.shape[:-1], layer.spec.out_channels).to(x.dtype)
 
 
 def conv2d(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,7 +87,8 @@ def group_scale_shift(x: torch.Tensor, norm: torch.nn.GroupNorm) -> tuple[torch.
     return operators.group_scale_shift(pixels, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
-def _prepared(layer: StoredLayer) -> TritonWeights:
+def prepared(layer: StoredLayer, dtype: torch.dtype | None = None) -> TritonWeights:
+    """What is kept of the layer, whatever the dtype."""
     return layer.prepared.get(layer, NAME, prepare)
 
 
@@ -102,10 +107,10 @@ def _quantized(pixels: torch.Tensor, layers: Sequence[StoredLayer], *norm) -> li
 
 def _stored(layer: StoredLayer) -> tuple:
     """The arguments of a product from the packed weights to the branch."""
-    prepared = _prepared(layer)
+    kept = prepared(layer)
     input_quantizer = (layer.input_scale, layer.input_zero_point)
     weights = (layer.weight_packed, layer.weight_scale, layer.weight_zero_point)
-    return *weights, *input_quantizer, prepared.code_sums, prepared.branch_up, layer.bias
+    return *weights, *input_quantizer, kept.code_sums, kept.branch_up, layer.bias
 
 
 def _linear(

@@ -11,14 +11,14 @@ else would skip what somebody has put around them: hooks, offloading, another fo
 (`tiled_normalization.FixedNorm`) say themselves what they multiply and add. Such a backend adds the block's input, too, in its
 product's epilogue.
 
-An attention's queries, keys and values are made of one input, which is quantized once, in every backend but the reference.
+An attention's queries, keys and values are made of one input, which is quantized once, in every backend but the reference, unless
+gradients are wanted or torch.compile computes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ from torch import nn
 from qartsr_pipeline.kernels import normalizing_backend, quantize_alike
 from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
+from qartsr_pipeline.quantization.surroundings import has_hooks, other_forward
 
 if TYPE_CHECKING:  # diffusers imports this package while it is itself being imported (see `registration`)
     from diffusers.models.resnet import ResnetBlock2D
@@ -53,8 +54,8 @@ def _normalizing_pass(
     """Backend, factors and summands of such a pass; None where norm and convolution must be called one after the other."""
     if torch.compiler.is_compiling():
         return None
-    fixed = _other_forward(norm)
-    if type(convolution) is not DeployedConv2d or _other_forward(convolution) or _has_hooks(norm) or _has_hooks(convolution):
+    fixed = other_forward(norm)
+    if type(convolution) is not DeployedConv2d or other_forward(convolution) or has_hooks(norm) or has_hooks(convolution):
         return None
     backend = normalizing_backend(x, convolution)
     if backend is None or (fixed and not hasattr(fixed, "scale_shift")):
@@ -62,20 +63,9 @@ def _normalizing_pass(
     return backend, *(fixed.scale_shift(x) if fixed else backend.group_scale_shift(x, norm))
 
 
-def _other_forward(module: nn.Module) -> Callable | None:
-    """The forward that somebody has given this one module. accelerate leaves the class's own there when it takes its hook off."""
-    forward = vars(module).get("forward")
-    is_its_class = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
-    return None if is_its_class else forward
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _may_be_overwritten(module: nn.Module) -> bool:
     """Whether nobody may have kept the module's output: a hook, or the graph of gradients. A compiler sees that itself."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or _has_hooks(module) or _other_forward(module))
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or has_hooks(module) or other_forward(module))
 
 
 class LeanResnetBlock(nn.Module):
@@ -97,9 +87,11 @@ class LeanResnetBlock(nn.Module):
         if self.time_emb_proj is not None:
             shift = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
             hidden = hidden.add_(shift) if _may_be_overwritten(self.conv1) else hidden + shift
-        straight = partial(self.conv_shortcut or nn.Identity(), input_tensor)
-        hidden = convolution_of_normalized(hidden, self.norm2, self.conv2, straight)
+        hidden = convolution_of_normalized(hidden, self.norm2, self.conv2, lambda: self._straight(input_tensor))
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+
+    def _straight(self, input_tensor: torch.Tensor) -> torch.Tensor:
+        return input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
 
 
 def is_fusable(block: nn.Module) -> bool:
@@ -108,7 +100,7 @@ def is_fusable(block: nn.Module) -> bool:
 
     return (
         type(block) is ResnetBlock2D
-        and not (_has_hooks(block) or _other_forward(block))
+        and not (has_hooks(block) or other_forward(block))
         and isinstance(block.conv1, DeployedLayer)
         and isinstance(block.conv2, DeployedLayer)
         and type(block.nonlinearity) is nn.SiLU
@@ -127,9 +119,9 @@ def is_shareable(attention: nn.Module) -> bool:
 
     return (
         type(attention) is Attention
-        and not (_has_hooks(attention) or _other_forward(attention))
+        and not (has_hooks(attention) or other_forward(attention))
         and all(isinstance(layer, DeployedLayer) for layer in projections(attention))
-        and quantize_alike(projections(attention))
+        and quantize_alike(projections(attention), attention.to_q.smooth.device)
     )
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -61,35 +62,36 @@ class ComponentReport:
     parameters: int
     packed_bytes: int
     fp16_bytes: int
+    prepared_bytes: int
     layers: list[LayerReport] = field(default_factory=list)
 
-    @property
-    def prepared_bytes(self) -> int:
-        return sum(layer.prepared_bytes for layer in self.layers)
 
-
-def describe_layer(name: str, layer: DeployedLayer, device: str) -> LayerReport:
-    """Report of one layer; arguments as in `describe_model`."""
-    spec = layer.spec
-    kernel = spec.kernel_size if spec.kind == "conv2d" else ()
+def describe_layer(name: str, layer: DeployedLayer, device: str, dtype: torch.dtype) -> LayerReport:
+    """Report of one layer of a model in this dtype; arguments as in `describe_model`."""
+    spec, kernel = layer.spec, choose_backend(layer.spec, device)
+    taps = spec.kernel_size if spec.kind == "conv2d" else ()
     return LayerReport(
         name,
         spec.kind,
         spec.weight_bits,
         spec.activation_bits,
         spec.rank,
-        (spec.out_channels, spec.in_channels, *kernel),
+        (spec.out_channels, spec.in_channels, *taps),
         layer.packed_bytes,
-        prepared_bytes(layer, device),
-        choose_backend(spec, device).NAME,
+        prepared_bytes(layer, kernel, device, dtype),
+        kernel.NAME,
     )
 
 
-@torch.no_grad()
-def prepared_bytes(layer: DeployedLayer, device: str) -> int:
-    """What the layer's kernel keeps for it on such a device, in a model of float32: tried out on a copy and a small input."""
-    trial, spec = copy.deepcopy(layer).to(device), layer.spec
-    trial(torch.zeros(1, spec.in_channels, *(spec.kernel_size if spec.kind == "conv2d" else ()), device=device))
+def prepared_bytes(layer: DeployedLayer, kernel: ModuleType, device: str, dtype: torch.dtype) -> int:
+    """What the kernel keeps for the layer on such a device, beside what is stored, once it was called with inputs of this dtype.
+
+    Tried out on a copy of the layer.
+    """
+    if not hasattr(kernel, "prepared") or not layer.prepared.keeps:
+        return 0
+    trial = copy.deepcopy(layer).to(device)
+    kernel.prepared(trial, dtype)
     return trial.prepared.bytes
 
 
@@ -105,13 +107,14 @@ def _bits(model: nn.Module, layers: list[LayerReport]) -> str:
 
 
 def describe_model(name: str, model: nn.Module, device: str = "cpu") -> ComponentReport:
-    """Report of one component; ``device`` is the type of device that kernels are chosen for, and tried on."""
+    """Report of one component; ``device`` is the type of device that kernels are chosen for."""
     deployed = {n: m for n, m in model.named_modules() if isinstance(m, DeployedLayer)}
     inside = {id(t) for layer in deployed.values() for t in layer.buffers()}
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
-    layers = [describe_layer(n, m, device) for n, m in deployed.items()]
+    layers = [describe_layer(n, m, device, model.dtype) for n, m in deployed.items()]
     parameters = sum(m.weight_count for m in deployed.values()) + sum(p.numel() for p in model.parameters())
     constants = sum(m.value.numel() for m in model.modules() if isinstance(m, FoldedConstant))
     packed = sum(layer.packed_bytes for layer in layers) + sum(t.numel() * t.element_size() for t in rest)
-    fp16 = 2 * (parameters + constants)
-    return ComponentReport(name, type(model).__name__, bool(layers), _bits(model, layers), parameters, packed, fp16, layers)
+    fp16, prepared = 2 * (parameters + constants), sum(layer.prepared_bytes for layer in layers)
+    bits = _bits(model, layers)
+    return ComponentReport(name, type(model).__name__, bool(layers), bits, parameters, packed, fp16, prepared, layers)

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -171,35 +172,45 @@ def test_low_memory_keeps_nothing_and_changes_nothing(backend: str, monkeypatch)
 @pytest.mark.parametrize("backend", ["float", "int_mm"])
 def test_no_float_copy_of_the_weights_is_kept(backend: str, bits: tuple[int, int], share: int):
     """A byte a weight at most, and none where the stored bytes are the codes."""
-    layer = random_layer(nn.Conv2d(64, 64, 3, padding=1), LayerScheme(*bits))
-    BACKENDS[backend].conv2d(inputs(1, 64, 5, 5), layer)
-    assert 0 <= layer.prepared.bytes - share * layer.weight_count < 2048
+    for float_layer, shape in ((nn.Conv2d(64, 64, 3, padding=1), (1, 64, 5, 5)), (nn.Linear(256, 256), (2, 256))):
+        layer = random_layer(float_layer, LayerScheme(*bits))
+        getattr(BACKENDS[backend], layer.spec.kind)(inputs(*shape), layer)
+        assert 0 <= layer.prepared.bytes - share * layer.weight_count < 4096
 
 
 @pytest.mark.parametrize("bits", BIT_PAIRS)
 def test_weights_that_stay_packed_give_the_same(bits: tuple[int, int], monkeypatch):
     """As on CUDA."""
-    layer, x = random_layer(nn.Conv2d(64, 8, 3, padding=1), LayerScheme(*bits, 2)), inputs(1, 64, 5, 5)
-    unpacked = BACKENDS["int_mm"].conv2d(x, layer)
-    layer.prepared.clear()
-    monkeypatch.setattr(BACKENDS["int_mm"], "STAYS_PACKED_ON", {"cpu"})
-    assert torch.equal(BACKENDS["int_mm"].conv2d(x, layer), unpacked) and layer.prepared.bytes < 512
+    for float_layer, shape in ((nn.Conv2d(64, 8, 3, padding=1), (1, 64, 5, 5)), (nn.Linear(256, 8), (2, 256))):
+        layer, x = random_layer(float_layer, LayerScheme(*bits, 2)), inputs(*shape)
+        compute = getattr(BACKENDS["int_mm"], layer.spec.kind)
+        unpacked = compute(x, layer)
+        layer.prepared.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(BACKENDS["int_mm"], "STAYS_PACKED_ON", {"cpu"})
+            assert torch.equal(compute(x, layer), unpacked) and layer.prepared.bytes < 2048
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_layers_that_share_their_input_give_the_same(backend: str):
-    layers = [
-        random_layer(nn.Linear(24, outputs), LayerScheme(4, 4, rank), outputs) for outputs, rank in ((16, 2), (8, 0), (5, 3))
-    ]
+def test_layers_that_share_their_input_quantize_it_once(backend: str, monkeypatch):
+    shapes = ((16, 2), (8, 0), (5, 3))
+    layers = [random_layer(nn.Linear(24, outputs), LayerScheme(4, 4, rank), seed=rank) for outputs, rank in shapes]
     for layer in layers[1:]:
         for name in ("smooth", "input_scale", "input_zero_point"):
             getattr(layer, name).copy_(getattr(layers[0], name))
     x = inputs(2, 3, 24)
     alone = [compute(backend, layer, x) for layer in layers]
+    module, name = BACKENDS[backend], "input_codes" if backend == "onednn" else "_codes"
+    calls, quantize = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *arguments: calls.append(1) or quantize(*arguments))
     with shared_input(layers):
-        assert all(torch.equal(compute(backend, layer, x), y) for layer, y in zip(layers, alone, strict=True))
+        assert all(torch.equal(compute(backend, layer, x), y) for layer, y in zip(layers, alone, strict=True)) and len(calls) == 1
         doubled = x.mul_(2)  # in place: what was quantized is another input now
         assert all(not torch.equal(compute(backend, layer, doubled), y) for layer, y in zip(layers, alone, strict=True))
+        assert len(calls) == 2
+        held = weakref.ref(x)
+        del x, doubled
+        assert held() is None  # what was made of it was taken by all
 
 
 def test_gradients_come_from_the_reference():

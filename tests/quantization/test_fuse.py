@@ -7,13 +7,14 @@ import pickle
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.attention_processor import Attention
 from quantized_models import quantized_pipeline, run
 from torch import nn
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.kernels import onednn, reference, use_backend
+from qartsr_pipeline.offloading import NothingKept
 from qartsr_pipeline.quantization import fuse as fusing
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock, convolution_of_normalized, fuse
 from qartsr_pipeline.quantization.shared_attention import SharedInputAttention
@@ -222,22 +223,48 @@ def test_attention_quantizes_its_input_once(quantized, context):
 
 
 @needs_onednn
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_what_a_hook_makes_of_the_input_is_quantized(context):
+    attention = attention_with_shared_input()
+    for change in (lambda module, inputs: (2 * inputs[0],), lambda module, inputs: (inputs[0].mul_(2),)):
+        hook = attention.to_k.register_forward_pre_hook(change)
+        with context(), use_backend("onednn"):
+            x = torch.randn(1, 16, 5, 3)
+            assert torch.equal(attention(x), Attention.forward(attention, x))
+        hook.remove()
+
+
+@needs_onednn
+@pytest.mark.parametrize("how", ["loaded", "set", "written into", "another layer"])
 @torch.no_grad()
-def test_attention_quantizes_again_what_is_another_input(quantized):
-    """A hook that changes the input in place or for another, and a layer that was given other bounds."""
+def test_attention_notices_that_a_layer_quantizes_otherwise(how: str):
     attention, x = attention_with_shared_input(), torch.randn(1, 16, 5, 3)
     with use_backend("onednn"):
-        for change in (lambda module, inputs: (2 * inputs[0],), lambda module, inputs: (inputs[0].mul_(2),)):
-            hook = attention.to_k.register_forward_pre_hook(change)
-            assert torch.equal(attention(x), Attention.forward(attention, x))
-            hook.remove()
         before = attention(x)
-        state = attention.state_dict()
-        state["to_v.input_scale"] = 4 * state["to_v.input_scale"]
-        attention.load_state_dict(state)
+        scale = 4 * attention.to_v.input_scale
+        if how == "loaded":
+            attention.to_v.load_state_dict(attention.to_v.state_dict() | {"input_scale": scale})
+        elif how == "set":
+            attention.to_v.input_scale = scale
+        elif how == "written into":
+            attention.to_v.input_scale.copy_(scale)
+            attention.to_v.prepared.clear()
+        else:
+            attention.to_v = nn.Linear(16, 16)
         assert torch.equal(attention(x), Attention.forward(attention, x)) and not torch.equal(attention(x), before)
-        attention.to_v = nn.Linear(16, 16)
-        assert torch.equal(attention(x), Attention.forward(attention, x))
+
+
+@needs_onednn
+@torch.no_grad()
+def test_attention_of_a_model_that_is_offloaded_layer_by_layer():
+    """A layer's tensors are there in its own call only."""
+    attention, x = attention_with_shared_input(), torch.randn(1, 16, 5, 3)
+    expected = attention(x)
+    for layer in (attention.to_q, attention.to_k, attention.to_v):
+        layer.prepared = NothingKept()
+        add_hook_to_module(layer, AlignDevicesHook("cpu", offload=True, offload_buffers=True))
+    assert attention.to_q.smooth.device.type == "meta"
+    assert torch.equal(attention(x), expected)
 
 
 def test_attention_whose_layers_quantize_otherwise_is_left_alone():
