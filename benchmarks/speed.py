@@ -171,7 +171,7 @@ def kinds_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Seconds of the stages as stacked bars."""
+    """Seconds of the stages as stacked bars, with their sums; bars that are many times as long as most are cut off."""
     import matplotlib.pyplot as plt
 
     rows = [row for row in result["rows"] if "error" not in row]
@@ -181,9 +181,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
         seconds = [statistics.median(r[stage] for r in row["rounds"]) for row in rows]
         axes.barh([row["name"] for row in rows], seconds, left=left, label=stage)
         left = [a + b for a, b in zip(left, seconds, strict=True)]
+    longest = min(max(left), 2.5 * statistics.median(left))
+    for line, row in enumerate(rows):
+        total = statistics.median(sum(stages.values()) for stages in row["rounds"])
+        place = (total, "left", "black") if total <= longest else (0.98 * longest, "right", "white")
+        axes.text(place[0], line, f" {total:.3g} ", ha=place[1], va="center", color=place[2])
+    axes.set_xlim(0, 1.1 * longest if max(left) == longest else longest)
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 
