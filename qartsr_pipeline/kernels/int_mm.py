@@ -121,7 +121,7 @@ def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         (side + 2 * pad - kernel) // stride + 1
         for side, pad, kernel, stride in zip((height, width), spec.padding, spec.kernel_size, spec.stride, strict=True)
     )
-    y = torch.empty((batch * out_height * out_width, spec.out_channels), dtype=torch.float32, device=x.device)
+    y = torch.empty((batch * out_height * out_width, spec.out_channels), dtype=x.dtype, device=x.device)
     weight, start = _weight(ready, layer), 0
     for patches in _patches(codes, spec, ready.offset, out_width):
         y[start : start + len(patches)] = _scaled(_multiply(patches, weight), ready, layer)
@@ -131,7 +131,7 @@ def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         smooth = layer.smooth.to(x.dtype).view(-1, 1, 1)
         hidden = F.conv2d(x * smooth, layer.branch_down.to(x.dtype)[:, :, None, None])
         y += F.conv2d(hidden, layer.branch_up.to(x.dtype), stride=spec.stride, padding=spec.padding)
-    return y.to(x.dtype)
+    return y
 
 
 def _weight(ready: Prepared, layer: StoredLayer) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """The quantize step: a layer's input to bytes, the same integers as `arithmetic.affine.centred_codes`, in few passes.
 
 An input as large as a feature map is worked through in blocks that stay in the processor's cache: multiply, round, clamp and
-convert each touch the block only. `torch.quantize_per_channel` does the same in one pass without vector instructions, ten times
-slower (and `quantize_per_tensor` plus `int_repr` is no faster than this, warns that it will be removed, and turns NaN and large
-values into whatever the processor makes of them).
+convert each touch the block only. On other devices blocks are larger, and only bound the memory. `torch.quantize_per_channel`
+does the same in one pass without vector instructions, ten times slower (and `quantize_per_tensor` plus `int_repr` is no faster
+than this, warns that it will be removed, and turns NaN and large values into whatever the processor makes of them).
 
 NaN becomes the zero point, the code of 0, as in the reference: a float NaN converts to the integer 0 on all supported hardware.
 """
@@ -15,11 +15,14 @@ from collections.abc import Iterator
 import torch
 
 BLOCK_ELEMENTS = 1 << 16  # 256 KiB in float32: fits the second-level cache of one core
+DEVICE_BLOCK_ELEMENTS = 1 << 24
 
 
-def blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices over `rows` such that a block of that many rows has at most about BLOCK_ELEMENTS elements."""
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+def blocks(rows: int, columns: int, device: str = "cpu") -> Iterator[slice]:
+    """Slices over `rows` such that a block of that many rows has at most about BLOCK_ELEMENTS elements, or DEVICE_BLOCK_ELEMENTS
+    on another type of device than the CPU.
+    """
+    step = max(1, (BLOCK_ELEMENTS if device == "cpu" else DEVICE_BLOCK_ELEMENTS) // max(1, columns))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -36,7 +39,7 @@ def quantized_rows(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int, b
     """
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     low, high = -zero_point, 2**bits - 1 - zero_point
-    parts = list(blocks(*x.shape)) if x.device.type == "cpu" else [slice(0, x.shape[0])]
+    parts = list(blocks(*x.shape, x.device.type))
     if parts:
         scratch = torch.empty((parts[0].stop, x.shape[1]), dtype=torch.float32, device=x.device)
     for part in parts:
