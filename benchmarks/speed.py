@@ -75,11 +75,13 @@ def layers_of(network: Any) -> dict[str, str]:
     }
 
 
-def answer(pipe: Connection) -> dict[str, Any]:
-    """Of a contender's process, which may be gone."""
+def ask(pipe: Connection, order: str | None = None) -> dict[str, Any]:
+    """The answer of a contender's process, which may be gone, to an order, or what it says by itself."""
     try:
+        if order:
+            pipe.send(order)
         return pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         return {"error": "the process has ended: was there too little memory?"}
 
 
@@ -96,22 +98,20 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         process.start()
         other.close()
         processes.append(process)
-        rows[name] = {"name": name, "rounds": []} | answer(pipes[name])
+        rows[name] = {"name": name, "rounds": []} | ask(pipes[name])
     alive = [name for name in args.contenders if "error" not in rows[name]]
     timed = alive
     for turn in range(args.rounds):
         print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
         for name in timed:
-            pipes[name].send("time")
-            found = answer(pipes[name])
+            found = ask(pipes[name], "time")
             rows[name] |= found if "error" in found else {"rounds": [*rows[name]["rounds"], found]}
         alive = [name for name in alive if "error" not in rows[name]]
         seconds = {name: sum(rows[name]["rounds"][0].values()) for name in alive}
         timed = [name for name in timed if name in alive and seconds[name] < PATIENCE * seconds[alive[0]]]
     for name, process in zip(args.contenders, processes, strict=True):
         if name in alive:
-            pipes[name].send("kinds")
-            rows[name] |= answer(pipes[name])
+            rows[name] |= ask(pipes[name], "kinds")
         process.join(60)  # before the next one is timed
         process.kill()
     pictures = {name: row.pop("picture") for name, row in rows.items() if "picture" in row}
@@ -145,10 +145,10 @@ def report(result: dict[str, Any]) -> str:
         means_nothing = decibels is None or row["name"] in WITHOUT_DATA
         cells += [f"{row['peak_mb']:.0f}", f"{row['weights_mb']:.1f}", "" if means_nothing else f"{decibels:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *kinds_table(result["rows"]), "", *schemes(result["rows"])])
+    return "\n".join([*lines, "", *kinds_table(result["rows"]), "", *layer_counts(result["rows"])])
 
 
-def schemes(rows: list[dict[str, Any]]) -> list[str]:
+def layer_counts(rows: list[dict[str, Any]]) -> list[str]:
     """How many layers of ours have which bits, rank and kernel."""
     return [
         f"- {row['name']}: " + "; ".join(f"{what} x {count}" for what, count in Counter(row["layers"].values()).most_common())

@@ -3,14 +3,19 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qartsr_pipeline import demo
+from qartsr_pipeline import QArtSRPipeline, demo
 from qartsr_pipeline.cli import main
 from qartsr_pipeline.image.comparison import compare
+from qartsr_pipeline.kernels import float_product
+from qartsr_pipeline.offloading import keep_prepared
+from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.report import describe_model
 
 
 def test_info_names_every_component_and_says_that_nothing_is_quantized(tiny_folder, capsys):
@@ -30,7 +35,10 @@ def test_info_as_json(tiny_folder, capsys):
 
 
 def test_info_says_what_the_kernels_keep_beside_the_weights(capsys, monkeypatch):
-    """On a CPU at most a byte a weight, and the branch; the model itself is not touched for it."""
+    """On a CPU at most a byte a weight, and the branch."""
+    if float_product.unavailable():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.delenv("QARTSR_LOW_MEMORY", raising=False)
 
     def layers() -> list[dict]:
         assert main(["info", "tiny-w4a4", "--json"]) == 0
@@ -46,6 +54,14 @@ def test_info_says_what_the_kernels_keep_beside_the_weights(capsys, monkeypatch)
     monkeypatch.setenv("QARTSR_LOW_MEMORY", "1")
     assert not any(layer["prepared_bytes"] for layer in layers())
     assert main(["info", "tiny-w4a4"]) == 0 and "prepared:" not in capsys.readouterr().out
+
+
+def test_a_description_leaves_the_model_as_it_was():
+    model = QArtSRPipeline.from_pretrained("tiny-w2a2").vae
+    report = describe_model("vae", model)
+    assert all(layer.prepared.bytes == 0 for layer in model.modules() if isinstance(layer, DeployedLayer))
+    keep_prepared(SimpleNamespace(components={"vae": model}), False)  # as when it is offloaded
+    assert report.prepared_bytes >= 0 and describe_model("vae", model).prepared_bytes == 0
 
 
 def test_info_of_a_folder_that_is_no_checkpoint(tmp_path, capsys):

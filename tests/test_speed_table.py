@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import answer, report
+from benchmarks.speed import ask, report
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks/results").glob("speed_*.json"))
 
@@ -41,4 +41,4 @@ def test_a_process_that_is_gone_is_an_error_like_others():
     here, there = multiprocessing.Pipe()
     there.send({"peak_mb": 1})
     there.close()
-    assert answer(here) == {"peak_mb": 1} and "has ended" in answer(here)["error"]
+    assert ask(here) == {"peak_mb": 1} and "has ended" in ask(here)["error"] and "has ended" in ask(here, "time")["error"]

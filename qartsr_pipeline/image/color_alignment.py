@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 COLOR_FIXES = ("wavelet", "adain")
 WAVELET_LEVELS = 5
-BAND_ROWS = 512
+BAND_PIXELS = 1 << 22
 EPSILON = 1e-5
 
 
@@ -40,8 +40,9 @@ def wavelet_alignment(image: torch.Tensor, reference: torch.Tensor, levels: int 
     done in bands of rows: what lies further away than the filter reaches does not count.
     """
     aligned, height, reach = torch.empty_like(image), image.shape[-2], 2**levels - 1
-    for start in range(0, height, BAND_ROWS):
-        end = min(start + BAND_ROWS, height)
+    rows = max(2 * reach, BAND_PIXELS // image.shape[-1])
+    for start in range(0, height, rows):
+        end = min(start + rows, height)
         first, last = max(start - reach, 0), min(end + reach, height)
         low = low_pass(reference[..., first:last, :] - image[..., first:last, :], levels)
         torch.add(image[..., start:end, :], low[..., start - first : end - first, :], out=aligned[..., start:end, :])

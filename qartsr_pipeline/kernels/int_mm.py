@@ -5,12 +5,13 @@ signed byte, u = c + z - 128, which is put right afterwards: sum(w c) = sum(w u)
 patches of a convolution (kh kw bytes for every input byte) are built for as many output rows at a time as fit `PATCH_BYTES`.
 
 Memory: on CUDA weights stay packed, and are unpacked in every call, for that layer alone (what this costs was not measured). On a
-CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`.
+CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`. At 8 bits
+the stored bytes are the codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -103,8 +104,12 @@ def prepared(layer: StoredLayer, dtype: torch.dtype | None = None) -> Prepared:
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     ready = prepared(layer)
-    rows = x.reshape(-1, x.shape[-1])
-    codes = shared_operand(NAME, x, layer, lambda layers: [_codes(rows, ready, layer.spec)] * len(layers))
+
+    def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rows = x.reshape(-1, x.shape[-1])
+        return [(rows, _codes(rows, ready, layer.spec))] * len(layers)
+
+    rows, codes = shared_operand(NAME, x, layer, quantize)
     y = _scaled(_multiply(codes, _weight(ready, layer)), ready, layer)
     if layer.spec.rank:
         hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
@@ -121,17 +126,21 @@ def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         (side + 2 * pad - kernel) // stride + 1
         for side, pad, kernel, stride in zip((height, width), spec.padding, spec.kernel_size, spec.stride, strict=True)
     )
-    y = torch.empty((batch * out_height * out_width, spec.out_channels), dtype=x.dtype, device=x.device)
+    y = _branch(x, layer) if spec.rank else x.new_empty((batch * out_height * out_width, spec.out_channels))
     weight, start = _weight(ready, layer), 0
     for patches in _patches(codes, spec, ready.offset, out_width):
-        y[start : start + len(patches)] = _scaled(_multiply(patches, weight), ready, layer)
+        part = y[start : start + len(patches)]
+        product = _scaled(_multiply(patches, weight), ready, layer)
+        part.copy_(product.add_(part) if spec.rank else product)
         start += len(patches)
-    y = y.view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
-    if spec.rank:
-        smooth = layer.smooth.to(x.dtype).view(-1, 1, 1)
-        hidden = F.conv2d(x * smooth, layer.branch_down.to(x.dtype)[:, :, None, None])
-        y += F.conv2d(hidden, layer.branch_up.to(x.dtype), stride=spec.stride, padding=spec.padding)
-    return y
+    return y.view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
+
+
+def _branch(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """A convolution's 16-bit branch: (B, C, H, W) -> (B H' W', N), contiguous, in x's dtype."""
+    hidden = F.conv2d(x * layer.smooth.to(x.dtype).view(-1, 1, 1), layer.branch_down.to(x.dtype)[:, :, None, None])
+    y = F.conv2d(hidden, layer.branch_up.to(x.dtype), stride=layer.spec.stride, padding=layer.spec.padding)
+    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 
 
 def _weight(ready: Prepared, layer: StoredLayer) -> torch.Tensor:

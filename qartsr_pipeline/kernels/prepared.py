@@ -40,12 +40,14 @@ class PreparedWeights:
 
     Attributes:
         keeps: whether it holds anything from call to call.
+        state: another object after every `clear`, for who keeps something of the layer elsewhere.
     """
 
     keeps = True
 
     def __init__(self):
         self._entries: dict[Any, tuple[tuple, Any]] = {}
+        self.state = object()
 
     def __reduce__(self) -> tuple:
         return PreparedWeights, ()
@@ -67,6 +69,7 @@ class PreparedWeights:
     def clear(self) -> None:
         """Forgets everything."""
         self._entries.clear()
+        self.state = object()
 
     @property
     def bytes(self) -> int:

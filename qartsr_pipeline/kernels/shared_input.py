@@ -13,12 +13,12 @@ import torch
 
 from qartsr_pipeline.kernels.layer_spec import StoredLayer
 
-QUANTIZER = ("smooth", "input_scale", "input_zero_point")
-T = TypeVar("T")
+INPUT_QUANTIZER = ("smooth", "input_scale", "input_zero_point")
+Operand = TypeVar("Operand")
 
 
 @dataclass
-class _Shared:
+class _SharedInput:
     """The layers of a context, and what a backend made for those that have not been called: operands by the layer's number."""
 
     layers: tuple[StoredLayer, ...]
@@ -27,29 +27,42 @@ class _Shared:
     version: int = 0
     operands: dict[int, Any] = field(default_factory=dict)
 
-    def take(self, name: str, x: torch.Tensor, layer: StoredLayer) -> Any:
-        """The operand of this layer for this input, once; None if there is none."""
-        if self.x is not x or (self.name, self.version) != (name, _version(x)):
-            return None
-        operand = self.operands.pop(layer.number, None)
-        if not self.operands:
-            self.x = None
-        return operand
+    def holds(self, name: str, x: torch.Tensor, layer: StoredLayer) -> bool:
+        return self.x is x and (self.name, self.version) == (name, _version(x)) and layer.number in self.operands
 
     def give(self, name: str, x: torch.Tensor, operands: Sequence) -> None:
         self.name, self.x, self.version = name, x, _version(x)
         self.operands = {layer.number: operand for layer, operand in zip(self.layers, operands, strict=True)}
 
+    def take(self, layer: StoredLayer) -> Any:
+        """Once; when all are taken nothing is held any more."""
+        operand = self.operands.pop(layer.number)
+        if not self.operands:
+            self.x = None
+        return operand
+
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Whether layers quantize alike, as long as they have these tensors, unchanged: comparing values makes a GPU wait."""
+    """Whether layers quantize alike, as long as they have these tensors, unchanged, and nobody has cleared what was prepared of
+    them. It is kept because comparing values makes a GPU wait.
+    """
 
     tensors: list[tuple[ref, int]]
+    states: list[object]
     alike: bool
 
+    def holds(self, tensors: list[torch.Tensor], states: list[object]) -> bool:
+        known = [(tensor(), version) for tensor, version in self.tensors]
+        now = [(tensor, _version(tensor)) for tensor in tensors]
+        return (
+            len(known) == len(now)
+            and all(one is other and before == after for (one, before), (other, after) in zip(known, now, strict=True))
+            and all(one is other for one, other in zip(self.states, states, strict=True))
+        )
 
-_shared: ContextVar[_Shared | None] = ContextVar("qartsr_shared_input", default=None)
+
+_shared: ContextVar[_SharedInput | None] = ContextVar("qartsr_shared_input", default=None)
 _verdicts: WeakKeyDictionary[StoredLayer, _Verdict] = WeakKeyDictionary()
 
 
@@ -59,14 +72,16 @@ def shared_input(layers: Sequence[StoredLayer]) -> Iterator[None]:
 
     Nothing may change it in place between their calls in `torch.inference_mode`, whose tensors do not tell.
     """
-    token = _shared.set(_Shared(tuple(layers)) if len(layers) > 1 else None)
+    token = _shared.set(_SharedInput(tuple(layers)))
     try:
         yield
     finally:
         _shared.reset(token)
 
 
-def shared_operand(name: str, x: torch.Tensor, layer: StoredLayer, make: Callable[[Sequence[StoredLayer]], Sequence[T]]) -> T:
+def shared_operand(
+    name: str, x: torch.Tensor, layer: StoredLayer, make: Callable[[Sequence[StoredLayer]], Sequence[Operand]]
+) -> Operand:
     """What a backend makes of a layer's input, or made of it when another layer of the context was called.
 
     Args:
@@ -75,32 +90,24 @@ def shared_operand(name: str, x: torch.Tensor, layer: StoredLayer, make: Callabl
         make: gives an operand for each of these layers.
     """
     shared = None if torch.compiler.is_compiling() else _shared.get()
-    if shared is None or not any(layer is one for one in shared.layers):
+    if shared is None or not any(layer is one for one in shared.layers) or not quantize_alike(shared.layers, x.device):
         return make((layer,))[0]
-    operand = shared.take(name, x, layer)
-    if operand is None and quantize_alike(shared.layers, x.device):
+    if not shared.holds(name, x, layer):
         shared.give(name, x, make(shared.layers))
-        operand = shared.take(name, x, layer)
-    return make((layer,))[0] if operand is None else operand
+    return shared.take(layer)
 
 
 def quantize_alike(layers: Sequence[StoredLayer], device: torch.device) -> bool:
     """Whether smoothing, scale, zero point and bits are equal, and all of them are on the device, not offloaded."""
-    tensors = [getattr(layer, name) for layer in layers for name in QUANTIZER]
+    tensors = [getattr(layer, name) for layer in layers for name in INPUT_QUANTIZER]
     if len({layer.spec.activation_bits for layer in layers}) > 1 or any(t is None or t.device != device for t in tensors):
         return False
-    known = _verdicts.get(layers[0])
-    if known is None or not _same(known.tensors, tensors):
-        first, *others = (tensors[start : start + len(QUANTIZER)] for start in range(0, len(tensors), len(QUANTIZER)))
+    states, known = [layer.prepared.state for layer in layers], _verdicts.get(layers[0])
+    if known is None or not known.holds(tensors, states):
+        first, *others = (tensors[start : start + len(INPUT_QUANTIZER)] for start in range(0, len(tensors), len(INPUT_QUANTIZER)))
         alike = all(torch.equal(one, other) for quantizer in others for one, other in zip(first, quantizer, strict=True))
-        known = _verdicts[layers[0]] = _Verdict([(ref(tensor), _version(tensor)) for tensor in tensors], alike)
+        known = _verdicts[layers[0]] = _Verdict([(ref(tensor), _version(tensor)) for tensor in tensors], states, alike)
     return known.alike
-
-
-def _same(known: list[tuple[ref, int]], tensors: list[torch.Tensor]) -> bool:
-    return len(known) == len(tensors) and all(
-        kept() is tensor and version == _version(tensor) for (kept, version), tensor in zip(known, tensors, strict=True)
-    )
 
 
 def _version(tensor: torch.Tensor) -> int:

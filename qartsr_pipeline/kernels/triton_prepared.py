@@ -9,8 +9,6 @@ import torch
 from qartsr_pipeline.arithmetic.packing import unpack
 from qartsr_pipeline.kernels.layer_spec import StoredLayer
 
-_ROWS_AT_ONCE = 64  # unpacked codes take many times the bytes, so not all at once
-
 
 @dataclass(frozen=True)
 class TritonWeights:
@@ -23,18 +21,14 @@ class TritonWeights:
     branch_up: torch.Tensor | None
 
 
-def _row_sums(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
-    codes = unpack(packed, bits, length)
-    return (codes.view(torch.int8) if bits == 8 else codes).sum(1, dtype=torch.int32)
-
-
 def code_sums(layer: StoredLayer) -> torch.Tensor:
     """Sum of the centred codes of every output: int32 (N,)."""
     spec = layer.spec
     length = spec.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
-    parts = layer.weight_packed.split(_ROWS_AT_ONCE)
-    sums = torch.cat([_row_sums(part, spec.weight_bits, length) for part in parts])
-    return sums if spec.weight_bits == 8 else sums - length * layer.weight_zero_point.to(torch.int32)
+    codes = unpack(layer.weight_packed, spec.weight_bits, length)
+    if spec.weight_bits == 8:
+        return codes.view(torch.int8).sum(1, dtype=torch.int32)
+    return codes.sum(1, dtype=torch.int32) - length * layer.weight_zero_point.to(torch.int32)
 
 
 def prepare(layer: StoredLayer) -> TritonWeights:

@@ -138,5 +138,6 @@ def fuse(model: nn.Module) -> int:
         replace_module(model, name, LeanResnetBlock(model.get_submodule(name)))
     attentions = [module for module in model.modules() if is_shareable(module)]
     for attention in attentions:
+        vars(attention).pop("forward", None)  # the class's own, where accelerate has left it
         attention.__class__ = SharedInputAttention
     return len(names) + len(attentions)

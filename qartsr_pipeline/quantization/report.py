@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -90,7 +89,9 @@ def prepared_bytes(layer: DeployedLayer, kernel: ModuleType, device: str, dtype:
     """
     if not hasattr(kernel, "prepared") or not layer.prepared.keeps:
         return 0
-    trial = copy.deepcopy(layer).to(device)
+    trial = type(layer)(layer.spec, layer.bias is not None, "meta")
+    for name, buffer in layer.named_buffers():
+        trial.register_buffer(name, buffer.to(device))
     kernel.prepared(trial, dtype)
     return trial.prepared.bytes
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from qartsr_pipeline.kernels import shared_input
+from qartsr_pipeline.kernels import choose_backend, shared_input
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.surroundings import has_hooks, other_forward
 
@@ -25,10 +25,9 @@ class SharedInputAttention(Attention):
     ) -> torch.Tensor:
         """As in diffusers: (B, tokens, C) or (B, C, H, W) -> the same shape."""
         arguments = (hidden_states, encoder_hidden_states, attention_mask)
-        layers = projections(self)
-        if torch.compiler.is_compiling() or not all(map(_is_plain, layers)):
+        if torch.compiler.is_compiling() or not _may_share(projections(self), hidden_states.device.type):
             return super().forward(*arguments, **cross_attention_kwargs)
-        with shared_input(layers):
+        with shared_input(projections(self)):
             return super().forward(*arguments, **cross_attention_kwargs)
 
 
@@ -37,6 +36,12 @@ def projections(attention: Attention) -> tuple[nn.Module | None, ...]:
     return attention.to_q, attention.to_k, attention.to_v
 
 
-def _is_plain(layer: nn.Module | None) -> bool:
-    """A quantized layer that nobody does anything around: a hook may change the input, offloading take the weights away."""
-    return isinstance(layer, DeployedLayer) and not (has_hooks(layer) or other_forward(layer))
+def _may_share(layers: tuple[nn.Module | None, ...], device: str) -> bool:
+    """Whether all are quantized layers of one backend that nobody does anything around: a hook may change the input, offloading
+    take the weights away, a graph of a layer's own reuse memory.
+    """
+    return (
+        all(isinstance(layer, DeployedLayer) for layer in layers)
+        and not any(has_hooks(layer) or other_forward(layer) or layer._compiled_call_impl for layer in layers)
+        and len({choose_backend(layer.spec, device).NAME for layer in layers}) == 1
+    )

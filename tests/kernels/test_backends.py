@@ -20,7 +20,7 @@ from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes
 from qartsr_pipeline.kernels import BACKENDS, low_memory, shared_input, use_backend
-from qartsr_pipeline.kernels.operand import BLOCK_ELEMENTS, quantized_rows
+from qartsr_pipeline.kernels.operand import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, blocks, quantized_rows
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 BIT_PAIRS = list(itertools.product(BITS, BITS))
@@ -211,6 +211,24 @@ def test_layers_that_share_their_input_quantize_it_once(backend: str, monkeypatc
         held = weakref.ref(x)
         del x, doubled
         assert held() is None  # what was made of it was taken by all
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_layers_that_are_offloaded_do_not_share(backend: str):
+    layers = [random_layer(nn.Linear(24, 8), LayerScheme(4, 4, 2)) for _ in range(3)]
+    x = inputs(2, 24)
+    expected = compute(backend, layers[0], x)
+    layers[2].smooth = layers[2].smooth.to("meta")
+    with shared_input(layers):
+        assert all(torch.equal(compute(backend, layer, x), expected) for layer in layers[:2])
+
+
+def test_blocks_cover_all_rows_and_are_larger_on_other_devices():
+    rows, columns = 3 * DEVICE_BLOCK_ELEMENTS // 64, 64
+    for device, elements in (("cpu", BLOCK_ELEMENTS), ("cuda", DEVICE_BLOCK_ELEMENTS)):
+        parts = list(blocks(rows, columns, device))
+        assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])] and parts[-1].stop == rows
+        assert max(part.stop - part.start for part in parts) * columns == elements
 
 
 def test_gradients_come_from_the_reference():

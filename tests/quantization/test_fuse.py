@@ -13,7 +13,7 @@ from quantized_models import quantized_pipeline, run
 from torch import nn
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.kernels import onednn, reference, use_backend
+from qartsr_pipeline.kernels import BACKENDS, reference, use_backend
 from qartsr_pipeline.offloading import NothingKept
 from qartsr_pipeline.quantization import fuse as fusing
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock, convolution_of_normalized, fuse
@@ -199,22 +199,27 @@ def attention_with_shared_input() -> nn.Module:
     return attention
 
 
+# What quantizes in each backend that shares and may be on this machine.
+QUANTIZING = {"onednn": "input_codes", "float": "_codes", "int_mm": "_codes"}
+SHARING = next((name for name in QUANTIZING if BACKENDS[name].unavailable() is None), None)
+needs_sharing = pytest.mark.skipif(SHARING is None, reason="only the reference runs here, which does not share")
+
+
 @pytest.fixture
 def quantized(monkeypatch) -> list:
-    """Inputs that oneDNN's backend has quantized."""
-    seen, quantize = [], onednn.input_codes
-    monkeypatch.setattr(onednn, "input_codes", lambda rows, *others: seen.append(rows) or quantize(rows, *others))
+    """Inputs that the backend has quantized."""
+    seen, quantize = [], getattr(BACKENDS[SHARING], QUANTIZING[SHARING])
+    monkeypatch.setattr(
+        BACKENDS[SHARING], QUANTIZING[SHARING], lambda rows, *others: seen.append(rows) or quantize(rows, *others)
+    )
     return seen
 
 
-needs_onednn = pytest.mark.skipif(onednn.unavailable() is not None, reason="oneDNN's integers are for x86")
-
-
-@needs_onednn
+@needs_sharing
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_attention_quantizes_its_input_once(quantized, context):
     attention = attention_with_shared_input()
-    with context(), use_backend("onednn"):
+    with context(), use_backend(SHARING):
         x = torch.randn(2, 16, 5, 3)
         shared = attention(x)
         assert len(quantized) == 2  # and what goes to to_out
@@ -222,24 +227,24 @@ def test_attention_quantizes_its_input_once(quantized, context):
         assert torch.equal(attention(x), shared) and not torch.equal(attention(-x), shared)
 
 
-@needs_onednn
+@needs_sharing
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_what_a_hook_makes_of_the_input_is_quantized(context):
     attention = attention_with_shared_input()
     for change in (lambda module, inputs: (2 * inputs[0],), lambda module, inputs: (inputs[0].mul_(2),)):
         hook = attention.to_k.register_forward_pre_hook(change)
-        with context(), use_backend("onednn"):
+        with context(), use_backend(SHARING):
             x = torch.randn(1, 16, 5, 3)
             assert torch.equal(attention(x), Attention.forward(attention, x))
         hook.remove()
 
 
-@needs_onednn
+@needs_sharing
 @pytest.mark.parametrize("how", ["loaded", "set", "written into", "another layer"])
-@torch.no_grad()
-def test_attention_notices_that_a_layer_quantizes_otherwise(how: str):
-    attention, x = attention_with_shared_input(), torch.randn(1, 16, 5, 3)
-    with use_backend("onednn"):
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_attention_notices_that_a_layer_quantizes_otherwise(how: str, context):
+    with context(), use_backend(SHARING):
+        attention, x = attention_with_shared_input(), torch.randn(1, 16, 5, 3)
         before = attention(x)
         scale = 4 * attention.to_v.input_scale
         if how == "loaded":
@@ -254,7 +259,32 @@ def test_attention_notices_that_a_layer_quantizes_otherwise(how: str):
         assert torch.equal(attention(x), Attention.forward(attention, x)) and not torch.equal(attention(x), before)
 
 
-@needs_onednn
+@needs_sharing
+@torch.no_grad()
+def test_quantizers_are_compared_once(monkeypatch):
+    attention, x, compared = attention_with_shared_input(), torch.randn(1, 16, 5, 3), []
+    with use_backend(SHARING):
+        attention(x)
+        monkeypatch.setattr(torch, "equal", lambda *tensors: compared.append(tensors))
+        attention(x)
+    assert not compared
+
+
+@needs_sharing
+@torch.no_grad()
+def test_attention_whose_accelerate_hook_was_taken_off_shares(quantized):
+    vae = quantized_pipeline().vae
+    attention = vae.decoder.mid_block.attentions[0]
+    attention.to_k, attention.to_v = copy.deepcopy(attention.to_q), copy.deepcopy(attention.to_q)
+    add_hook_to_module(attention, ModelHook())
+    remove_hook_from_module(attention)
+    fuse(vae)
+    with use_backend(SHARING):
+        attention(torch.randn(1, 16, 5, 3))
+    assert len(quantized) == 2
+
+
+@needs_sharing
 @torch.no_grad()
 def test_attention_of_a_model_that_is_offloaded_layer_by_layer():
     """A layer's tensors are there in its own call only."""
