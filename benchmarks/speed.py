@@ -188,6 +188,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.text(place[0], line, f" {total:.3g} ", ha=place[1], va="center", color=place[2])
     axes.set_xlim(0, 1.1 * longest if max(left) == longest else longest)
     axes.invert_yaxis()
+    axes.set_title(TITLES[result["setting"]["shape"]], fontsize="small")
     axes.set_xlabel("seconds")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
