@@ -1,8 +1,8 @@
 """What `benchmarks.speed` times: peers and ours, each a function that builds a network ready to run.
 
 Shape `tiny` are the models that ship. Shape `sd21` is Stable Diffusion 2.1-base's with random weights, quantized without data:
-its pictures are noise, and only its seconds and bytes mean something. torchao and sdnq get a model in bfloat16
-where the processor computes with it, else in float32.
+its pictures are noise, and only its seconds and bytes mean something. torchao and sdnq get a model in bfloat16 where the
+processor computes with it, else in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.arithmetic.affine import affine_parameters, centred_codes
 from qartsr_pipeline.arithmetic.packing import pack
 from qartsr_pipeline.convert import stable_diffusion_2_1
+from qartsr_pipeline.kernels.onednn import compute_dtype
 from qartsr_pipeline.kernels.prepared import LOW_MEMORY_VARIABLE
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
@@ -177,7 +178,7 @@ class Contender:
 
 
 def _fast_float(device: str) -> torch.dtype:
-    return BF16 if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return BF16 if device == "cuda" else compute_dtype(BF16)
 
 
 BF16 = torch.bfloat16

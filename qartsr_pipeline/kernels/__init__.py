@@ -12,7 +12,7 @@ A backend is a module with
   factor and one summand a channel, and a convolution that applies them to its input within its own pass and adds the residual
   (`normalizing_backend`).
 
-A linear layer's input goes through `shared_operand`, so that layers of one input quantize it once.
+A linear layer's input goes through `shared_operand` or `shared_codes`, so that layers of one input quantize it once.
 
 What runs is the first entry of `BACKENDS` that can; `use_backend` and the environment variable QARTSR_BACKEND override that.
 """

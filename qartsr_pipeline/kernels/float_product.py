@@ -10,7 +10,6 @@ none ever. A layer's weights are floats during its own call only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.onednn import add_branch, as_map, compute_dtype, hidden_rows
 from qartsr_pipeline.kernels.operand import quantized_floats
-from qartsr_pipeline.kernels.shared_input import shared_operand
+from qartsr_pipeline.kernels.shared_input import shared_codes
 from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "float"
@@ -78,12 +77,7 @@ def _codes(rows: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Ten
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     ready = prepared(layer, x.dtype)
-
-    def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return [(rows, _codes(rows, ready, layer))] * len(layers)
-
-    rows, codes = shared_operand(NAME, x, layer, quantize)
+    rows, codes = shared_codes(NAME, x, layer, lambda rows: _codes(rows, ready, layer))
     y = F.linear(codes, _weight(ready), layer.bias)
     if layer.spec.rank:
         y += F.linear(hidden_rows(rows, ready), ready.up)

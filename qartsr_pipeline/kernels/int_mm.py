@@ -11,17 +11,18 @@ the stored bytes are the codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+from qartsr_pipeline.kernels.compiled import output_shape
 from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.operand import quantized_rows
-from qartsr_pipeline.kernels.shared_input import shared_operand
+from qartsr_pipeline.kernels.shared_input import shared_codes
 from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "int_mm"
@@ -104,12 +105,7 @@ def prepared(layer: StoredLayer, dtype: torch.dtype | None = None) -> Prepared:
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     ready = prepared(layer)
-
-    def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        rows = x.reshape(-1, x.shape[-1])
-        return [(rows, _codes(rows, ready, layer.spec))] * len(layers)
-
-    rows, codes = shared_operand(NAME, x, layer, quantize)
+    rows, codes = shared_codes(NAME, x, layer, lambda rows: _codes(rows, ready, layer.spec))
     y = _scaled(_multiply(codes, _weight(ready, layer)), ready, layer)
     if layer.spec.rank:
         hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
@@ -122,10 +118,7 @@ def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     spec, ready = layer.spec, prepared(layer)
     batch, channels, height, width = x.shape
     codes = _codes(x.permute(0, 2, 3, 1).reshape(-1, channels), ready, spec).view(batch, height, width, channels)
-    out_height, out_width = (
-        (side + 2 * pad - kernel) // stride + 1
-        for side, pad, kernel, stride in zip((height, width), spec.padding, spec.kernel_size, spec.stride, strict=True)
-    )
+    *_, out_height, out_width = output_shape(spec, x.shape)
     y = _branch(x, layer) if spec.rank else x.new_empty((batch * out_height * out_width, spec.out_channels))
     weight, start = _weight(ready, layer), 0
     for patches in _patches(codes, spec, ready.offset, out_width):

@@ -10,7 +10,6 @@ bits), and the branch in the model's dtype. With `prepared.low_memory` neither i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,7 +18,7 @@ import torch
 from qartsr_pipeline.kernels.constraints import X86, Constraints, unavailable_because, unmet
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.operand import quantized_rows
-from qartsr_pipeline.kernels.shared_input import shared_operand
+from qartsr_pipeline.kernels.shared_input import shared_codes
 from qartsr_pipeline.kernels.weights import weight_bytes
 
 NAME = "onednn"
@@ -117,12 +116,7 @@ def prepared(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
 def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     """(..., C) -> (..., N), in x's dtype."""
     packed = prepared(layer, x.dtype)
-
-    def quantize(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return [(rows, input_codes(rows, packed, layer.spec))] * len(layers)
-
-    rows, codes = shared_operand(NAME, x, layer, quantize)
+    rows, codes = shared_codes(NAME, x, layer, lambda rows: input_codes(rows, packed, layer.spec))
     y = linear_product(codes, packed, layer, compute_dtype(x.dtype))
     if layer.spec.rank:
         y.addmm_(hidden_rows(rows, packed), packed.up.t())

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -44,22 +45,13 @@ class _SharedInput:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Whether layers quantize alike, as long as they have these tensors, unchanged, and nobody has cleared what was prepared of
-    them. It is kept because comparing values makes a GPU wait.
+    """Whether layers quantize alike. Kept because comparing values makes a GPU wait; good as long as these are the very objects,
+    tensors in these versions, and what stands for nobody having cleared what was prepared of a layer.
     """
 
-    tensors: list[tuple[ref, int]]
-    states: list[object]
+    objects: list[object]
+    versions: list[int]
     alike: bool
-
-    def holds(self, tensors: list[torch.Tensor], states: list[object]) -> bool:
-        known = [(tensor(), version) for tensor, version in self.tensors]
-        now = [(tensor, _version(tensor)) for tensor in tensors]
-        return (
-            len(known) == len(now)
-            and all(one is other and before == after for (one, before), (other, after) in zip(known, now, strict=True))
-            and all(one is other for one, other in zip(self.states, states, strict=True))
-        )
 
 
 _shared: ContextVar[_SharedInput | None] = ContextVar("qartsr_shared_input", default=None)
@@ -97,16 +89,30 @@ def shared_operand(
     return shared.take(layer)
 
 
+def shared_codes(
+    name: str, x: torch.Tensor, layer: StoredLayer, quantize: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`shared_operand` where it is the same for all: x (..., C) as contiguous rows (R, C), and `quantize(rows)`."""
+
+    def make(layers: Sequence[StoredLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return [(rows, quantize(rows))] * len(layers)
+
+    return shared_operand(name, x, layer, make)
+
+
 def quantize_alike(layers: Sequence[StoredLayer], device: torch.device) -> bool:
     """Whether smoothing, scale, zero point and bits are equal, and all of them are on the device, not offloaded."""
-    tensors = [getattr(layer, name) for layer in layers for name in INPUT_QUANTIZER]
+    quantizers = [[getattr(layer, name) for name in INPUT_QUANTIZER] for layer in layers]
+    tensors = [tensor for quantizer in quantizers for tensor in quantizer]
     if len({layer.spec.activation_bits for layer in layers}) > 1 or any(t is None or t.device != device for t in tensors):
         return False
-    states, known = [layer.prepared.state for layer in layers], _verdicts.get(layers[0])
-    if known is None or not known.holds(tensors, states):
-        first, *others = (tensors[start : start + len(INPUT_QUANTIZER)] for start in range(0, len(tensors), len(INPUT_QUANTIZER)))
+    objects, versions = [*tensors, *(layer.prepared.state for layer in layers)], [_version(tensor) for tensor in tensors]
+    known = _verdicts.get(layers[0])
+    if known is None or known.versions != versions or not all(map(is_, known.objects, objects)):
+        first, *others = quantizers
         alike = all(torch.equal(one, other) for quantizer in others for one, other in zip(first, quantizer, strict=True))
-        known = _verdicts[layers[0]] = _Verdict([(ref(tensor), _version(tensor)) for tensor in tensors], states, alike)
+        known = _verdicts[layers[0]] = _Verdict(objects, versions, alike)
     return known.alike
 
 

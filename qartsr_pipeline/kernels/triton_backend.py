@@ -44,9 +44,13 @@ def unsupported(spec: LayerSpec, device: str) -> str | None:
     return unmet(_constraints(), spec, device)
 
 
-def _computable(x: torch.Tensor) -> torch.Tensor:
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     """float64 is computed in float32, as the integers are anyway."""
-    return x.float() if x.dtype == torch.float64 else x
+    return torch.float32 if x.dtype == torch.float64 else x.dtype
+
+
+def _computable(x: torch.Tensor) -> torch.Tensor:
+    return x.to(_compute_dtype(x))
 
 
 def linear(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,8 +62,8 @@ def linear(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = 
     codes, hidden = shared_operand(NAME, x, layer, quantize)
     if residual is not None:
         residual = residual.reshape(-1, residual.shape[-1])
-    dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
-    return _linear(codes, hidden, layer, residual, dtype).view(*x.shape[:-1], layer.spec.out_channels).to(x.dtype)
+    y = _linear(codes, hidden, layer, residual, _compute_dtype(x))
+    return y.view(*x.shape[:-1], layer.spec.out_channels).to(x.dtype)
 
 
 def conv2d(x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None) -> torch.Tensor:
