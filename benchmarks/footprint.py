@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import peak_megabytes
-from calibration.data.fingerprint import processor
+from qartsr_pipeline.calibration.data.fingerprint import processor
 
 WARM_UP = 128  # pixels a side of the pictures of calls that do not count, at most
 

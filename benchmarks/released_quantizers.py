@@ -25,10 +25,10 @@ if __package__ in (None, ""):  # run as a script: its own folder must not shadow
 import torch
 from torch import nn
 
-from calibration.data.fingerprint import versions
-from calibration.other_grids import layer_kinds, quantize_groups
-from calibration.recipe import Layer
-from calibration.training_state import write_whole
+from qartsr_pipeline.calibration.data.fingerprint import versions
+from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.start.other_grids import layer_kinds, quantize_groups
+from qartsr_pipeline.calibration.training.training_state import write_whole
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.scheme import LayerScheme
 

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from qartsr_pipeline.image.tile_size import plan_tiles
-from qartsr_pipeline.picture_files import READABLE_SUFFIXES
+from qartsr_pipeline.image_files import READABLE_SUFFIXES
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.contenders import CONTENDERS, WITHOUT_DATA
 from benchmarks.machine import forget_peak, peak_megabytes
-from calibration.data.fingerprint import processor
+from qartsr_pipeline.calibration.data.fingerprint import processor
 
 PATIENCE = 10
 TITLES = {
@@ -38,7 +38,7 @@ def work(connection: Connection, name: str, args: argparse.Namespace) -> None:
     """A contender's process: builds it, then runs it as often as it is told to."""
     import torch
 
-    from qartsr_pipeline.timing import kinds_timed, tensor_bytes, time_stages
+    from qartsr_pipeline.cli.timing import kinds_timed, tensor_bytes, time_stages
 
     torch.set_num_threads(args.threads)
     try:

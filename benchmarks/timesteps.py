@@ -22,9 +22,9 @@ from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import Cell, make_method
 from calibration.comparison.setting import Comparison, load_model, write_json
 from calibration.comparison.table import COLOR_FIX
-from calibration.data.fingerprint import hardware, versions
-from calibration.figures import png_of
-from calibration.training_state import write_whole
+from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
+from qartsr_pipeline.calibration.report.figures import png_of
+from qartsr_pipeline.calibration.training.training_state import write_whole
 
 
 def read_candidates(search: Path) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes  # noqa: E402
 from qartsr_pipeline.arithmetic.packing import pack  # noqa: E402
-from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, reference, triton_backend, triton_operators  # noqa: E402
+from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, reference  # noqa: E402
+from qartsr_pipeline.kernels.triton import backend as triton_backend  # noqa: E402
+from qartsr_pipeline.kernels.triton import operators  # noqa: E402
 
 LEAST_DECIBELS = {torch.float32: 100.0, torch.bfloat16: 40.0, torch.float16: 40.0}
 # (height and width, inputs, outputs, kernel, stride): where the arithmetic of SD 2.1 at 512 x 512 is
@@ -96,7 +98,7 @@ def quantizer_is_exact(x: torch.Tensor, layer: nn.Module) -> bool:
     bits, zero_point = layer.spec.activation_bits, layer.input_zero_point.float()
     expected = centred_codes(x.clone(), layer.smooth / layer.input_scale, zero_point, bits).nan_to_num(nan=0.0)
     quantizer = (layer.smooth, layer.input_scale, layer.input_zero_point, bits)
-    codes = triton_operators.quantize(x[None, None], *quantizer)[0][0, 0].float()
+    codes = operators.quantize(x[None, None], *quantizer)[0][0, 0].float()
     return torch.equal(codes + (128 - zero_point) if bits == 8 else codes, expected)
 
 
@@ -166,7 +168,7 @@ def timed(name: str, spec: LayerSpec, x: torch.Tensor) -> dict[str, object]:
     quantizer = (layer.smooth, layer.input_scale, layer.input_zero_point, spec.activation_bits, layer.branch_down)
     functions = {
         "triton": lambda: compute(x, layer),
-        "quantize": lambda: triton_operators.quantize(pixels, *quantizer),
+        "quantize": lambda: operators.quantize(pixels, *quantizer),
         "bfloat16": usual,
     }
     measured = milliseconds(functions)

@@ -24,34 +24,41 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from calibration import trq
-from calibration.calibration_state import STATE_NAME
-from calibration.data.dead_leaves import DeadLeaves
-from calibration.data.degradations import DEGRADATIONS
-from calibration.data.fingerprint import hardware, versions
-from calibration.data.overlap import BEFORE, check_no_overlap, overlap, photographs_record, recorded_files, without_files
-from calibration.data.pairs import Patches
-from calibration.data.photographs import PhotographPatches, list_photographs
-from calibration.engine import check_start, quantize
-from calibration.export_teacher import RECORD_NAME as TRAINING_NAME
-from calibration.losses import PERCEPTUAL, Perceptual, load_perceptual
-from calibration.model_card import model_card
-from calibration.pipeline_folder import save_pipeline
-from calibration.preparation import Told
-from calibration.recipe import Recipe, check_quantizes, load_recipe, parse_bits, recipe_names, with_values
-from calibration.run_report import make_report
-from calibration.sharing import on_the_same_weights
-from calibration.stages import Calibrated, Watch
-from calibration.teacher import pictures as training_pictures
-from calibration.tensor_store import PREFIX
-from calibration.training_settings import parse_phase
-from calibration.training_state import write_whole
-from calibration.warm_start import RECORD_NAME
-from calibration.workers import ALONE, Workers
+from calibration.teacher.export import RECORD_NAME as TRAINING_NAME
+from calibration.teacher.train import pictures as training_pictures
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration import trq
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
+from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
+from qartsr_pipeline.calibration.data.overlap import (
+    BEFORE,
+    check_no_overlap,
+    overlap,
+    photographs_record,
+    recorded_files,
+    without_files,
+)
+from qartsr_pipeline.calibration.data.pairs import Patches
+from qartsr_pipeline.calibration.data.photographs import PhotographPatches, list_photographs
+from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, load_recipe, parse_bits, recipe_names, with_values
+from qartsr_pipeline.calibration.report.model_card import model_card
+from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
+from qartsr_pipeline.calibration.report.run_report import make_report
+from qartsr_pipeline.calibration.retraining.settings import parse_phase
+from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
+from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
+from qartsr_pipeline.calibration.training.engine import check_start, quantize
+from qartsr_pipeline.calibration.training.losses import PERCEPTUAL, Perceptual, load_perceptual
+from qartsr_pipeline.calibration.training.preparation import Told
+from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
+from qartsr_pipeline.calibration.training.stages import Calibrated, Watch
+from qartsr_pipeline.calibration.training.tensor_store import PREFIX
+from qartsr_pipeline.calibration.training.training_state import write_whole
+from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from qartsr_pipeline.checkpoint_files import fetch, shipped_checkpoints
-from qartsr_pipeline.command_line.device import choose_device
-from qartsr_pipeline.command_line.processes import join_processes
+from qartsr_pipeline.cli.device import choose_device
+from qartsr_pipeline.cli.processes import join_processes
 from qartsr_pipeline.quantization.freeze import freeze
 
 ARGUMENTS_NAME = "run.json"
@@ -138,7 +145,7 @@ class Job:
 
     Attributes:
         before: name -> SHA-256 of the photographs that the models it is made from were made with.
-        retrained: how the full-precision model was, before it was quantized; see `calibration.trq`.
+        retrained: how the full-precision model was, before it was quantized; see `qartsr_pipeline.calibration.trq`.
     """
 
     args: argparse.Namespace
@@ -295,7 +302,7 @@ def run(
     Args:
         workers: the processes that were launched together; the first one writes.
         watch, preparing: for programs that call this where no signal reaches it, or show how far it is: see
-            `calibration.engine.begin`.
+            `qartsr_pipeline.calibration.training.engine.begin`.
     """
     try:
         return _run(args, watch, preparing, workers)

@@ -84,7 +84,7 @@ def pictures_of(folder: str) -> list[Path]:
     """
     import folder_paths
 
-    from qartsr_pipeline.picture_files.reading import READABLE_SUFFIXES
+    from qartsr_pipeline.image_files.reading import READABLE_SUFFIXES
 
     path = typed_path(folder, folder_paths.get_input_directory())
     if not path.is_dir():
@@ -103,7 +103,7 @@ def load(paths: list[Path]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """
     from comfy.utils import ProgressBar
 
-    from qartsr_pipeline.picture_files import PictureError, read_picture
+    from qartsr_pipeline.image_files import PictureError, read_picture
 
     loaded, bar = [], ProgressBar(len(paths))
     for done, path in enumerate(paths, 1):

@@ -14,7 +14,7 @@ from .model_folders import find_models
 from .new_checkpoint import NAME_TOOLTIP, fingerprint, free_folder, remember, wrong_name
 
 DEFAULT_MODEL = "tiny-fp"
-RECIPES = ("qartsr", "lsq", "efficientdm", "maxmin")  # of calibration/recipes, those that make a checkpoint; new ones at the end
+RECIPES = ("qartsr", "lsq", "efficientdm", "maxmin")  # those that make a checkpoint; new ones at the end
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3", "w2a2", "w8a16", "w4a16")
 
 

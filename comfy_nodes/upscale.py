@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
 
-from qartsr_pipeline.command_line.messages import is_out_of_memory
+from qartsr_pipeline.cli.messages import is_out_of_memory
 
 from .interruption import interruptible
 from .load_model import CATEGORY, QArtSRModel

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .image.color_alignment import COLOR_FIXES
-from .image.tile_size import MINIMUM_TILE
+from qartsr_pipeline.image.color_alignment import COLOR_FIXES
+from qartsr_pipeline.image.tile_size import MINIMUM_TILE
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST_UPSCALE = 16

@@ -16,8 +16,8 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .kernels import PreparedWeights
-from .quantization.deployed import DeployedLayer
+from qartsr_pipeline.kernels import PreparedWeights
+from qartsr_pipeline.quantization.deployed import DeployedLayer
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from .overflow import run_finite
+from qartsr_pipeline.overflow import run_finite
 
 
 @dataclass

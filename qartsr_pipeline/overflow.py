@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.deployed import DeployedLayer
 
 logger = logging.getLogger(__name__)
 

@@ -16,22 +16,22 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint_files import CheckpointError, check_checkpoint, fetch, write_checksums
-from .generic_loading import forget_origin, without_entry_point, write_entry_point
-from .hub_upload import take_upload_arguments, upload
-from .image.input_conversion import to_pictures
-from .image.output_conversion import from_pictures, stack_if_equal
-from .image.picture import Picture
-from .image.resize import enlarged_size
-from .image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
-from .image.tiles import Tile, TileGrid
-from .input_checks import check_arguments, check_components
-from .offloading import check_group_offload, keep_prepared, offload_buffers
-from .one_step import OneStepNetwork
-from .overflow import compute_dtype
-from .prompt_embedding import PromptEmbedding
-from .text_prompt import check_prompt, embed_prompt
-from .upscaling import Settings, StepReporter, upscale_picture
+from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, fetch, write_checksums
+from qartsr_pipeline.checkpoint_files.generic_loading import forget_origin, without_entry_point, write_entry_point
+from qartsr_pipeline.checkpoint_files.hub_upload import take_upload_arguments, upload
+from qartsr_pipeline.image.input_conversion import to_pictures
+from qartsr_pipeline.image.output_conversion import from_pictures, stack_if_equal
+from qartsr_pipeline.image.picture import Picture
+from qartsr_pipeline.image.resize import enlarged_size
+from qartsr_pipeline.image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
+from qartsr_pipeline.image.tiles import Tile, TileGrid
+from qartsr_pipeline.input_checks import check_arguments, check_components
+from qartsr_pipeline.offloading import check_group_offload, keep_prepared, offload_buffers
+from qartsr_pipeline.one_step import OneStepNetwork
+from qartsr_pipeline.overflow import compute_dtype
+from qartsr_pipeline.prompt_embedding import PromptEmbedding
+from qartsr_pipeline.text_prompt import check_prompt, embed_prompt
+from qartsr_pipeline.upscaling import Settings, StepReporter, upscale_picture
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .quantization.fold import FoldedConstant
+from qartsr_pipeline.quantization.fold import FoldedConstant
 
 
 @torch.no_grad()

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .image.alpha import enlarge_alpha, fill_transparent
-from .image.color_alignment import align_color
-from .image.output_conversion import luma
-from .image.picture import Picture
-from .image.resize import enlarged_size, pad_to_multiple, resize
-from .image.tile_size import TilePlan
-from .image.tiles import Tile, TileGrid
-from .one_step import OneStepNetwork
-from .tiled_normalization import SharedStatistics, sample_windows
+from qartsr_pipeline.image.alpha import enlarge_alpha, fill_transparent
+from qartsr_pipeline.image.color_alignment import align_color
+from qartsr_pipeline.image.output_conversion import luma
+from qartsr_pipeline.image.picture import Picture
+from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
+from qartsr_pipeline.image.tile_size import TilePlan
+from qartsr_pipeline.image.tile_statistics import SharedStatistics, sample_windows
+from qartsr_pipeline.image.tiles import Tile, TileGrid
+from qartsr_pipeline.one_step import OneStepNetwork
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from qartsr_pipeline.cli import main
-from qartsr_pipeline.picture_files import read_picture, write_picture
+from qartsr_pipeline.cli.main import main
+from qartsr_pipeline.image_files import read_picture, write_picture
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_sixteen_bits_alpha_and_profile_go_through(upscale, tmp_path):
 
 def write_deep_picture(path, channels):
     """A 16-bit picture file with a profile; returns its path."""
-    from qartsr_pipeline.picture_files import PictureFile
+    from qartsr_pipeline.image_files import PictureFile
 
     pixels = np.random.default_rng(0).integers(0, 65535, (8, 6, channels), dtype=np.uint16)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -168,7 +168,7 @@ def test_out_of_memory_names_the_way_out(upscale, photo, capsys, monkeypatch, te
 def test_device_and_dtype_are_chosen_with_a_reason(monkeypatch):
     import torch
 
-    from qartsr_pipeline.command_line.device import choose_device, choose_dtype
+    from qartsr_pipeline.cli.device import choose_device, choose_dtype
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -181,7 +181,8 @@ def test_device_and_dtype_are_chosen_with_a_reason(monkeypatch):
 
 def test_help_and_usage_errors_are_quick():
     """Neither imports torch: that alone would take seconds."""
-    program = "import sys; from qartsr_pipeline.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    start = "import sys; from qartsr_pipeline.cli.main import main"
+    program = f"{start}\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     for arguments, code in ((["--help"], 0), (["upscale"], 2), (["upscale", "x.png", "--model", "a/b/c"], 0)):
         result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert result.returncode == code and result.stdout.splitlines()[-1] == "False", result

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from qartsr_pipeline.cli import main
-from qartsr_pipeline.command_line.bench import summary
+from qartsr_pipeline.cli.bench import summary
+from qartsr_pipeline.cli.main import main
+from qartsr_pipeline.cli.timing import STAGES, kinds_timed, tensor_bytes, time_stages
 from qartsr_pipeline.kernels import list_backends
-from qartsr_pipeline.timing import STAGES, kinds_timed, tensor_bytes, time_stages
 from tiny_models import build_tiny_pipeline
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qartsr_pipeline import QArtSRPipeline, demo
-from qartsr_pipeline.cli import main
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.cli import demo, main
 from qartsr_pipeline.image.comparison import compare
-from qartsr_pipeline.kernels import float_product
+from qartsr_pipeline.kernels.cpu import float_product
 from qartsr_pipeline.offloading import keep_prepared
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.report import describe_model

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qartsr_pipeline.cli import main
-from qartsr_pipeline.command_line.processes import Processes, join_processes
+from qartsr_pipeline.cli.main import main
+from qartsr_pipeline.cli.processes import Processes, join_processes
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 

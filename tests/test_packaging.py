@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qartsr_pipeline.checkpoint_files import fetch, shipped_checkpoints
-from qartsr_pipeline.cli import _parser, main
-from qartsr_pipeline.demo import SAMPLE
+from qartsr_pipeline.cli.demo import SAMPLE
+from qartsr_pipeline.cli.main import _parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

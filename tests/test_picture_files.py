@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image, ImageCms
 from PIL.ExifTags import IFD, Base
 
-from qartsr_pipeline.picture_files import PictureError, PictureFile, check_writable, read_picture, write_picture
+from qartsr_pipeline.image_files import PictureError, PictureFile, check_writable, read_picture, write_picture
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qartsr_pipeline.tiled_normalization import SharedStatistics, pooled_moments, sample_windows
+from qartsr_pipeline.image.tile_statistics import SharedStatistics, pooled_moments, sample_windows
 from tiny_models import build_tiny_pipeline
 
 SCENE = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -17,13 +17,13 @@ from calibration.comparison.learning_rate import Trials, sweep, with_rate
 from calibration.comparison.methods import Cell
 from calibration.comparison.setting import Comparison, Model, write_json
 from calibration.comparison.table import full_precision_name
-from calibration.data.fingerprint import hardware, versions
-from calibration.data.photographs import as_pixels
-from calibration.evaluation import Candidate, evaluate_pipelines
-from calibration.evaluation_report import mean, summarize
-from calibration.perceptual_metrics import load_metrics
-from calibration.stages import all_layers
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
+from qartsr_pipeline.calibration.data.photographs import as_pixels
+from qartsr_pipeline.calibration.evaluation.evaluation import Candidate, evaluate_pipelines
+from qartsr_pipeline.calibration.evaluation.evaluation_report import mean, summarize
+from qartsr_pipeline.calibration.evaluation.perceptual_metrics import load_metrics
+from qartsr_pipeline.calibration.training.stages import all_layers
 
 COLOR_FIXES = ("wavelet", None)  # the pipeline's default, and the network's own colours
 FULL_PRECISION = "full precision"

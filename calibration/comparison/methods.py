@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from calibration.recipe import Recipe, Stage, load_recipe
+from qartsr_pipeline.calibration.recipe import Recipe, Stage, load_recipe
 
 METHODS = ("maxmin", "lsq", "q_dm", "efficientdm", "passionsr", "svdquant", "qartsr")
 MAIN = "qartsr"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from calibration.comparison.methods import Cell
-from calibration.data.photographs import PhotographPatches
-from calibration.losses import Perceptual, load_perceptual
-from calibration.stages import weights_digest
-from calibration.training_state import write_whole
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.photographs import PhotographPatches
+from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
+from qartsr_pipeline.calibration.training.stages import weights_digest
+from qartsr_pipeline.calibration.training.training_state import write_whole
 from qartsr_pipeline.checkpoint_files import fetch
 
 

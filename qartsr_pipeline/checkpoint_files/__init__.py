@@ -3,10 +3,10 @@
 Nothing in this package imports torch: a damaged or foreign folder is reported before seconds are spent on imports and loading.
 """
 
-from .checking import check_checkpoint, is_quantized, quantization_configs
-from .download import DEFAULT_CHECKPOINT, fetch, shipped_checkpoints
-from .errors import CheckpointError
-from .integrity import CHECKSUMS_NAME, write_checksums
+from qartsr_pipeline.checkpoint_files.checking import check_checkpoint, is_quantized, quantization_configs
+from qartsr_pipeline.checkpoint_files.download import DEFAULT_CHECKPOINT, fetch, shipped_checkpoints
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files.integrity import CHECKSUMS_NAME, write_checksums
 
 __all__ = [
     "CHECKSUMS_NAME",

@@ -6,10 +6,9 @@ import json
 import os
 from pathlib import Path
 
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files.integrity import check_checksums, check_safetensors
 from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
-
-from .errors import CheckpointError
-from .integrity import check_checksums, check_safetensors
 
 PIPELINE_CLASS = "QArtSRPipeline"
 QUANT_METHOD = "qartsr"

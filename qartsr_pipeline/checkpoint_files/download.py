@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checking import read_model_index
-from .errors import CheckpointError
+from qartsr_pipeline.checkpoint_files.checking import read_model_index
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
 
 # What the command line uses when no model is named.
 DEFAULT_CHECKPOINT = "tiny-w4a4"

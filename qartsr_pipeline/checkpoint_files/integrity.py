@@ -12,7 +12,7 @@ import os
 import uuid
 from pathlib import Path, PurePosixPath
 
-from .errors import CheckpointError
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
 
 CHECKSUMS_NAME = "checksums.json"
 # The format's own limit; a larger number is no header length but some other file's first bytes.

@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..checkpoint_files import fetch, quantization_configs
-from ..checkpoint_files.checking import PIPELINE_CLASS, named_class, read_json
-from ..checkpoint_files.errors import CheckpointError
-from ..checkpoint_files.integrity import check_safetensors
-from ..text_prompt import embed_prompt
+from qartsr_pipeline.checkpoint_files import fetch, quantization_configs
+from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, named_class, read_json
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
+from qartsr_pipeline.text_prompt import embed_prompt
 
 # What is downloaded of a base on the Hub: its parts, in full precision, and its card. No other variants, no single files.
 PATTERNS = [
@@ -66,7 +66,7 @@ def read_base(source: str | os.PathLike, prompt_embeds: torch.Tensor | None = No
         CheckpointError: not there, not such a model, or not whole.
     """
     if Path(source).expanduser().is_file():
-        from .single_file import read_single_file
+        from qartsr_pipeline.convert.single_file import read_single_file
 
         return read_single_file(Path(source).expanduser(), prompt_embeds)
     folder = fetch(source, patterns=PATTERNS)

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint_files.errors import CheckpointError
-from ..pipeline_qartsr import QArtSRPipeline
-from ..prompt_embedding import PromptEmbedding
-from .adapters import Merged
-from .base import Base, read_base
-from .model_card import STABLE_DIFFUSION, STABLE_DIFFUSION_LICENSE, Card
-from .osediff import SCALE, TIMESTEP, read_checkpoint
-from .output_folder import check_output, write_folder
-from .pickles import read_prompt_embedding
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.convert.adapters import Merged
+from qartsr_pipeline.convert.base import Base, read_base
+from qartsr_pipeline.convert.model_card import STABLE_DIFFUSION, STABLE_DIFFUSION_LICENSE, Card
+from qartsr_pipeline.convert.osediff import SCALE, TIMESTEP, read_checkpoint
+from qartsr_pipeline.convert.output_folder import check_output, write_folder
+from qartsr_pipeline.convert.pickles import read_prompt_embedding
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.prompt_embedding import PromptEmbedding
 
 _OSEDIFF_ORIGIN = (
     "Converted from the weights of OSEDiff (arXiv 2406.08177): its adapters for {layers} layers of the UNet and {vae_layers} of"

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint_files.errors import CheckpointError
-from .adapters import Adapters, Merged, merge
-from .base import Base
-from .pickles import read_pickle
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.convert.adapters import Adapters, Merged, merge
+from qartsr_pipeline.convert.base import Base
+from qartsr_pipeline.convert.pickles import read_pickle
 
 TIMESTEP = 999  # the last of 1000: what OSEDiff calls its UNet with
 SCALE = 4

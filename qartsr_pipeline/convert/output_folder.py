@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
-from ..pipeline_qartsr import QArtSRPipeline
-from .model_card import Card
+from qartsr_pipeline.convert.model_card import Card
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 _MARGIN = 16_000_000  # bytes for everything that is not weights
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..checkpoint_files.errors import CheckpointError
-from ..checkpoint_files.integrity import check_safetensors
-from ..text_prompt import embed_tokens
-from . import stable_diffusion_2_1 as sd21
-from .base import Base, read_scheduler
+from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
+from qartsr_pipeline.convert import stable_diffusion_2_1 as sd21
+from qartsr_pipeline.convert.base import Base, read_scheduler
+from qartsr_pipeline.text_prompt import embed_tokens
 
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 

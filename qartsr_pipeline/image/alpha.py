@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .resize import resize
+from qartsr_pipeline.image.resize import resize
 
 FULL_WEIGHT = 1 / 16  # from this alpha on, a pixel's own colour counts in full
 

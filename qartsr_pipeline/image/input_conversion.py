@@ -9,8 +9,8 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from .picture import Picture
-from .pil_modes import plain_mode
+from qartsr_pipeline.image.picture import Picture
+from qartsr_pipeline.image.pil_modes import plain_mode
 
 ACCEPTED = (
     "a PIL image; a numpy array (H, W), (H, W, C) or (B, H, W, C) of uint8, uint16 or float in [0, 1]; "

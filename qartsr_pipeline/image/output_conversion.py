@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .picture import Picture
-from .pil_modes import LUMA
+from qartsr_pipeline.image.picture import Picture
+from qartsr_pipeline.image.pil_modes import LUMA
 
 
 def from_pictures(pictures: list[Picture], output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor | list:

@@ -9,7 +9,7 @@ import psutil
 import torch
 from diffusers import AutoencoderKL
 
-from .tiles import TileGrid, tile_grid
+from qartsr_pipeline.image.tiles import TileGrid, tile_grid
 
 TILE_SIZES = (1024, 768, 512, 256)  # what automatic choice chooses from, pixels of the enlarged picture
 WHOLE_PICTURE = 1024 * 1024  # up to so many enlarged pixels a picture is not tiled if memory suffices

@@ -14,14 +14,15 @@ from types import ModuleType
 
 import torch
 
-from qartsr_pipeline.kernels import float_product, int_mm, onednn, reference
+from qartsr_pipeline.kernels import int_mm, reference
 from qartsr_pipeline.kernels.compiled import make_operator
+from qartsr_pipeline.kernels.cpu import float_product, onednn
 from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
 
 logger = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "QARTSR_BACKEND"
-TRITON = "qartsr_pipeline.kernels.triton_backend"
+TRITON = "qartsr_pipeline.kernels.triton.backend"
 
 
 def _triton() -> dict[str, ModuleType]:

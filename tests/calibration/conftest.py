@@ -11,8 +11,8 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from calibration import teacher
-from calibration.data.dead_leaves import DeadLeaves
+from calibration.teacher import train as teacher
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from tiny_models import build_tiny_unet, build_tiny_vae
 
 PHASES = ("--phases", "autoencoder:2:1e-3:32:4", "pixel:4:1e-3:32:4")
@@ -30,7 +30,7 @@ def photographs(tmp_path_factory):
 
 
 def build_tiny_models(seed: int):
-    """In the place of `calibration.teacher_model.build_models`: a few thousand weights instead of millions."""
+    """In the place of `one_step_model.build_models`: a few thousand weights instead of millions."""
     torch.manual_seed(seed)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     return build_tiny_vae(), build_tiny_unet(), scheduler, torch.randn(1, 4, 16)
@@ -47,13 +47,13 @@ def trained_once(photographs, training_arguments, tmp_path_factory):
     """The output folder of a finished run; not to be changed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calibration.teacher_model.build_models", build_tiny_models)
+        patch.setattr("qartsr_pipeline.calibration.retraining.one_step_model.build_models", build_tiny_models)
         teacher.main(["--data", str(photographs), "--output", str(folder), *training_arguments])
     return folder
 
 
 @pytest.fixture
 def trained(trained_once, tmp_path, monkeypatch):
-    """A copy of that folder, for a test in which `calibration.teacher` builds tiny models."""
-    monkeypatch.setattr("calibration.teacher_model.build_models", build_tiny_models)
+    """A copy of that folder, for a test in which `calibration.teacher.train` builds tiny models."""
+    monkeypatch.setattr("qartsr_pipeline.calibration.retraining.one_step_model.build_models", build_tiny_models)
     return Path(shutil.copytree(trained_once, tmp_path / "run"))

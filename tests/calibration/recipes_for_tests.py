@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from calibration.recipe import Recipe, load_recipe, with_values
+from qartsr_pipeline.calibration.recipe import Recipe, load_recipe, with_values
 
 SMALL = [
     "images=4",

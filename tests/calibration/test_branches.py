@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import initialise as initialise_module
-from calibration.branches import fit_branch, leading_vectors, left_by_quantization
-from calibration.initialise import Initialisation, initialise, squared_errors
-from calibration.observers import observe
-from calibration.recipe import Layer, RecipeError, load_recipe, with_values
+from qartsr_pipeline.calibration.recipe import Layer, RecipeError, load_recipe, with_values
+from qartsr_pipeline.calibration.start import initialise as initialise_module
+from qartsr_pipeline.calibration.start.branches import fit_branch, leading_vectors, left_by_quantization
+from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, squared_errors
+from qartsr_pipeline.calibration.start.observers import observe
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin
 from qartsr_pipeline.quantization.scheme import LayerScheme
 

@@ -15,11 +15,11 @@ from calibration import compare
 from calibration.comparison import learning_rate, methods, table
 from calibration.comparison.cells import CROP, most_restored, stored_size
 from calibration.comparison.methods import Cell, make_method, method_names
-from calibration.data.dead_leaves import DeadLeaves
-from calibration.data.overlap import file_digests
-from calibration.other_grids import layer_kinds
-from calibration.recipe import Layer, load_recipe
-from calibration.stages import Calibrated, all_layers
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.data.overlap import file_digests
+from qartsr_pipeline.calibration.recipe import Layer, load_recipe
+from qartsr_pipeline.calibration.start.other_grids import layer_kinds
+from qartsr_pipeline.calibration.training.stages import Calibrated, all_layers
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 from tiny_models import build_tiny_pipeline
@@ -42,7 +42,7 @@ def pictures(tmp_path_factory):
 
 
 class Engine:
-    """In the place of `calibration.engine.begin`: spoils the last layer, less so with the right learning rate."""
+    """In the place of `engine.begin`: spoils the last layer, less so with the right learning rate."""
 
     def __init__(self):
         self.begun: list[tuple[str, int]] = []
@@ -56,7 +56,7 @@ class Engine:
 
 
 class Run:
-    """In the place of `calibration.stages.Run`."""
+    """In the place of `qartsr_pipeline.calibration.training.stages.Run`."""
 
     def __init__(self, engine: Engine, pipeline, bits: tuple[int, int], seed: int):
         self.engine, self.pipeline, self.bits, self.seed = engine, pipeline, bits, seed

@@ -11,20 +11,20 @@ import pytest
 import torch
 from recipes_for_tests import SmoothPatches, small_recipe
 
-from calibration import losses, stages
-from calibration.blocks import distributed, find_blocks, turns
-from calibration.data.pairs import degraded_pair
-from calibration.engine import begin, quantize
-from calibration.losses import EncoderFeatures
-from calibration.network_run import picture_of
-from calibration.optimization import keep_zero_inside
-from calibration.recipe import RecipeError
-from calibration.replay import Recording
-from calibration.rpq import record
-from calibration.schemes import COMPONENTS
-from calibration.stages import all_layers, weights_digest
-from calibration.tensor_store import TensorStore
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.pairs import degraded_pair
+from qartsr_pipeline.calibration.recipe import RecipeError
+from qartsr_pipeline.calibration.start.schemes import COMPONENTS
+from qartsr_pipeline.calibration.training import losses, stages
+from qartsr_pipeline.calibration.training.blocks import distributed, find_blocks, turns
+from qartsr_pipeline.calibration.training.engine import begin, quantize
+from qartsr_pipeline.calibration.training.losses import EncoderFeatures
+from qartsr_pipeline.calibration.training.network_run import picture_of
+from qartsr_pipeline.calibration.training.optimization import keep_zero_inside
+from qartsr_pipeline.calibration.training.replay import Recording
+from qartsr_pipeline.calibration.training.rpq import record
+from qartsr_pipeline.calibration.training.stages import all_layers, weights_digest
+from qartsr_pipeline.calibration.training.tensor_store import TensorStore
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.fold import fold

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from calibration import evaluate
-from calibration.data.overlap import file_digests, overlap
-from calibration.data.paired_folders import find_pairs, read_pair
-from calibration.evaluation import Candidate, Row, evaluate_pipelines
-from calibration.evaluation_report import markdown, summarize
-from calibration.reported_results import TABLES, method_and_bits
+from calibration.comparison.reported_results import TABLES, method_and_bits
+from qartsr_pipeline.calibration.data.overlap import file_digests, overlap
+from qartsr_pipeline.calibration.data.paired_folders import find_pairs, read_pair
+from qartsr_pipeline.calibration.evaluation.evaluation import Candidate, Row, evaluate_pipelines
+from qartsr_pipeline.calibration.evaluation.evaluation_report import markdown, summarize
 from qartsr_pipeline.image.metrics import psnr_y, ssim_y
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.fold import fold

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.initialise import Initialisation, initialise, relative_output_error, smoothing_factor
-from calibration.input_bounds import SquaredErrors
-from calibration.observers import observe
-from calibration.other_grids import layer_kinds
-from calibration.recipe import Layer
 from qartsr_pipeline.arithmetic.affine import BITS, fake_quantize
+from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error, smoothing_factor
+from qartsr_pipeline.calibration.start.input_bounds import SquaredErrors
+from qartsr_pipeline.calibration.start.observers import observe
+from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers, prepare
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.other_grids import hadamard, layer_kinds, quantize_groups
-from calibration.recipe import Layer
+from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.start.other_grids import hadamard, layer_kinds, quantize_groups
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear
 from qartsr_pipeline.quantization.freeze import freeze_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme

@@ -6,12 +6,12 @@ import torch
 from recipes_for_tests import SmoothPatches, small_recipe
 from test_engine import calibrated, picture
 
-from calibration.data.pairs import degraded_pair
-from calibration.network_run import picture_of
-from calibration.ranks import Sensitivity, choose, sensitivities
-from calibration.schemes import COMPONENTS
-from calibration.stages import all_layers
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.pairs import degraded_pair
+from qartsr_pipeline.calibration.start.ranks import Sensitivity, choose, sensitivities
+from qartsr_pipeline.calibration.start.schemes import COMPONENTS
+from qartsr_pipeline.calibration.training.network_run import picture_of
+from qartsr_pipeline.calibration.training.stages import all_layers
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.freeze import freeze
 from tiny_models import build_tiny_pipeline

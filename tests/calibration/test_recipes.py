@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from calibration.initialise import Initialisation
-from calibration.other_grids import layer_kinds
-from calibration.recipe import Recipe, load_recipe, recipe_names
+from qartsr_pipeline.calibration.recipe import Recipe, load_recipe, recipe_names
+from qartsr_pipeline.calibration.start.initialise import Initialisation
+from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 
 METHODS = {
     "maxmin": "MaxMin",

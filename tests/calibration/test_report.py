@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calibration.report import ReportData, most_detailed, picture_sheet, write_report
-from calibration.report_plots import running_mean, worst_layers
+from qartsr_pipeline.calibration.report.report import ReportData, most_detailed, picture_sheet, write_report
+from qartsr_pipeline.calibration.report.report_plots import running_mean, worst_layers
 
 HOSTILE = '<script>alert("x")</script> & $\\frac{$'
 HEADINGS = {

@@ -10,9 +10,9 @@ from recipes_for_tests import SMALL
 from safetensors import SafetensorError
 
 from calibration import run as command
-from calibration.data.overlap import check_no_overlap, file_digests
-from calibration.stages import Run
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.overlap import check_no_overlap, file_digests
+from qartsr_pipeline.calibration.training.stages import Run
 
 TINY = ["--steps", "6", "--set", *SMALL]
 

@@ -6,10 +6,11 @@ import torch
 from recipes_for_tests import SmoothPatches, small_recipe
 from test_engine import picture
 
-from calibration import branches, sharing
-from calibration.branches import leading_vectors
-from calibration.engine import quantize
-from calibration.sharing import on_the_same_weights
+from qartsr_pipeline.calibration.start import branches
+from qartsr_pipeline.calibration.start.branches import leading_vectors
+from qartsr_pipeline.calibration.training import sharing
+from qartsr_pipeline.calibration.training.engine import quantize
+from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
 from tiny_models import build_tiny_pipeline
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import export_teacher, teacher, training_plots, training_state
-from calibration.teacher_model import TIMESTEP
-from calibration.training_settings import parse_phase
+from calibration.teacher import export as export_teacher
+from calibration.teacher import train as teacher
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.retraining import plots as training_plots
+from qartsr_pipeline.calibration.retraining.one_step_model import TIMESTEP
+from qartsr_pipeline.calibration.retraining.settings import parse_phase
+from qartsr_pipeline.calibration.training import training_state
 
 BEGUN = ("--phases", "autoencoder:2:1e-3:32:4", "pixel:4:1e-3:32:4")  # the phases of `trained`
 
@@ -94,7 +97,8 @@ def test_trouble_keeps_the_last_good_state(trained, trouble, monkeypatch, capsys
     if trouble == "diverged":
         losses = iter((1.0, float("nan")))
         monkeypatch.setattr(
-            "calibration.trainer.loss_of", lambda name, model, *_: next(losses) * model.unet.conv_in.weight.square().sum()
+            "qartsr_pipeline.calibration.retraining.trainer.loss_of",
+            lambda name, model, *_: next(losses) * model.unet.conv_in.weight.square().sum(),
         )
         expected = ("training diverged at step 1 of phase 'joint': the loss is nan", "lower learning rate")
     else:
@@ -168,7 +172,7 @@ def test_export_refuses_foreign_folders_and_states(trained, tmp_path, capsys):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     for arguments, message in (
         ((trained / "state.pt", tmp_path / "precious"), "is no pipeline folder: it is left alone"),
-        ((tmp_path / "other.pt", tmp_path / "new"), "is no state of calibration/teacher.py"),
+        ((tmp_path / "other.pt", tmp_path / "new"), "is no state of calibration/teacher/train.py"),
         ((tmp_path / "none.pt", tmp_path / "new"), "there is no training state"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration.data.dead_leaves import DeadLeaves, power_law_radii
-from calibration.data.degradations import DEGRADATIONS, bicubic_degradation
-from calibration.data.filters import convolve, gaussian_kernel
-from calibration.data.fingerprint import data_fingerprint
-from calibration.data.pairs import MARGIN, MixedPatches, degraded_pair, held_out_pairs
-from calibration.data.photographs import list_photographs, read_photograph
-from qartsr_pipeline.picture_files import PictureError
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves, power_law_radii
+from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS, bicubic_degradation
+from qartsr_pipeline.calibration.data.filters import convolve, gaussian_kernel
+from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint
+from qartsr_pipeline.calibration.data.pairs import MARGIN, MixedPatches, degraded_pair, held_out_pairs
+from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
+from qartsr_pipeline.image_files import PictureError
 
 
 def spectral_slope(pictures: np.ndarray) -> float:

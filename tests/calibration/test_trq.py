@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import export_teacher, teacher, trq
-from calibration.data.dead_leaves import DeadLeaves
-from calibration.data.pairs import procedural_pairs
-from calibration.teacher_adapters import LowRank, add_adapters, merge_adapters
-from calibration.teacher_start import latents_for_fit, move_timestep, teacher_from_folder, teacher_of
-from calibration.trainer import Trainer
-from calibration.training_settings import Settings, parse_phase
+from calibration.teacher import export as export_teacher
+from calibration.teacher import train as teacher
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration import trq
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.data.pairs import procedural_pairs
+from qartsr_pipeline.calibration.retraining.adapters import LowRank, add_adapters, merge_adapters
+from qartsr_pipeline.calibration.retraining.settings import Settings, parse_phase
+from qartsr_pipeline.calibration.retraining.start import latents_for_fit, move_timestep, teacher_from_folder, teacher_of
+from qartsr_pipeline.calibration.retraining.trainer import Trainer
 from tiny_models import build_tiny_pipeline
 
 SHORT = ["--phases", "latent:2:1e-4:32:2", "pixel:2:1e-4:32:2", "--fp32", "--held-out", "1"]
@@ -32,7 +34,7 @@ def patches():
 @pytest.fixture(autouse=True)
 def few_small_pictures(monkeypatch):
     """The tiny model has two levels: its attention would see 128 x 128 positions of a picture of 256 pixels."""
-    monkeypatch.setattr("calibration.data.pairs.VALIDATION_SIDE", 64)
+    monkeypatch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
     monkeypatch.setattr(trq, "latents_for_fit", lambda *arguments: latents_for_fit(*arguments[:3], count=2))
 
 

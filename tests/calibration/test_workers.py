@@ -12,8 +12,8 @@ import pytest
 import torch
 from recipes_for_tests import small_recipe
 
-from calibration.workers import ALONE, Workers
-from qartsr_pipeline.command_line.processes import Processes
+from qartsr_pipeline.calibration.training.workers import ALONE, Workers
+from qartsr_pipeline.cli.processes import Processes
 from tiny_models import build_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]

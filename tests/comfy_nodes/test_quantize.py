@@ -28,7 +28,7 @@ SMALL_LAYERS = [
 
 def small(recipe):
     """The recipe with few and small pictures; that of QArtSR with low ranks and a quick start too."""
-    from calibration.recipe import with_values
+    from qartsr_pipeline.calibration.recipe import with_values
 
     stages = [f"stages.{index}.{key}" for index in range(len(recipe.stages)) for key in ("patch=32", "batch=1")]
     return with_values(recipe, [*SMALL, *stages, *(SMALL_LAYERS if recipe.method == "QArtSR" else [])])
@@ -95,7 +95,7 @@ def test_a_run_makes_a_folder_that_loads_and_shows_the_comparison(nodes, comfy, 
 
 
 def test_a_cancelled_run_goes_on_to_the_same_checkpoint(nodes, comfy, models, monkeypatch):
-    from calibration import report_plots
+    from qartsr_pipeline.calibration.report import report_plots
 
     monkeypatch.setattr(report_plots, "png_of", lambda figure: b"")  # drawing takes longer than the run
     quantize(nodes, name="straight", recipe="lsq")
@@ -161,9 +161,9 @@ def test_what_cannot_be_made_is_explained_before_anything_runs(nodes, models, tm
 
 
 def test_the_lists_are_those_of_calibration(nodes):
-    from calibration.recipe import load_recipe, parse_bits, recipe_names
     from comfy_nodes.installation import CALIBRATION
     from comfy_nodes.quantize import BITS, RECIPES
+    from qartsr_pipeline.calibration.recipe import load_recipe, parse_bits, recipe_names
     from qartsr_pipeline.quantization.scheme import LayerScheme
 
     assert sorted(RECIPES) == [name for name in recipe_names() if load_recipe(name).layer.deployable]

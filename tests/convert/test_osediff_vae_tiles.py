@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL
 from group_offload import needs_group_offload
 from torch import nn
 
+from qartsr_pipeline.convert.osediff_vae_tiles import ENCODER_MARGIN, Span, in_tiles, osediff_vae_tiles, spans
 from qartsr_pipeline.kernels import forced_backend, low_memory, use_backend
 from qartsr_pipeline.kernels.prepared import saves_memory
-from qartsr_pipeline.osediff_vae_tiles import ENCODER_MARGIN, Span, in_tiles, osediff_vae_tiles, spans
 
 
 def small_vae(**options):

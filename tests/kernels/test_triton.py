@@ -12,11 +12,12 @@ from torch import nn
 
 from benchmarks.triton_gpu_check import LEAST_DECIBELS, decibels, hard_values, quantizer_is_exact
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes
-from qartsr_pipeline.kernels import LayerSpec, reference, shared_input, triton_backend, use_backend
+from qartsr_pipeline.image.tile_statistics import SharedStatistics
+from qartsr_pipeline.kernels import LayerSpec, reference, shared_input, use_backend
+from qartsr_pipeline.kernels.triton import backend as triton_backend
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock
 from qartsr_pipeline.quantization.scheme import LayerScheme
-from qartsr_pipeline.tiled_normalization import SharedStatistics
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

@@ -44,7 +44,7 @@ def compile_everything(capability: int, all_configurations: bool, report) -> Non
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction, mangle_type
 
-    from qartsr_pipeline.kernels import triton_backend
+    from qartsr_pipeline.kernels.triton import backend as triton_backend
     from qartsr_pipeline.quantization.scheme import LayerScheme
 
     def compile_instead(kernel, *args, grid, warmup=False, **kwargs):

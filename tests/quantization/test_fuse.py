@@ -11,10 +11,10 @@ from quantized_models import quantized_pipeline, run
 from torch import nn
 
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.image.tile_statistics import SharedStatistics
 from qartsr_pipeline.kernels import reference
 from qartsr_pipeline.quantization import fuse as fusing
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock, convolution_of_normalized, fuse
-from qartsr_pipeline.tiled_normalization import SharedStatistics
 from tiny_models import build_tiny_pipeline
 
 

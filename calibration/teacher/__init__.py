@@ -1,0 +1,1 @@
+"""Training of the small full-precision models that ship."""

@@ -1,0 +1,149 @@
+"""Writes the trained small model as a full-precision QArtSRPipeline folder.
+
+    python calibration/teacher/export.py runs/teacher/state.pt tiny-fp --data PHOTOS
+
+The moving average of the weights is what is exported, in float16. `training.json` in the folder tells what it was trained with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.fingerprint import versions
+from qartsr_pipeline.calibration.data.overlap import photographs_record
+from qartsr_pipeline.calibration.data.pairs import choose_held_out
+from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
+from qartsr_pipeline.calibration.retraining.one_step_model import SCALE, TIMESTEP, Teacher
+from qartsr_pipeline.calibration.retraining.start import teacher_from_folder
+from qartsr_pipeline.calibration.training.training_state import load_state
+from qartsr_pipeline.prompt_embedding import PromptEmbedding
+
+RECORD_NAME = "training.json"
+
+
+def export(
+    state_path: str | Path, folder: str | Path, record: dict[str, Any] | None = None, dtype: torch.dtype = torch.float16
+) -> dict[str, int]:
+    """Converts a training state into a pipeline folder, which appears complete or not at all.
+
+    Args:
+        state_path: ``state.pt`` of a training run, finished or not.
+        folder: the pipeline folder; one that is there already is replaced but for its README.md, anything else is not.
+        record: what the state itself does not record: "seed", "timestep", and the entries of `data_record`.
+        dtype: of the stored weights.
+
+    Returns:
+        Bytes of each component's files, by the component's name, and their sum as "total".
+
+    Raises:
+        FileNotFoundError: no state there. FileExistsError: `folder` is something else than a pipeline folder.
+        ValueError: not a training state, or one of a model of another shape.
+    """
+    state = load_state(Path(state_path))
+    pipeline = build_pipeline(state, dtype, record)
+    return save_pipeline(pipeline, folder, RECORD_NAME, training_record(state, record))
+
+
+def build_pipeline(
+    state: dict[str, Any], dtype: torch.dtype = torch.float16, record: dict[str, Any] | None = None
+) -> QArtSRPipeline:
+    """The averaged weights of a training state as a pipeline on the CPU; arguments as in `export`."""
+    recorded = {**(record or {}), **(state.get("record") or {})}
+    timestep = recorded.get("timestep", TIMESTEP)
+    start = (recorded.get("arguments") or {}).get("start")
+    with torch.random.fork_rng(devices=[]):
+        teacher = teacher_from_folder(start) if start else Teacher(seed=recorded.get("seed") or 0, timestep=timestep)
+    teacher.timestep = timestep
+    try:
+        teacher.load_state_dict(state["average"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the training state is of a model of another shape than {start or 'calibration/teacher_model.py builds'}:"
+            f" export it with the code that trained it. {' '.join(str(error).split())[:300]}"
+        ) from error
+    return pipeline_of(teacher, dtype)
+
+
+def pipeline_of(teacher: Teacher, dtype: torch.dtype = torch.float16) -> QArtSRPipeline:
+    """A pipeline around the model's components, which are converted in place."""
+    teacher.requires_grad_(False).eval()
+    teacher.vae.register_to_config(scaling_factor=float(teacher.scaling_factor))
+    return QArtSRPipeline(
+        unet=torch.nn.Module.to(teacher.unet, dtype),  # diffusers' own `to` warns about layers kept in float32; there are none
+        vae=torch.nn.Module.to(teacher.vae, dtype),
+        scheduler=teacher.scheduler,
+        prompt_embedding=PromptEmbedding.from_tensor(teacher.prompt_embeds.to(dtype)),
+        timestep=teacher.timestep,
+        scale=SCALE,
+    )
+
+
+def training_record(state: dict[str, Any], record: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `training.json` says: how far training went, seed, versions, data. Unknown entries are None."""
+    recorded = {**(record or {}), **(state.get("record") or {})}
+    arguments = {
+        name: Path(value).name if name == "start" and value else value
+        for name, value in (recorded.get("arguments") or {}).items()
+        if name != "data"
+    }  # no paths of its own machine
+    return {
+        "phases": state["phases"],
+        "phases_finished": state["phase_index"],
+        "steps_into_next_phase": state["step"],
+        "seed": recorded.get("seed"),
+        "timestep": recorded.get("timestep", TIMESTEP),
+        "arguments": arguments or None,
+        "data": recorded.get("data"),
+        "held_out": recorded.get("held_out"),
+        "training_versions": recorded.get("versions"),
+        "export_versions": versions(),
+        "validation": state["history"][-1] if state["history"] else None,
+    }
+
+
+def data_record(data: str | Path, held_out: int) -> dict[str, Any]:
+    """The entries "data" and "held_out" of a state's record.
+
+    Args:
+        data: the photograph folder.
+        held_out: how many photographs were kept for validation.
+    """
+    paths = list_photographs(data)
+    kept = [path.name for path in choose_held_out(paths, held_out)]
+    return {"data": photographs_record(paths), "held_out": kept}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("state", help="state.pt of a training run")
+    parser.add_argument("folder", help="the pipeline folder to write")
+    older = parser.add_argument_group("for states that do not record what they were trained with")
+    older.add_argument("--data", help="photograph folder trained on")
+    older.add_argument("--seed", type=int, default=0)
+    older.add_argument("--timestep", type=int, default=TIMESTEP)
+    older.add_argument("--held-out", type=int, default=8, help="photographs kept for validation")
+    args = parser.parse_args(argv)
+    try:
+        record = {"seed": args.seed, "timestep": args.timestep}
+        if args.data:
+            record |= data_record(args.data, args.held_out)
+        sizes = export(args.state, args.folder, record)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for name, size in sizes.items():
+        print(f"{name:18s} {size / 1e6:7.2f} MB")
+    print(f"written: {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

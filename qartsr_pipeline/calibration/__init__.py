@@ -1,0 +1,1 @@
+"""The calibration method, as a library."""

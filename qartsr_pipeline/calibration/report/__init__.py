@@ -1,0 +1,1 @@
+"""What a calibration writes: the report, the model card, the folder."""

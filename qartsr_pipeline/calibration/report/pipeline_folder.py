@@ -1,0 +1,84 @@
+"""Writes a pipeline folder with the record of how it was made: the folder appears complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.training.training_state import SavingError
+
+CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced
+
+
+def check_target(folder: Path) -> None:
+    """Raises FileExistsError if ``folder`` is there and something else than a pipeline folder."""
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise FileExistsError(f"{folder} exists and is no pipeline folder: it is left alone. Choose another name or remove it.")
+
+
+def save_pipeline(
+    pipeline: QArtSRPipeline, folder: str | Path, record_name: str, record: dict[str, Any], card: str | None = None
+) -> dict[str, int]:
+    """Saves the pipeline and, as ``record_name``, the record.
+
+    Args:
+        folder: a pipeline folder that is there already is replaced but for its README.md, anything else is not.
+        card: content of README.md where there is none.
+
+    Returns:
+        Bytes of each component's files, by the component's name, and their sum as "total".
+
+    Raises:
+        FileExistsError: `folder` is something else than a pipeline folder. SavingError: the disk is full.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        pipeline.save_pretrained(temporary)
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        (temporary / record_name).write_text(text + "\n", encoding="utf-8")
+        if (folder / CARD_NAME).is_file():
+            shutil.copy2(folder / CARD_NAME, temporary / CARD_NAME)
+        elif card is not None:
+            (temporary / CARD_NAME).write_text(card, encoding="utf-8")
+        replace_folder(temporary, folder)
+    except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
+        raise SavingError(
+            f"{folder} cannot be written ({error}). What was saved before is untouched. Make room or mend the folder, then"
+            " continue with --resume, where that is possible, or call it again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder_sizes(folder)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Puts the folder `new` in the place of `target`, which is removed only once `new` stands there."""
+    if not target.exists():
+        os.replace(new, target)
+        return
+    old = target.with_name(f"{new.name}.old")
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def folder_sizes(folder: Path) -> dict[str, int]:
+    """Bytes on disk of each component of a pipeline folder, and of the whole folder as "total"."""
+
+    def size(path: Path) -> int:
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+    return {child.name: size(child) for child in sorted(folder.iterdir()) if child.is_dir()} | {"total": size(folder)}

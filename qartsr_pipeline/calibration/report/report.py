@@ -1,0 +1,277 @@
+"""The report of a calibration run: one HTML file that needs nothing else, and its plots and pictures as PNG files beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from qartsr_pipeline.calibration.evaluation.evaluation_report import further_metrics, table
+from qartsr_pipeline.calibration.report import report_plots as plots
+from qartsr_pipeline.calibration.training.training_state import write_whole
+from qartsr_pipeline.image.comparison import compare
+
+PICTURE_SIDE = 512  # larger pictures are cut to this around their detail
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1c1e; --soft: #5a5a60; --back: #ffffff; --line: #d4d4da; --stripe: #f4f4f7; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e8e8ec; --soft: #a4a4ac; --back: #17171a; --line: #3c3c44; --stripe: #212126; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto; max-width: 84rem;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+p, figcaption, summary { color: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child, .text td { text-align: left; }
+td:first-child { white-space: nowrap; } h1, figcaption, .text td:last-child { overflow-wrap: anywhere; }
+tr:nth-child(even) td { background: var(--stripe); }
+figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; border-radius: 6px; }
+"""
+
+
+@dataclass
+class ReportData:
+    """What a report shows. A section without data is left out.
+
+    Attributes:
+        facts: what was run: recipe, bits, data, perceptual loss, seconds, hardware, versions.
+        losses: stage -> loss of each step.
+        module_losses: (module, loss before, loss after its training), as they were trained.
+        layer_errors: layer -> relative squared error of its output.
+        bounds: layer -> {"counts": n numbers, "edges": n + 1, "lower": .., "upper": ..}: its input's histogram and bounds.
+        sweep: rows of the timestep sweep, each with "timestep" and numbers; "chosen": true marks one.
+        metrics: rows as `qartsr_pipeline.calibration.evaluation.evaluation_report.summarize` gives them.
+        pictures: each name -> (H, W, 3) uint8, of one size, in the order in which they are shown.
+    """
+
+    title: str
+    facts: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    module_losses: list[tuple[str, float, float]] = field(default_factory=list)
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sweep: list[dict[str, Any]] | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+
+def write_report(folder: str | Path, data: ReportData) -> Path:
+    """Writes ``folder``/index.html and the PNG files; returns the former. Without matplotlib it says that plots lack.
+
+    Raises:
+        ValueError: data that do not fit together, by name. SavingError: a file cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page(folder)
+    sections = [
+        _facts(data),
+        _metrics(data),
+        *_pictures(data, page),
+        _losses(data, page),
+        _modules(data, page),
+        _layers(data, page),
+        _bounds(data, page),
+        _sweep(data, page),
+    ]
+    index = folder / "index.html"
+    write_whole(index, _document(data.title, [section for section in sections if section]).encode())
+    return index
+
+
+@dataclass
+class Page:
+    """Puts images into the folder and, embedded, into the page."""
+
+    folder: Path
+
+    def plot(self, name: str, draw: Callable[[], bytes], description: str) -> str:
+        """A plot as HTML, or the remark that matplotlib is missing."""
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError:
+            return "<p>Plots need matplotlib: <code>pip install 'qartsr[calibration]'</code>.</p>"
+        return self.image(name, draw(), description)
+
+    def image(self, name: str, content: bytes, description: str) -> str:
+        write_whole(self.folder / name, content)
+        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        caption = f'{escape(description)} <a href="{escape(name)}">{escape(name)}</a>'
+        return f'<figure><img src="{source}" alt="{escape(description)}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _document(title: str, sections: list[str]) -> str:
+    body = "\n".join(sections)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _section(heading: str, *content: str) -> str:
+    return f"<section>\n<h2>{escape(heading)}</h2>\n" + "\n".join(content) + "\n</section>"
+
+
+def _table(rows: list[list[str]], header: list[str] | None = None, text: bool = False) -> str:
+    """Text cells as an HTML table, in a box that scrolls where it is too wide."""
+    lines = [] if header is None else ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return f'<div class="wide"><table{" class=text" if text else ""}>' + "\n".join(lines) + "</table></div>"
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def _facts(data: ReportData) -> str:
+    return (
+        _section("What was run", _table([[name, str(value)] for name, value in data.facts.items()], text=True))
+        if data.facts
+        else ""
+    )
+
+
+def _metrics(data: ReportData) -> str:
+    if not data.metrics:
+        return ""
+    header, rows = table(data.metrics, further_metrics(data.metrics))
+    return _section("Picture quality", _table(rows, header), "<p>PSNR in dB. Means over the pictures.</p>")
+
+
+def _pictures(data: ReportData, page: Page) -> list[str]:
+    figures = []
+    for number, pictures in enumerate(data.pictures, 1):
+        names = ", ".join(pictures)
+        sheet = picture_sheet(pictures, number)
+        figures.append(
+            page.image(f"pictures-{number}.png", _encoded(sheet), f"{names}; below, the framed part of each enlarged.")
+        )
+    return [_section("Pictures", *figures)] if figures else []
+
+
+def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
+    """Pictures of one size side by side, and the most detailed part of the last one below each, (H', W', 3) uint8.
+
+    Args:
+        number: for the message.
+
+    Raises:
+        ValueError: sizes or types differ.
+    """
+    shapes = {name: (picture.shape, str(picture.dtype)) for name, picture in pictures.items()}
+    shape, dtype = next(iter(shapes.values()))
+    if len(set(shapes.values())) > 1 or len(shape) != 3 or shape[2] != 3 or dtype != "uint8":
+        raise ValueError(f"pictures {number}: all must be uint8 of one shape (H, W, 3), got {shapes}")
+    left, top, right, bottom = most_detailed(list(pictures.values())[-1])
+    x, y = (_window(low, high, side) for low, high, side in ((left, right, shape[1]), (top, bottom, shape[0])))
+    detail = (left - x, top - y, right - x, bottom - y)
+    cut = {name: picture[y : y + PICTURE_SIDE, x : x + PICTURE_SIDE] for name, picture in pictures.items()}
+    return compare({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
+
+
+def _marked(picture: np.ndarray, detail: tuple[int, int, int, int]) -> np.ndarray:
+    """A copy with a frame around the detail, outside of it."""
+    image = Image.fromarray(picture)
+    left, top, right, bottom = detail
+    ImageDraw.Draw(image).rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="#D55E00", width=2)
+    return np.asarray(image)
+
+
+def _window(low: int, high: int, side: int) -> int:
+    """Where a cut of `PICTURE_SIDE` begins that has the range in its middle as far as the picture allows."""
+    return max(0, min((low + high - PICTURE_SIDE) // 2, side - PICTURE_SIDE))
+
+
+def most_detailed(picture: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a third of the shown picture, where the brightness changes most from pixel to pixel."""
+    height, width = picture.shape[:2]
+    grey = picture.astype(np.float64).mean(axis=2)
+    change = np.zeros((height, width))
+    change[:, 1:] += np.abs(np.diff(grey, axis=1))
+    change[1:] += np.abs(np.diff(grey, axis=0))
+    tall, wide = (max(1, min(side, PICTURE_SIDE) // 3) for side in (height, width))
+    sums = np.pad(change, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    inside = sums[tall:, wide:] - sums[:-tall, wide:] - sums[tall:, :-wide] + sums[:-tall, :-wide]
+    top, left = np.unravel_index(inside.argmax(), inside.shape)
+    return int(left), int(top), int(left) + wide, int(top) + tall
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def _losses(data: ReportData, page: Page) -> str:
+    losses = {stage: values for stage, values in data.losses.items() if values}
+    if not losses:
+        return ""
+    description = "Loss of every step, and its running mean."
+    if len(losses) > plots.MOST_STAGES:
+        description += f" The last {plots.MOST_STAGES} of {len(losses)} stages."
+    rows = [[stage, str(len(values)), _number(values[0]), _number(values[-1])] for stage, values in losses.items()]
+    listed = _details("Stages as a table", _table(rows, ["stage", "steps", "first loss", "last loss"]))
+    return _section("Losses", page.plot("losses.png", lambda: plots.plot_losses(losses), description), listed)
+
+
+def _modules(data: ReportData, page: Page) -> str:
+    if not data.module_losses:
+        return ""
+    rows = [[name, _number(before), _number(after)] for name, before, after in data.module_losses]
+    plot = page.plot(
+        "modules.png", lambda: plots.plot_module_losses(data.module_losses), "Loss of each module around its training."
+    )
+    return _section("Modules", plot, _details("Modules as a table", _table(rows, ["module", "before", "after"])))
+
+
+def _layers(data: ReportData, page: Page) -> str:
+    if not data.layer_errors:
+        return ""
+    names = plots.worst_layers(data.layer_errors, len(data.layer_errors))
+    rows = [[name, _number(data.layer_errors[name])] for name in names]
+    description = f"The worst {min(len(names), plots.MOST_LAYERS)} of {len(names)} layers."
+    plot = page.plot("layers.png", lambda: plots.plot_layer_errors(data.layer_errors), description)
+    listed = _details("All layers as a table", _table(rows, ["layer", "relative squared error"]))
+    return _section("Error of each layer", plot, listed)
+
+
+def _bounds(data: ReportData, page: Page) -> str:
+    if not data.bounds:
+        return ""
+    count = min(len(data.bounds), plots.MOST_BOUNDS)
+    description = (
+        f"Inputs of the worst {count} of {len(data.bounds)} layers, counts on a logarithmic axis, with their learned bounds."
+    )
+    plot = page.plot("bounds.png", lambda: plots.plot_bounds(data.bounds, data.layer_errors), description)
+    rows = [[name, _number(entry["lower"]), _number(entry["upper"])] for name, entry in data.bounds.items()]
+    return _section("Bounds", plot, _details("Bounds as a table", _table(rows, ["layer", "lower", "upper"])))
+
+
+def _sweep(data: ReportData, page: Page) -> str:
+    if not data.sweep:
+        return ""
+    for number, row in enumerate(data.sweep, 1):
+        if "timestep" not in row:
+            raise ValueError(f"row {number} of the timestep sweep has no entry 'timestep', only {', '.join(row)}")
+    keys = list(dict.fromkeys(["timestep", *(key for row in data.sweep for key in row)]))
+    rows = [[_number(row.get(key)) for key in keys] for row in data.sweep]
+    plot = ""
+    if plots.sweep_quantities(data.sweep):
+        plot = page.plot("timesteps.png", lambda: plots.plot_sweep(data.sweep), "What each timestep would give; dashed: chosen.")
+    return _section("Timesteps", plot, _table(rows, [key.replace("_", " ") for key in keys]))

@@ -1,0 +1,1 @@
+"""Training of the full-precision one-step model itself."""

@@ -1,0 +1,197 @@
+"""Begins training at a full-precision pipeline folder instead of at nothing, also at another timestep than the folder's.
+
+`move_timestep` changes T and keeps the function z_L -> z_H as far as it goes without training. The UNet then has to give
+
+    eps_new = factor eps_old + share z_L        factor = sqrt(abar_new (1 - abar_old) / (abar_old (1 - abar_new)))
+                                                share = (1 - sqrt(abar_new / abar_old)) / sqrt(1 - abar_new)
+
+1. The time embedding is one vector, since T is: its last bias is shifted so that the UNet goes on seeing the old one. Exact.
+2. The output convolution is refitted to eps_new by least squares on a few latents. The factor is exact; the share of z_L has to
+   be read from features that were not made for it, and what the fit misses is amplified by sqrt(1 - abar) / sqrt(abar).
+3. Where that misses more than giving some of these features to z_L does (`_carry_latent`), they are given to it.
+
+Measured with the small model moved from T = 100 to 999 (PSNR-Y of held-out pictures, before any training): 14.3 dB with step 2
+alone (of 32.7 dB at T = 100), and with step 3 1.2 dB less than at T = 100.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.pairs import Patches, sample_pair
+from qartsr_pipeline.calibration.retraining.one_step_model import Teacher
+from qartsr_pipeline.checkpoint_files import fetch, is_quantized
+
+RIDGE = 1e-9  # of the fit, relative to the features' mean square
+LINEAR = (4.0, 0.5)  # mean and deviation of what goes through SiLU and shall come out nearly as it was
+
+
+def teacher_from_folder(model: str | Path) -> Teacher:
+    """The model of a full-precision pipeline folder (or shipped name, or Hub id) in float32, at the folder's timestep.
+
+    What is zero by whole channels stays zero in training: see `keep_empty_channels`.
+
+    Raises:
+        ValueError: it is quantized. CheckpointError: see `QArtSRPipeline.from_pretrained`.
+    """
+    folder = fetch(str(model))
+    if is_quantized(folder):
+        raise ValueError(f"{model} is quantized: training starts from the full-precision model it was made from")
+    return teacher_of(QArtSRPipeline.from_pretrained(folder, dtype=torch.float32))
+
+
+def teacher_of(pipeline: QArtSRPipeline) -> Teacher:
+    """As `teacher_from_folder`, around the components of a float32 pipeline, which are shared."""
+    prompt = pipeline.prompt_embedding(1).detach().clone()
+    teacher = Teacher(0, pipeline.config.timestep, (pipeline.vae, pipeline.unet, pipeline.scheduler, prompt))
+    teacher.scaling_factor.fill_(pipeline.vae.config.scaling_factor)
+    teacher.requires_grad_(True)
+    keep_empty_channels(teacher)
+    return teacher
+
+
+def keep_empty_channels(model: nn.Module) -> None:
+    """Masks gradients where convolutions and normalizations have channels of zeros: so `anchored_init`'s anchors survive.
+
+    A convolution's input or output channel without any weight gets none; so does a normalization's channel whose weight and bias
+    are zero. In a model without such channels nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            used = module.weight.detach() != 0
+            _mask_gradient(
+                module.weight, used.any(dim=(1, 2, 3))[:, None, None, None] & used.any(dim=(0, 2, 3))[None, :, None, None]
+            )
+        elif isinstance(module, nn.GroupNorm) and module.affine:
+            used = (module.weight.detach() != 0) | (module.bias.detach() != 0)
+            _mask_gradient(module.weight, used)
+            _mask_gradient(module.bias, used)
+
+
+def _mask_gradient(parameter: nn.Parameter, used: torch.Tensor) -> None:
+    if not used.all() and used.any():
+        parameter.register_hook(lambda gradient: gradient * used.to(gradient))
+
+
+def latents_for_fit(model: Teacher, patches: Patches, degradation: str = "bicubic", count: int = 16) -> list[torch.Tensor]:
+    """z_L of ``count`` patches of 128 pixels, one at a time."""
+    rng = np.random.default_rng([2**31, count, 1])  # no training step's
+    up, _ = sample_pair(patches, count, 128, rng, degradation)
+    with torch.no_grad():
+        return [model.encode(picture[None].to(model.scaling_factor.device)) for picture in up]
+
+
+@torch.no_grad()
+def move_timestep(model: Teacher, timestep: int, latents: list[torch.Tensor]) -> None:
+    """Moves the model to another timestep in place; see the head of this file.
+
+    Args:
+        timestep: the new T, 0 to 999.
+        latents: examples of z_L, (B, C, h, w), for the share that has to be fitted.
+    """
+    if timestep == model.timestep:
+        return
+    targets = [model.step(latent) for latent in latents]
+    before, after = (_time_embedding(model.unet, t) for t in (model.timestep, timestep))
+    model.unet.time_embedding.linear_2.bias += (before - after)[0]
+    model.timestep, model.alpha_bar = timestep, float(model.scheduler.alphas_cumprod[timestep])
+    start = copy.deepcopy(model.unet.state_dict())
+    _fit_output(model, latents, targets)
+    fitted, error = copy.deepcopy(model.unet.state_dict()), _error(model, latents, targets)
+    model.unet.load_state_dict(start)
+    if _carry_latent(model.unet, latents, model.step):
+        _fit_output(model, latents, targets)
+        if _error(model, latents, targets) < error:
+            return
+    model.unet.load_state_dict(fitted)
+
+
+def _time_embedding(unet: nn.Module, timestep: int) -> torch.Tensor:
+    weight = unet.time_embedding.linear_2.weight
+    return unet.time_embedding(unet.time_proj(torch.tensor([timestep], device=weight.device)).to(weight.dtype))
+
+
+def _error(model: Teacher, latents: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
+    pairs = zip(latents, targets, strict=True)
+    return sum(float((model.step(latent) - target).square().mean()) for latent, target in pairs)
+
+
+def _inputs_of(module: nn.Module, run: Callable[[torch.Tensor], object], latents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the module sees for each of the latents."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        for latent in latents:
+            run(latent)
+    finally:
+        handle.remove()
+    return seen
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (positions, C) float64."""
+    return x.double().movedim(1, -1).flatten(0, -2)
+
+
+def _fit_output(model: Teacher, latents: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    """Sets the output convolution so that z_H is as near to the targets as it can be, by ridge regression."""
+    conv, alpha_bar = model.unet.conv_out, model.alpha_bar
+    gram, products = 0.0, 0.0
+    for read, latent, target in zip(_inputs_of(conv, model.step, latents), latents, targets, strict=True):
+        rows = F.unfold(read.double(), conv.kernel_size, padding=conv.padding).transpose(1, 2).flatten(0, 1)
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+        gram = gram + rows.T @ rows
+        products = products + rows.T @ _rows((latent - math.sqrt(alpha_bar) * target) / math.sqrt(1 - alpha_bar))
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solution = torch.linalg.solve(gram + ridge, products).to(conv.weight.dtype)
+    conv.weight.copy_(solution[:-1].T.reshape(conv.weight.shape))
+    conv.bias.copy_(solution[-1])
+
+
+def _carry_latent(unet: nn.Module, latents: list[torch.Tensor], run: Callable[[torch.Tensor], object]) -> bool:
+    """Gives as many channels before the output convolution to z_L as it has; returns False where the UNet is not made for it.
+
+    z_L is made readable, exactly and position by position, from what `conv_in` returns: R conv_in(z_L) = z_L + constant for a
+    fitted R, by the least change of `conv_in` that does so. The last block's shortcut reads it there and puts it into the
+    channels that the output convolution uses least, and the normalization before that keeps them where SiLU is nearly linear.
+    """
+    block, norm = unet.up_blocks[-1].resnets[-1], unet.conv_norm_out
+    conv_in, shortcut = unet.conv_in, block.conv_shortcut
+    live = conv_in.weight.flatten(1).any(1)
+    count = conv_in.in_channels
+    plain = shortcut is not None and conv_in.stride == (1, 1) and norm is not None and block.output_scale_factor == 1
+    if not plain or int(live.sum()) < count or norm.num_channels < 2 * count:
+        return False
+    importance = unet.conv_out.weight.square().sum((0, 2, 3)) * torch.cat(_inputs_of(unet.conv_out, run, latents)).var((0, 2, 3))
+    importance[(norm.weight == 0) & (norm.bias == 0)] = math.inf  # anchors
+    chosen = importance.argsort()[:count]
+
+    read = torch.cat([_rows(conv_in(latent))[:, live] for latent in latents])
+    wanted = torch.cat([_rows(latent) for latent in latents])
+    reader = torch.linalg.lstsq(read - read.mean(0), wanted - wanted.mean(0)).solution.T  # R: (count, live channels)
+    missing = -torch.einsum("rc,cihw->rihw", reader, conv_in.weight[live].double())
+    middle = [side // 2 for side in conv_in.kernel_size]
+    missing[range(count), range(count), middle[0], middle[1]] += 1
+    conv_in.weight[live] += torch.einsum("cr,rihw->cihw", torch.linalg.pinv(reader), missing).to(conv_in.weight.dtype)
+
+    shortcut.weight[chosen] = 0
+    skip = torch.arange(shortcut.in_channels, device=live.device)[-conv_in.out_channels :][live]  # it comes last
+    for row, coefficients in zip(chosen.tolist(), reader.to(shortcut.weight.dtype), strict=True):
+        shortcut.weight[row, skip, 0, 0] = coefficients
+    shortcut.bias[chosen] = -(reader @ conv_in.bias[live].double()).to(shortcut.bias.dtype)
+    block.conv2.weight[chosen] = 0
+    block.conv2.bias[chosen] = 0
+    normal = torch.cat([F.group_norm(x, norm.num_groups, eps=norm.eps) for x in _inputs_of(norm, run, latents)])
+    deviation, mean = torch.std_mean(normal[:, chosen], (0, 2, 3))
+    norm.weight[chosen] = LINEAR[1] / deviation
+    norm.bias[chosen] = LINEAR[0] - LINEAR[1] * mean / deviation
+    return True

@@ -1,0 +1,1 @@
+"""How quantization parameters begin: observers, bounds, smoothing, ranks, branches."""

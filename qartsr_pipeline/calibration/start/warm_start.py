@@ -1,0 +1,131 @@
+"""Calibration that starts from a quantized model: what a deployed layer computes becomes a calibrating layer's parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.arithmetic.affine import code_range
+from qartsr_pipeline.calibration.start.branches import set_adapter
+from qartsr_pipeline.calibration.start.initialise import Initialisation, set_branch, weight_bounds
+from qartsr_pipeline.calibration.start.observers import InputSample
+from qartsr_pipeline.kernels.reference import weight_codes
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+from qartsr_pipeline.quantization.deployed import DeployedLayer
+
+RECORD_NAME = "quantization.json"
+RECORDED = ("recipe", "bits", "seed", "degradation", "start")
+
+
+def record_of_folder(folder: Path) -> dict[str, Any]:
+    """What a quantized folder tells of its own making, nothing where it has no record.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    path = folder / RECORD_NAME
+    if not path.exists():
+        return {"folder": folder.name}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        made = {"steps_made": sum(map(len, record["loss"].values()))} if "loss" in record else {}
+        return {"folder": folder.name} | {name: record[name] for name in RECORDED if name in record} | made
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): remove it, or start from another folder") from error
+
+
+def start_from_folder(
+    folder: Path, layers: dict[str, CalibratingMixin], samples: dict[str, InputSample], options: Initialisation
+) -> None:
+    """`start_from` for every layer, from the quantized pipeline in ``folder``.
+
+    Args:
+        layers, samples: by "component.layer".
+
+    Raises:
+        ValueError: the folder is not quantized, or of another model. OSError: it cannot be read.
+    """
+    pipeline = QArtSRPipeline.from_pretrained(folder)
+    for name, layer in layers.items():
+        component, _, path = name.partition(".")
+        try:
+            deployed = getattr(pipeline, component).get_submodule(path)
+        except AttributeError:
+            deployed = None
+        if not isinstance(deployed, DeployedLayer):
+            raise ValueError(f"{folder} has no quantized layer {name}: start from a quantized folder of the same model")
+        start_from(layer, deployed.to(layer.weight.device), samples[name].rows, options)
+
+
+def _bounds(scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bounds that this scale and zero point come from; no zero point where codes are symmetric."""
+    smallest, largest = code_range(bits, symmetric=zero_point is None)
+    zero = 0 if zero_point is None else zero_point.float()
+    return (smallest - zero) * scale, (largest - zero) * scale
+
+
+@torch.no_grad()
+def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Tensor, options: Initialisation) -> None:
+    """Sets the parameters of ``layer`` so that it computes what ``deployed`` does, or nearly so.
+
+    The merged adapter is the difference to the original weight, by its leading singular vectors. With an adapter of the weight's
+    full rank and a branch and bits as in ``deployed`` the two are equal; a branch of another rank is made anew from the weight
+    that ``deployed`` stands for, and bounds of other bits are set as for any layer.
+
+    Args:
+        layer: initialised already.
+        rows: (positions, C) sample of its input.
+        options: how weight bounds are set, where they are not those of ``deployed``.
+
+    Raises:
+        ValueError: it is a layer of another model.
+    """
+    spec, scheme, own = deployed.spec, layer.layer_scheme, layer._parameters
+    shape = tuple(layer.weight.shape[:2])
+    if (spec.out_channels, spec.in_channels) != shape or not _same(layer.bias, deployed.bias):
+        raise ValueError(f"{deployed} is of another model than the layer with a weight of {shape}: start from the same model")
+    layer.log_smooth.copy_(deployed.smooth.log())
+    if "adapter_up" in own:
+        set_adapter(layer, _weight_of(deployed) - layer.weight.float())
+    if scheme.rank_for(layer) == spec.rank:
+        if spec.rank:
+            layer.branch_up.copy_(deployed.branch_up)
+            layer.branch_down.copy_(deployed.branch_down * deployed.smooth)
+        _set_weight_bounds(layer, deployed, rows, options)
+    else:
+        set_branch(layer, rows, options)
+    if "input_lower" in own and spec.activation_bits == scheme.activation_bits:
+        lower, upper = _bounds(deployed.input_scale, deployed.input_zero_point, spec.activation_bits)
+        layer.input_lower.copy_(lower)
+        layer.input_upper.copy_(upper)
+
+
+def _same(bias: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return (bias is None) == (other is None) and (bias is None or torch.equal(bias.float(), other))
+
+
+def _weight_of(deployed: DeployedLayer) -> torch.Tensor:
+    """What the deployed layer multiplies its input with but for rounding it, float32."""
+    weight = weight_codes(deployed) if deployed.spec.weight_bits < 16 else deployed.weight.float()
+    over_outputs, over_inputs = (-1, *[1] * (weight.dim() - 1)), (1, -1, *[1] * (weight.dim() - 2))
+    if deployed.spec.weight_bits < 16:
+        weight = weight * deployed.weight_scale.view(over_outputs)
+    if deployed.spec.rank:
+        weight = weight + torch.einsum("nr...,rc->nc...", deployed.branch_up.float(), deployed.branch_down.float())
+    return weight * deployed.smooth.view(over_inputs)
+
+
+def _set_weight_bounds(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Tensor, options: Initialisation) -> None:
+    bits = layer.layer_scheme.weight_bits
+    if bits == 16:
+        return
+    if bits != deployed.spec.weight_bits:
+        weight_bounds(layer, rows, options)
+        return
+    lower, upper = _bounds(deployed.weight_scale, deployed.weight_zero_point, bits)
+    layer.weight_lower.copy_(lower)
+    layer.weight_upper.copy_(upper)

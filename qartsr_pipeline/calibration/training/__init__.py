@@ -1,0 +1,1 @@
+"""How quantization parameters are trained: one file a stage."""

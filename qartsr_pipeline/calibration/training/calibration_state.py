@@ -1,0 +1,85 @@
+"""The saved state of a calibration run: quantization parameters, optimizer and position, and of which run it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qartsr_pipeline.calibration.training.training_state import load_tensors, save_state
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+
+STATE_NAME = "state.pt"
+ENTRIES = {"identity", "parameters", "stage_index", "turn_index", "step", "losses", "turns", "errors_before", "optimizer"}
+
+
+def quantization_parameters(layers: dict[str, CalibratingMixin]) -> dict[str, torch.Tensor]:
+    """Everything that calibration may change, by "component.layer.parameter"; weights and biases are not among it."""
+    return {
+        f"{layer_name}.{name}": parameter.detach()
+        for layer_name, layer in layers.items()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name not in ("weight", "bias")
+    }
+
+
+def save_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: dict[str, Any], entries: dict[str, Any]) -> None:
+    """Writes the state, whole or not at all. Raises SavingError when the disk is full; the one before is then untouched."""
+    save_state(path, {"identity": identity, "parameters": quantization_parameters(layers), **entries})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    state = load_tensors(path, "a calibration state")
+    if not isinstance(state, dict) or ENTRIES - state.keys():
+        raise ValueError(f"{path} is no calibration state: choose another --output, or remove it")
+    return state
+
+
+def started_from(path: Path) -> dict[str, Any]:
+    """What is recorded of the run whose parameters another one starts from: recipe, bits, seed, what it started from, and how
+    many of the recipe's steps it has made.
+    """
+    state = _read(path)
+    return state["identity"] | {"steps_made": sum(map(len, state["losses"].values()))}
+
+
+@torch.no_grad()
+def load_parameters(path: Path, layers: dict[str, CalibratingMixin], weights: str) -> None:
+    """Sets the layers' parameters to those of another run's state, where they have the same name.
+
+    Raises:
+        ValueError: the state is of another model, or of other ranks; the message says which.
+    """
+    state = _read(path)
+    if state["identity"]["weights"] != weights:
+        raise ValueError(f"{path} is of a run with another model: start from one with the same weights and timestep")
+    for name, parameter in quantization_parameters(layers).items():
+        before = state["parameters"].get(name)
+        if before is not None and before.shape != parameter.shape:
+            raise ValueError(
+                f"{path} has {name} of shape {tuple(before.shape)}, not {tuple(parameter.shape)}: use that run's ranks,"
+                f" or start from the folder that it wrote, {path.parent / 'model'}, which is adapted to others"
+            )
+        if before is not None:
+            parameter.copy_(before)
+
+
+@torch.no_grad()
+def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: dict[str, Any]) -> dict[str, Any]:
+    """Reads the state, sets the layers' parameters, and returns the other entries.
+
+    Raises:
+        ValueError: damaged, of another kind, or of a run with another recipe, bits, seed, data or model.
+    """
+    state = _read(path)
+    different = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    if different:
+        raise ValueError(
+            f"{path} is of a run with other {', '.join(different)}, or of another version: repeat that run's arguments to"
+            " continue it, or choose another --output"
+        )
+    own = quantization_parameters(layers)
+    for name, tensor in state["parameters"].items():
+        own[name].copy_(tensor)
+    return state

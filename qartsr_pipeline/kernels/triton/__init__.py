@@ -1,0 +1,1 @@
+"""The Triton backend for GPUs."""
