@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qartsr_pipeline.cli.bench import summary
 from qartsr_pipeline.cli.main import main
-from qartsr_pipeline.cli.timing import STAGES, kinds_timed, tensor_bytes, time_stages
+from qartsr_pipeline.cli.timing import STAGES, kinds_timed, medians, tensor_bytes, time_stages
 from qartsr_pipeline.kernels import list_backends
 from tiny_models import build_tiny_pipeline
 
@@ -46,7 +45,7 @@ def test_layers_are_timed_by_kind_and_left_without_hooks():
 
 def test_medians_are_of_stages_and_of_sums():
     rounds = [{"a": 1.0, "b": 9.0}, {"a": 2.0, "b": 2.0}, {"a": 3.0, "b": 1.0}]
-    assert summary(rounds) == {"a": 2.0, "b": 2.0, "total": 4.0}
+    assert medians(rounds) == {"a": 2.0, "b": 2.0, "total": 4.0}
 
 
 def test_bytes_are_those_of_all_tensors():

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from PIL import Image
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.cli import demo, main
+from qartsr_pipeline.cli import demo
+from qartsr_pipeline.cli.main import COMMANDS, main
 from qartsr_pipeline.image.comparison import compare
 from qartsr_pipeline.kernels.cpu import float_product
 from qartsr_pipeline.offloading import keep_prepared
@@ -63,6 +66,20 @@ def test_a_description_leaves_the_model_as_it_was():
     keep_prepared(SimpleNamespace(components={"vae": model}), False)  # as when it is offloaded
     assert (report.prepared_bytes > 0) == any(layer.kernel != "reference" for layer in report.layers)
     assert describe_model("vae", model).prepared_bytes == 0
+
+
+def test_help_and_usage_errors_wait_for_no_heavy_import():
+    """Each command's module is light; what it imports when it runs is not counted."""
+    code = (
+        "import sys; from qartsr_pipeline.cli.main import COMMANDS, main\n"
+        "for arguments in (['--help'], *([name, '--help'] for name in COMMANDS), ['info', '--no-such']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: assert end.code == (2 if '--no-such' in arguments else 0)\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"usage: qartsr {name}" in done.stdout for name in COMMANDS)
 
 
 def test_info_of_a_folder_that_is_no_checkpoint(tmp_path, capsys):

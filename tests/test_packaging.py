@@ -11,7 +11,7 @@ import pytest
 
 from qartsr_pipeline.checkpoint_files import fetch, shipped_checkpoints
 from qartsr_pipeline.cli.demo import SAMPLE
-from qartsr_pipeline.cli.main import _parser, main
+from qartsr_pipeline.cli.main import COMMANDS, main, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,9 +33,9 @@ def test_the_readmes_commands_are_known(tmp_path, monkeypatch, capsys):
     """Each parses; what it then complains about is the picture or model that is not there."""
     monkeypatch.chdir(tmp_path)
     commands = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("qartsr ")]
-    assert {command[1] for command in commands} == {"upscale", "info", "bench", "demo", "convert"}
+    assert {command[1] for command in commands} == set(COMMANDS)
     for command in commands:
-        _parser().parse_args(command[1:])
+        parse(command[1:])
         if command[1] == "upscale":
             assert main([*command[1:], "--model", "no/such/model"]) == 2
             assert "no/such/model" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""What the commands of `qartsr` do; the command line itself is in `qartsr_pipeline.cli.main`."""
+"""The commands of `qartsr`, one file each; `qartsr_pipeline.cli.main` lists them and says how heavy imports are delayed."""

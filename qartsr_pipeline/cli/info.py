@@ -5,19 +5,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch, is_quantized
+from qartsr_pipeline.cli.arguments import add_debug, add_model_position
 
 if TYPE_CHECKING:
     from qartsr_pipeline.quantization.report import ComponentReport
 
 
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = subparsers.add_parser("info", description="Shows what a checkpoint consists of and how each part will run.")
+    add_model_position(parser)
+    parser.add_argument("--layers", action="store_true", help="list every layer")
+    parser.add_argument("--json", action="store_true", help="print everything, layers included, as JSON")
+    add_debug(parser)
+    parser.set_defaults(run=run)
+
+
 def run(options: argparse.Namespace) -> int:
     """Prints the report as tables or as JSON; returns 0."""
     folder = fetch(options.model)
+    check_checkpoint(folder)  # before torch is imported: a folder that cannot be used is reported at once
+    from qartsr_pipeline.cli.description import describe, kernels
+    from qartsr_pipeline.kernels import list_backends
+
     components = describe(folder)
     if options.json:
         content = [dataclasses.asdict(component) for component in components]
@@ -25,69 +39,19 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(folder if is_quantized(folder) else f"{folder} (full precision: nothing in it is quantized)")
     titles = ["component", "class", "bits", "parameters", "size", "as fp16", "ratio", "prepared", "kernels"]
-    print(_table(titles, map(_row, components)))
+    print(_table(titles, (_row(component, kernels([component])) for component in components)))
     if options.layers:
         for component in components:
             if component.layers:
                 print(f"\n{component.name}\n{_layers(component)}")
     if any(component.prepared_bytes for component in components):
         print("\nprepared: what kernels keep in memory beside the size; nothing, and slower, with QARTSR_LOW_MEMORY=1")
-    print(f"\n{_backends()}")
+    usable = ([name, reason or "yes"] for name, reason in list_backends().items())
+    print(f"\n{_table(['backend', 'usable here'], usable)}")
     return 0
 
 
-def describe(folder: Path, device: str | None = None) -> list[ComponentReport]:
-    """Loads a checkpoint folder and reports on each of its components that holds weights. Sizes are those of the stored files.
-
-    Args:
-        device: the type of device that kernels are chosen for; None for the one that `qartsr upscale` would use.
-
-    Raises:
-        CheckpointError: if the folder is not a whole checkpoint.
-    """
-    check_checkpoint(folder)
-    # Imported only now: a folder that cannot be used is reported without waiting for torch.
-    import torch
-
-    from qartsr_pipeline.cli.device import choose_device
-    from qartsr_pipeline.cli.loading import load_quietly
-    from qartsr_pipeline.quantization.report import describe_model
-
-    device = device or choose_device("auto")[0]
-    pipeline = load_quietly(folder)
-    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    return [_as_stored(describe_model(name, model, device), Path(folder) / name) for name, model in models.items()]
-
-
-def _as_stored(report: ComponentReport, folder: Path) -> ComponentReport:
-    """The report with the bytes, and for full precision the dtypes, that the files of the component have."""
-    from safetensors import safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    report = dataclasses.replace(report, packed_bytes=sum(file.stat().st_size for file in files))
-    if report.quantized:
-        return report
-    dtypes = set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
-    return dataclasses.replace(report, bits=", ".join(sorted(dtypes)).lower())
-
-
-def kernels(components: list[ComponentReport]) -> str:
-    """Which kernels compute how many layers, such as `reference x 123`."""
-    counted = Counter(layer.kernel for component in components for layer in component.layers)
-    return ", ".join(f"{kernel} x {count}" for kernel, count in counted.most_common()) or "none"
-
-
-def _backends() -> str:
-    """Every backend, in order of preference, and whether this machine can use it."""
-    from qartsr_pipeline.kernels import list_backends
-
-    return _table(["backend", "usable here"], ([name, reason or "yes"] for name, reason in list_backends().items()))
-
-
-def _row(component: ComponentReport) -> list[str]:
+def _row(component: ComponentReport, kernels: str) -> list[str]:
     ratio = f"{component.packed_bytes / component.fp16_bytes:.0%}" if component.fp16_bytes else "-"
     return [
         component.name,
@@ -98,7 +62,7 @@ def _row(component: ComponentReport) -> list[str]:
         _megabytes(component.fp16_bytes),
         ratio,
         _megabytes(component.prepared_bytes),
-        kernels([component]),
+        kernels,
     ]
 
 
@@ -124,7 +88,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.3f} MB"
 
 
-def _table(titles: list[str], rows) -> str:
+def _table(titles: list[str], rows: Iterable[list[str]]) -> str:
     lines = [titles, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

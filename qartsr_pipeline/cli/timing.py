@@ -1,15 +1,26 @@
-"""Seconds of the three stages, encode, UNet and decode, and of the kinds of layers inside them."""
+"""Times checkpoints: their three stages (encode, UNet, decode), the kinds of layers inside them, and several in turns."""
 
 from __future__ import annotations
 
+import os
+import platform
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
+import diffusers
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.cli.device import processor
+from qartsr_pipeline.cli.loading import load_quietly
+from qartsr_pipeline.kernels import BACKENDS, list_backends, use_backend
+from qartsr_pipeline.kernels.cpu.onednn import has_vnni
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 
@@ -17,7 +28,7 @@ STAGES = ("encode", "unet", "decode")
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once everything that was asked of the device is done."""
+    """Seconds, once all work that the device was given is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -27,10 +38,10 @@ def clock(device: torch.device) -> float:
 
 @torch.no_grad()  # as the pipeline; inference_mode is refused by some libraries' tensors
 def time_stages(network: OneStepNetwork, up: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
-    """Seconds of each stage, and the picture.
+    """Seconds of each stage, and the resulting image.
 
     Args:
-        up: enlarged picture (B, 3, H, W) in [-1, 1], on the network's device and in its dtype.
+        up: enlarged image (B, 3, H, W) in [-1, 1], on the network's device and in its dtype.
     """
     times = [clock(network.device)]
     x = up
@@ -41,7 +52,7 @@ def time_stages(network: OneStepNetwork, up: torch.Tensor) -> tuple[dict[str, fl
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """What the module counts as; None for modules that are made of others."""
+    """The kind that the module is counted as; None for modules that only hold other modules."""
     if isinstance(module, DeployedLayer):
         kernel = module.spec.kernel_size
         return "linear" if module.spec.kind == "linear" else f"convolution {kernel[0]} x {kernel[1]}"
@@ -56,22 +67,27 @@ def kind_of(module: nn.Module) -> str | None:
 
 @contextmanager
 def kinds_timed(network: OneStepNetwork) -> Iterator[Callable[[], dict[str, float]]]:
-    """Within, the function that it gives returns the seconds of all layers so far, by kind. The device is waited for at each."""
+    """Measures layers by kind while it is open; the function it yields returns the seconds of each kind so far.
+
+    The device is waited for before and after every layer.
+    """
     seconds: dict[str, float] = defaultdict(float)
     begun: dict[nn.Module, float] = {}
+    kinds = {
+        module: kind
+        for model in (network.unet, network.vae)
+        for module in model.modules()
+        if (kind := kind_of(module)) is not None
+    }
 
     def before(module: nn.Module, _: object) -> None:
         begun[module] = clock(network.device)
 
     def after(module: nn.Module, *_: object) -> None:
-        seconds[kind_of(module)] += clock(network.device) - begun[module]
+        seconds[kinds[module]] += clock(network.device) - begun[module]
 
     handles = [
-        handle
-        for model in (network.unet, network.vae)
-        for module in model.modules()
-        if kind_of(module)
-        for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
+        handle for module in kinds for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
     ]
     try:
         yield lambda: dict(seconds)
@@ -81,7 +97,7 @@ def kinds_timed(network: OneStepNetwork) -> Iterator[Callable[[], dict[str, floa
 
 
 def tensor_bytes(network: OneStepNetwork) -> int:
-    """Of all parameters and buffers of UNet and VAE, with what kernels keep beside the stored weights."""
+    """Bytes of all parameters and buffers of UNet and VAE, and of what kernels keep beside the stored weights."""
     models = (network.unet, network.vae)
     tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
     kept = sum(m.prepared.bytes for model in models for m in model.modules() if isinstance(m, DeployedLayer))
@@ -89,7 +105,74 @@ def tensor_bytes(network: OneStepNetwork) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Of what a tensor is stored in, also if it is quantized by a library that wraps several tensors into one."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    """Bytes a tensor is stored in; those of its parts if another library's tensor class wraps several into one."""
+    if not is_traceable_wrapper_subclass(tensor):
         return tensor.numel() * tensor.element_size()
     return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+class Contender(NamedTuple):
+    """One row of `qartsr bench`: a network, and the backend that computes its layers, or None for the package's own choice."""
+
+    name: str
+    backend: str | None
+    network: OneStepNetwork
+
+
+def contenders_of(model: str, against: str | None, device: str, dtype: torch.dtype) -> tuple[list[Contender], dict[str, str]]:
+    """Loads what `qartsr bench` compares.
+
+    Args:
+        model: timed with the package's choice of kernels, then with every backend that can compute all of its layers.
+        against: another checkpoint, which comes first.
+
+    Returns:
+        The contenders, and why each other backend cannot compute the model.
+    """
+
+    def network_of(name: str) -> OneStepNetwork:
+        return load_quietly(fetch(name), dtype=dtype).to(device).network()
+
+    contenders = [Contender(against, None, network_of(against))] if against else []
+    network = network_of(model)
+    contenders.append(Contender(model, None, network))
+    specs = {m.spec for part in (network.unet, network.vae) for m in part.modules() if isinstance(m, DeployedLayer)}
+    unable = {}
+    for backend, unavailable in list_backends().items() if specs else ():
+        reason = unavailable or next(filter(None, (BACKENDS[backend].unsupported(spec, device) for spec in specs)), None)
+        if reason is None:
+            contenders.append(Contender(f"{model} on {backend}", backend, network_of(model)))
+        else:
+            unable[backend] = reason
+    return contenders, unable
+
+
+def time_in_turns(contenders: Sequence[Contender], up: torch.Tensor, rounds: int) -> list[list[dict[str, float]]]:
+    """Stage times of every contender in every round. Each runs once before, uncounted, and rounds visit all of them."""
+    times: list[list[dict[str, float]]] = [[] for _ in contenders]
+    for number in range(rounds + 1):
+        for (_, backend, network), counted in zip(contenders, times, strict=True):
+            image = up.to(network.device, next(network.vae.parameters()).dtype)
+            with use_backend(backend) if backend else nullcontext():
+                stages = time_stages(network, image)[0]
+            if number:
+                counted.append(stages)
+    return times
+
+
+def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Median seconds of each stage, and of their sum as "total"."""
+    stages = {stage: statistics.median(found[stage] for found in rounds) for stage in rounds[0]}
+    return stages | {"total": statistics.median(sum(found.values()) for found in rounds)}
+
+
+def machine(device: str) -> str:
+    """One line: processor or GPU, threads, versions."""
+    kind = torch.device(device).type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else processor()
+    threads = ""
+    if kind == "cpu":
+        bytes_summed = "bytes summed in 32 bits" if list_backends()["onednn"] is None and has_vnni() else "no VNNI"
+        vectors = f"{torch.backends.cpu.get_cpu_capability()}, {bytes_summed}"
+        threads = f"{vectors}, {torch.get_num_threads()} threads of {os.cpu_count()}, "
+    return f"{device}: {name}, {threads}torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.system()}"

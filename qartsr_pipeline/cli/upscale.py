@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qartsr_pipeline.checkpoint_files import fetch, quantization_configs
+from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, add_model_option
 from qartsr_pipeline.cli.jobs import Job, is_done, plan_jobs, sort_out
 from qartsr_pipeline.cli.messages import one_line
 from qartsr_pipeline.cli.processes import Processes, join_processes
@@ -17,6 +18,29 @@ from qartsr_pipeline.image_files import check_writable, make_folder, read_pictur
 
 if TYPE_CHECKING:
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = subparsers.add_parser("upscale", description="Enlarges images.")
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="image files, and folders of them")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="file, or folder for several images; default: photo_x4.png beside photo.jpg. The suffix chooses the format",
+    )
+    add_model_option(parser)
+    parser.add_argument("--upscale", type=float, default=4.0, metavar="FACTOR", help="above 0 and up to 16; default: 4")
+    parser.add_argument("--tile-size", type=int, metavar="N", help="pixels of the enlarged image; default: by free memory")
+    parser.add_argument("--tile-overlap", type=int, metavar="N", help="default: a quarter of the tile, at most 128")
+    parser.add_argument("--color-fix", choices=("wavelet", "adain", "none"), default="wavelet", help="default: wavelet")
+    add_device_and_dtype(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that exist; without it a folder's finished images are skipped"
+    )
+    add_debug(parser)
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

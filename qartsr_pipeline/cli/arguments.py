@@ -1,0 +1,30 @@
+"""Arguments that several commands share, each defined once."""
+
+from __future__ import annotations
+
+import argparse
+
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
+
+_MODEL_HELP = f"checkpoint folder, name of a shipped checkpoint, or Hub id owner/name; default: {DEFAULT_CHECKPOINT}"
+
+
+def add_model_position(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint as the command's first argument, which may be left out."""
+    parser.add_argument("model", nargs="?", default=DEFAULT_CHECKPOINT, metavar="DIR", help=_MODEL_HELP)
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint as `--model`."""
+    parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help=_MODEL_HELP)
+
+
+def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+    """`--device` and `--dtype`, for `device.choose_device` and `device.choose_dtype`."""
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
+    parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: auto")
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """`--debug`, which `main` reads when an error ends the command."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
