@@ -17,8 +17,13 @@ from diffusers.utils import BaseOutput
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, fetch, write_checksums
-from qartsr_pipeline.checkpoint_files.generic_loading import forget_origin, without_entry_point, write_entry_point
-from qartsr_pipeline.checkpoint_files.hub_upload import take_upload_arguments, upload
+from qartsr_pipeline.checkpoint_files.saving import (
+    forget_origin,
+    take_upload_arguments,
+    upload,
+    without_entry_point,
+    write_entry_point,
+)
 from qartsr_pipeline.image.input_conversion import to_pictures
 from qartsr_pipeline.image.output_conversion import from_pictures, stack_if_equal
 from qartsr_pipeline.image.picture import Picture

@@ -11,9 +11,11 @@ from qartsr_pipeline.checkpoint_files import (
     CheckpointError,
     check_checkpoint,
     fetch,
+    integrity,
     is_quantized,
     write_checksums,
 )
+from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -95,6 +97,22 @@ def test_new_checksums_describe_the_files_that_are_there(tiny_folder):
     assert set(sums) == {f"{name}/{WEIGHTS}" for name in ("unet", "vae", "prompt_embedding")}
     check_checkpoint(tiny_folder)
     assert not list(tiny_folder.glob(".checksums*"))
+
+
+def test_a_process_hashes_a_file_once_until_it_changes(tiny_folder, monkeypatch, capsys):
+    """`qartsr info` checks the folder before it imports torch, and loading it checks it again."""
+    hashed, compute = [], integrity._computed_sum
+    monkeypatch.setattr(integrity, "_known_sums", {})
+    monkeypatch.setattr(integrity, "_computed_sum", lambda path: hashed.append(path) or compute(path))
+    assert main(["info", str(tiny_folder)]) == 0
+    weights = sorted(tiny_folder.glob("*/*.safetensors"))
+    assert sorted(hashed) == weights and len(weights) == 3
+    os.utime(weights[0])
+    check_checkpoint(tiny_folder)
+    assert hashed[3:] == [weights[0]]
+    flip_last_bit(weights[1])
+    with pytest.raises(CheckpointError, match="SHA-256 is not the one"):
+        check_checkpoint(tiny_folder)
 
 
 def test_sharded_weights_need_their_listing_and_every_part(tiny_pipeline, tmp_path):

@@ -93,7 +93,7 @@ def uploaded(tmp_path, monkeypatch):
     for module in (huggingface_hub, hub_utils):
         monkeypatch.setattr(module, "create_repo", create_repo)
     monkeypatch.setattr(hub_utils, "upload_folder", upload_folder)
-    for module in (hub_utils, sys.modules["qartsr_pipeline.checkpoint_files.hub_upload"]):
+    for module in (hub_utils, sys.modules["qartsr_pipeline.checkpoint_files.saving"]):
         monkeypatch.setattr(module, "load_or_create_model_card", lambda *arguments, **options: Card())
         monkeypatch.setattr(module, "populate_model_card", lambda card: card)
     return target, asked

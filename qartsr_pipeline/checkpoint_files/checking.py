@@ -1,4 +1,4 @@
-"""Is this folder a checkpoint that QArtSRPipeline can load? Every reason why not has a message of its own."""
+"""Checks that a checkpoint folder is complete and undamaged. Each fault has its own message."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import os
 from pathlib import Path
 
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
-from qartsr_pipeline.checkpoint_files.integrity import check_checksums, check_safetensors
+from qartsr_pipeline.checkpoint_files.integrity import CheckpointError, check_checksums, check_safetensors
 from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
 
 PIPELINE_CLASS = "QArtSRPipeline"
 QUANT_METHOD = "qartsr"
 
-# Component -> stem of its weight files. Those of the first three must be there; the text encoder is optional.
+# Component -> stem of its weight files. The first three are required, the text encoder is optional.
 _REQUIRED = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -35,9 +34,9 @@ _FOREIGN = {
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
-    """Looks a local checkpoint folder over; returns None when QArtSRPipeline can load it.
+    """Checks that a local checkpoint folder is complete and undamaged, so that QArtSRPipeline can load it.
 
-    The order is: structure, configuration, weight files, checksums. Full-precision folders are fine (see `is_quantized`).
+    The order is: structure, configuration, weight files, checksums. Full-precision folders pass, too (see `is_quantized`).
 
     Raises:
         CheckpointError: with one message for each of: not a folder, not a checkpoint, another pipeline's checkpoint, a missing
@@ -70,7 +69,7 @@ def quantization_configs(folder: str | os.PathLike) -> dict[str, dict]:
 
 
 def read_model_index(folder: Path) -> dict:
-    """The content of model_index.json; raises CheckpointError unless `folder` is there and of our pipeline's class."""
+    """The content of model_index.json; raises CheckpointError unless `folder` exists and names our pipeline's class."""
     if not folder.exists():
         raise CheckpointError(
             f"There is no folder {folder}. Give the path of a checkpoint folder, or a Hub id such as owner/name."
@@ -91,7 +90,7 @@ def read_model_index(folder: Path) -> dict:
 
 
 def named_class(index: dict) -> str | None:
-    """The pipeline class that a model_index.json names; with `trust_remote_code` entries it is the last of a list."""
+    """The pipeline class that a model_index.json names; where it also names a module, as [module, class], the class."""
     found = index.get("_class_name")
     return found[-1] if isinstance(found, list) and found else found
 
@@ -170,7 +169,7 @@ def _check_quantization(config: dict, label: str) -> None:
 
 
 def read_json(path: Path, remedy: str = "Download or save the checkpoint again, whole.") -> dict:
-    """The object in a JSON file; raises CheckpointError, which ends with `remedy`, if it is damaged or holds something else."""
+    """The object in a JSON file; raises CheckpointError, whose message ends with `remedy`, if the file holds no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

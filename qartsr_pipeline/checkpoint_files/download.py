@@ -1,4 +1,4 @@
-"""From what a user calls a checkpoint (a folder, a shipped model's name, a Hub id) to a local folder."""
+"""Finds the local folder of a checkpoint that is given as a folder, a shipped model's name or a Hub id."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors
 
 from qartsr_pipeline.checkpoint_files.checking import read_model_index
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files.integrity import CheckpointError
 
-# What the command line uses when no model is named.
+# The model that commands and nodes use when none is named.
 DEFAULT_CHECKPOINT = "tiny-w4a4"
 _SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
-# A repository of the Hub: owner/name, exactly one slash.
+# A repository on the Hub: owner/name, exactly one slash.
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-# Only what a checkpoint folder is made of: configurations, weights, a tokenizer's tables, its card. No pickles, no code.
+# The files of a checkpoint folder: configurations, weights, a tokenizer's tables, its card. No pickles, no code.
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "README.md")
 
 
@@ -79,19 +83,20 @@ def _why_no_hub_id(name: str) -> str:
     return "it is not a Hub id of the form owner/name either"
 
 
-def download(hub_id: str, **options) -> Path:
-    """The folder of a Hub repository; options as in `huggingface_hub.snapshot_download`, `allow_patterns` among them.
+def download(hub_id: str, **options: Any) -> Path:
+    """Downloads a Hub repository and returns its folder.
+
+    Args:
+        options: as in `huggingface_hub.snapshot_download`; `allow_patterns`, `revision` and `local_files_only` must be given.
 
     Raises:
         CheckpointError: Hub unreachable, repository unknown, private, gated or of another kind; the message says what to do.
     """
-    from huggingface_hub import errors, snapshot_download
-
     try:
-        if options["allow_patterns"] == list(PATTERNS):  # another kind of repository is not downloaded before it is refused
-            index = snapshot_download(hub_id, **{**options, "allow_patterns": ["model_index.json"]})
+        if options["allow_patterns"] == list(PATTERNS):  # refuses another kind of repository before its weights are downloaded
+            index = huggingface_hub.snapshot_download(hub_id, **{**options, "allow_patterns": ["model_index.json"]})
             read_model_index(Path(index))
-        return Path(snapshot_download(hub_id, **options))
+        return Path(huggingface_hub.snapshot_download(hub_id, **options))
     except CheckpointError as error:
         raise CheckpointError(f"{hub_id} on the Hub is not a checkpoint of this package. {error}") from error
     except errors.GatedRepoError as error:
@@ -109,7 +114,7 @@ def download(hub_id: str, **options) -> Path:
             f"{hub_id} has no revision {options['revision']!r}. Leave `revision` out for the newest."
         ) from error
     except Exception as error:
-        # Besides its own errors huggingface_hub lets those of its HTTP library through, which differs from release to release.
+        # huggingface_hub also raises errors of its HTTP library, which differs from release to release.
         raise CheckpointError(_unreachable(hub_id, error, options["local_files_only"])) from error
 
 

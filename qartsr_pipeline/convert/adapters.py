@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files import CheckpointError
 
 # peft's default `lora_alpha`, which OSEDiff's training code leaves as it is (peft 0.9.0 and 0.21 alike): scaling = 8 / rank.
 LORA_ALPHA = 8

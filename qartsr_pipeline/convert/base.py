@@ -12,9 +12,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from qartsr_pipeline.checkpoint_files import fetch, quantization_configs
+from qartsr_pipeline.checkpoint_files import CheckpointError, fetch, quantization_configs
 from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, named_class, read_json
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
 from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
 from qartsr_pipeline.text_prompt import embed_prompt
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.convert.adapters import Merged
 from qartsr_pipeline.convert.base import Base, read_base
 from qartsr_pipeline.convert.model_card import STABLE_DIFFUSION, STABLE_DIFFUSION_LICENSE, Card

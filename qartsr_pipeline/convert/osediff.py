@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.convert.adapters import Adapters, Merged, merge
 from qartsr_pipeline.convert.base import Base
 from qartsr_pipeline.convert.pickles import read_pickle

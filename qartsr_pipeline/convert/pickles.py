@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files import CheckpointError
 
 _FIRST_BYTES = (b"PK", b"\x80")  # a zip archive, or a pickle by itself
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
 from qartsr_pipeline.convert import stable_diffusion_2_1 as sd21
 from qartsr_pipeline.convert.base import Base, read_scheduler

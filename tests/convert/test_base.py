@@ -14,7 +14,7 @@ from stable_diffusion_base import TEXT_ENCODER, UNET, VAE, WORDS, adapted_forwar
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.convert import single_file, stable_diffusion_2_1
 from qartsr_pipeline.convert.base import read_base

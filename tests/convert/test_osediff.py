@@ -12,7 +12,7 @@ from PIL import Image
 from stable_diffusion_base import adapted_forward
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.checkpoint_files.errors import CheckpointError
+from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.convert.conversion import convert_osediff
 from qartsr_pipeline.convert.osediff import read_checkpoint
