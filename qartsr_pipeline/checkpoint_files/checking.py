@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from qartsr_pipeline.checkpoint_files.integrity import CheckpointError, check_checksums, check_safetensors
 from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
@@ -58,7 +59,7 @@ def is_quantized(folder: str | os.PathLike) -> bool:
     return bool(quantization_configs(folder))
 
 
-def quantization_configs(folder: str | os.PathLike) -> dict[str, dict]:
+def quantization_configs(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """The `quantization_config` of each component that has one, by component name."""
     configs = {}
     for name in _WEIGHTS:
@@ -68,7 +69,7 @@ def quantization_configs(folder: str | os.PathLike) -> dict[str, dict]:
     return configs
 
 
-def read_model_index(folder: Path) -> dict:
+def read_model_index(folder: Path) -> dict[str, Any]:
     """The content of model_index.json; raises CheckpointError unless `folder` exists and names our pipeline's class."""
     if not folder.exists():
         raise CheckpointError(
@@ -89,10 +90,12 @@ def read_model_index(folder: Path) -> dict:
     return index
 
 
-def named_class(index: dict) -> str | None:
+def named_class(index: dict[str, Any]) -> str | None:
     """The pipeline class that a model_index.json names; where it also names a module, as [module, class], the class."""
     found = index.get("_class_name")
-    return found[-1] if isinstance(found, list) and found else found
+    if isinstance(found, list) and found:
+        found = found[-1]
+    return found if isinstance(found, str) else None
 
 
 def _why_not_a_checkpoint(folder: Path) -> str:
@@ -105,7 +108,7 @@ def _why_not_a_checkpoint(folder: Path) -> str:
     return f"{message} Give the folder that `save_pretrained` wrote, or a Hub id such as owner/name."
 
 
-def _components(index: dict, folder: Path) -> list[str]:
+def _components(index: dict[str, Any], folder: Path) -> list[str]:
     named = [
         name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_") and entry[:1] != [None]
     ]
@@ -152,7 +155,7 @@ def _check_weight_files(folder: Path, name: str, stem: str) -> None:
     raise CheckpointError(f"{folder} lacks the weights {name}/{stem}.safetensors: {_incomplete()}")
 
 
-def _check_quantization(config: dict, label: str) -> None:
+def _check_quantization(config: dict[str, Any], label: str) -> None:
     method = config.get("quant_method") if isinstance(config, dict) else None
     if method != QUANT_METHOD:
         reader = _FOREIGN.get(str(method).lower())
@@ -168,7 +171,7 @@ def _check_quantization(config: dict, label: str) -> None:
         )
 
 
-def read_json(path: Path, remedy: str = "Download or save the checkpoint again, whole.") -> dict:
+def read_json(path: Path, remedy: str = "Download or save the checkpoint again, whole.") -> dict[str, Any]:
     """The object in a JSON file; raises CheckpointError, whose message ends with `remedy`, if the file holds no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -86,7 +86,7 @@ def upload(
     repo_id: str | None = None,
     commit_message: str | None = None,
     private: bool | None = None,
-    token: str | bool | None = None,
+    token: str | None = None,
     create_pr: bool = False,
 ) -> None:
     """Uploads everything in a saved pipeline's folder, whose README.md, if there is one, is the model card.

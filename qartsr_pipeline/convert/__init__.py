@@ -1,5 +1,5 @@
-"""Published checkpoints become full-precision `QArtSRPipeline` folders. Used by the command line, imported by nothing else.
+"""Makes full-precision `QArtSRPipeline` folders from published checkpoints, and enlarges images exactly as OSEDiff does.
 
-osediff.py and adapters.py read OSEDiff's checkpoint and merge it; base.py and single_file.py read the model it adapts;
-output_folder.py and model_card.py write the result.
+conversion.py has the two conversions. diffusers_folder.py and single_file.py read the base model, osediff.py and adapters.py the
+checkpoint that adapts it, and output_folder.py and model_card.py write the result. osediff_processing.py needs none of them.
 """

@@ -1,4 +1,4 @@
-"""Low-rank adapters in peft's layout, merged into the weights of the model that they were trained on.
+"""Merges low-rank adapters, stored in peft's layout, into the weights of the model that they were trained on.
 
 An adapter (LoRA, arXiv 2106.09685) adds scaling * B A to a weight. peft stores it beside the layer `L` as `L.lora_A.NAME.weight`
 and `L.lora_B.NAME.weight`, and the layer's own tensors, where a checkpoint carries them, as `L.base_layer.weight` and `.bias`:
@@ -6,7 +6,7 @@ and `L.lora_B.NAME.weight`, and the layer's own tensors, where a checkpoint carr
     linear        A (rank, in)              B (out, rank)
     convolution   A (rank, in, kh, kw)      B (out, rank, 1, 1)
 
-Several adapters may stand on one model; all are active, as they were in training.
+A model may have several adapters; all are active, as they were in training.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import nn
 
 from qartsr_pipeline.checkpoint_files import CheckpointError
 
-# peft's default `lora_alpha`, which OSEDiff's training code leaves as it is (peft 0.9.0 and 0.21 alike): scaling = 8 / rank.
+# peft's default `lora_alpha` (in 0.9.0 as in 0.21), which OSEDiff's training code does not change: scaling = 8 / rank.
 LORA_ALPHA = 8
-_NAMED = 30  # so many keys of one kind are named in a message
+_NAMED = 30  # at most so many keys of one kind are named in a message
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What a checkpoint holds for one model.
+    """The adapters that a checkpoint holds for one model.
 
     Attributes:
-        label: how the checkpoint's state dict is called in messages.
-        rank: of all adapters.
+        label: the name of the checkpoint's state dict in messages.
+        rank: of every adapter.
         layers: names of the adapted layers by the adapter's name.
         state: the tensors, by their keys in peft's layout.
-        replaced: prefixes of the layers whose own weights the checkpoint must bring along; no others may stand in it.
-            None: any may, and none must.
+        replaced: layers whose own weights the checkpoint must hold; it may hold those of no other layer. None: it may hold
+            those of any layer and need not hold any.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` did: how many layers have an adapter now, and which tensors were replaced as a whole."""
+    """The result of `merge`: the number of layers that had an adapter, and the names of tensors that were replaced as a whole."""
 
     layers: int
     replaced: tuple[str, ...]
@@ -57,10 +57,10 @@ def merge(model: nn.Module, adapters: Adapters) -> Merged:
     """Replaces whole tensors and adds every adapter to its layer's weight, in place and in float32.
 
     Args:
-        model: has float32 weights; nothing of it is changed when an error is raised.
+        model: has float32 weights; it is not changed if an error is raised.
 
     Raises:
-        CheckpointError: keys that are missing, left over or of another shape, layers that the model has not; all are named.
+        CheckpointError: keys are missing, left over or of another shape, or the model lacks layers; the message names them.
     """
     expected = _expected_shapes(model, adapters)
     own = _own_tensors(model, adapters)
@@ -70,9 +70,9 @@ def merge(model: nn.Module, adapters: Adapters) -> Merged:
         tensors[name].copy_(adapters.state[key])
     for adapter, layers in adapters.layers.items():
         for layer in layers:
-            weight = model.get_submodule(layer).weight
+            weight = model.get_parameter(f"{layer}.weight")
             down, up = (adapters.state[f"{layer}.lora_{part}.{adapter}.weight"].float().flatten(1) for part in "AB")
-            weight += (LORA_ALPHA / adapters.rank) * (up @ down).view(weight.shape)
+            weight.add_((LORA_ALPHA / adapters.rank) * (up @ down).view(weight.shape))
     adapted = {layer for layers in adapters.layers.values() for layer in layers}
     return Merged(len(adapted), tuple(sorted(own.values())))
 
@@ -84,7 +84,7 @@ def _expected_shapes(model: nn.Module, adapters: Adapters) -> dict[str, torch.Si
     unknown = [name for name in names if not isinstance(modules.get(name), (nn.Linear, nn.Conv2d))]
     if unknown:
         raise CheckpointError(
-            f"{adapters.label} is for another base model: it adapts layers that the base has not ({_listed(unknown)})."
+            f"{adapters.label} is for another base model: it adapts layers that the base does not have ({_listed(unknown)})."
             f" OSEDiff's checkpoint fits Stable Diffusion 2.1-base."
         )
     shapes = {}
@@ -98,7 +98,7 @@ def _expected_shapes(model: nn.Module, adapters: Adapters) -> dict[str, torch.Si
 
 
 def _own_tensors(model: nn.Module, adapters: Adapters) -> dict[str, str]:
-    """Checkpoint key -> name in the model, for tensors of the model itself; those that must be there are, or will be missed."""
+    """Checkpoint key -> name in the model, for tensors of the model itself; required ones are listed even if they are missing."""
     names = model.state_dict().keys()
     if adapters.replaced is None:
         plain = {key: key.replace(".base_layer.", ".") for key in adapters.state}

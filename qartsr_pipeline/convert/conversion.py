@@ -1,4 +1,4 @@
-"""From a base, and for OSEDiff its checkpoint, to a written folder: what the two forms of `qartsr convert` do."""
+"""Makes a checkpoint folder from published weights: the two forms of `qartsr convert`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qartsr_pipeline.checkpoint_files import CheckpointError
+import torch
+
+from qartsr_pipeline.checkpoint_files import CheckpointError, fetch
 from qartsr_pipeline.convert.adapters import Merged
-from qartsr_pipeline.convert.base import Base, read_base
+from qartsr_pipeline.convert.base import Base
+from qartsr_pipeline.convert.diffusers_folder import PATTERNS, read_diffusers_folder
 from qartsr_pipeline.convert.model_card import STABLE_DIFFUSION, STABLE_DIFFUSION_LICENSE, Card
 from qartsr_pipeline.convert.osediff import SCALE, TIMESTEP, read_checkpoint
 from qartsr_pipeline.convert.output_folder import check_output, write_folder
 from qartsr_pipeline.convert.pickles import read_prompt_embedding
+from qartsr_pipeline.convert.single_file import read_single_file
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 
@@ -21,14 +25,7 @@ _OSEDIFF_ORIGIN = (
     "Converted from the weights of OSEDiff (arXiv 2406.08177): its adapters for {layers} layers of the UNet and {vae_layers} of"
     " the VAE's encoder, merged into Stable Diffusion 2.1-base."
 )
-_DIFFUSERS_ORIGIN = "Converted from a diffusers folder whose weights were taken as they are."
-
-
-Told = Callable[[str], None]
-
-
-def _nobody(step: str) -> None:
-    pass
+_DIFFUSERS_ORIGIN = "Converted from a diffusers folder, whose weights were not changed."
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Converted:
 
     Attributes:
         size: bytes.
-        merged: by component, for OSEDiff.
-        takes_prompts: the folder holds text encoder and tokenizer.
+        merged: the merged adapters of each component; empty if there were none.
+        takes_prompts: whether the folder holds a text encoder and a tokenizer.
     """
 
     folder: Path
@@ -48,71 +45,103 @@ class Converted:
 
 
 def convert_osediff(
-    base: str | os.PathLike,
-    checkpoint: str | os.PathLike,
-    output: str | os.PathLike,
-    prompt_embedding: str | os.PathLike | None,
-    told: Told = _nobody,
+    base: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    prompt_embedding: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Converted:
-    """OSEDiff's (or PassionSR's) checkpoint and its base become a `QArtSRPipeline` folder.
+    """Makes a `QArtSRPipeline` folder from OSEDiff's (or PassionSR's) checkpoint and its base.
 
     Args:
-        base: see `base.read_base`.
+        base: see `read_base`.
         checkpoint: osediff.pkl or osediff.ckpt.
         output: the folder to write; new or empty.
-        prompt_embedding: file with the fixed prompt's embedding; None to compute that of the empty prompt.
-        told: called with what comes next, before every step; what it raises ends the conversion, and nothing is written.
+        prompt_embedding: file with the embedding of the fixed prompt; None to compute that of the empty prompt.
+        progress: called before every step with its description. An error that it raises ends the conversion before anything is
+            written.
 
     Raises:
         CheckpointError: one of the inputs cannot be used. OSError: the folder cannot be written.
     """
+    report = progress or _ignore
     check_output(Path(output))
     embeds = None if prompt_embedding is None else read_prompt_embedding(prompt_embedding)
-    told(f"reading {checkpoint}")
+    report(f"reading {checkpoint}")
     adapters = read_checkpoint(checkpoint)
-    told(f"reading {base}")
+    report(f"reading {base}")
     model = read_base(base, embeds)
-    told("merging the adapters")
+    report("merging the adapters")
     merged = adapters.merge_into(model)
-    origin = _OSEDIFF_ORIGIN.format(layers=merged["unet"].layers, vae_layers=merged["vae"].layers)
-    license_ = model.license or STABLE_DIFFUSION_LICENSE
-    told(f"writing {output}")
-    return _write(model, Path(output), origin, license_, model.hub_id or STABLE_DIFFUSION, TIMESTEP, SCALE, merged)
+    report(f"writing {output}")
+    card = Card(
+        title=Path(output).absolute().name,
+        origin=_OSEDIFF_ORIGIN.format(layers=merged["unet"].layers, vae_layers=merged["vae"].layers),
+        license=model.license or STABLE_DIFFUSION_LICENSE,
+        base_model=model.hub_id or STABLE_DIFFUSION,
+        takes_prompts=model.text_encoder is not None,
+        timestep=TIMESTEP,
+        scale=SCALE,
+    )
+    return _write(model, Path(output), card, merged)
 
 
 def convert_diffusers(
-    base: str | os.PathLike,
-    output: str | os.PathLike,
-    prompt_embedding: str | os.PathLike | None,
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    prompt_embedding: str | os.PathLike[str] | None = None,
     timestep: int = TIMESTEP,
     scale: int = SCALE,
-    told: Told = _nobody,
+    progress: Callable[[str], None] | None = None,
 ) -> Converted:
-    """A one-step model stored as a plain Stable Diffusion pipeline becomes a `QArtSRPipeline` folder, weights unchanged.
+    """Makes a `QArtSRPipeline` folder from a one-step model stored as a plain Stable Diffusion pipeline, weights unchanged.
 
     Args:
         timestep: T, the one timestep it was trained at.
         scale: the enlargement it was trained at.
-        base, output, prompt_embedding, told: as in `convert_osediff`, with the same errors.
+        base, output, prompt_embedding, progress: as in `convert_osediff`, with the same errors.
     """
+    report = progress or _ignore
     check_output(Path(output))
     embeds = None if prompt_embedding is None else read_prompt_embedding(prompt_embedding)
-    told(f"reading {base}")
+    report(f"reading {base}")
     model = read_base(base, embeds)
-    told(f"writing {output}")
-    return _write(model, Path(output), _DIFFUSERS_ORIGIN, model.license or "other", model.hub_id, timestep, scale, {})
+    report(f"writing {output}")
+    card = Card(
+        title=Path(output).absolute().name,
+        origin=_DIFFUSERS_ORIGIN,
+        license=model.license or "other",
+        base_model=model.hub_id,
+        takes_prompts=model.text_encoder is not None,
+        timestep=timestep,
+        scale=scale,
+    )
+    return _write(model, Path(output), card, {})
 
 
-def _write(
-    model: Base,
-    output: Path,
-    origin: str,
-    license_: str,
-    base_model: str | None,
-    timestep: int,
-    scale: int,
-    merged: dict[str, Merged],
-) -> Converted:
+def _ignore(step: str) -> None:
+    """The progress callback of a caller that wants none."""
+
+
+def read_base(source: str | os.PathLike[str], prompt_embeds: torch.Tensor | None = None) -> Base:
+    """Reads a base model.
+
+    Args:
+        source: a diffusers folder, a Hub id, or a single .safetensors file of Stable Diffusion 2.1.
+        prompt_embeds: of the fixed prompt; None to compute that of the empty prompt.
+
+    Raises:
+        CheckpointError: not found, not such a model, or not complete.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return read_single_file(path, prompt_embeds)
+    model = read_diffusers_folder(fetch(source, patterns=PATTERNS), prompt_embeds)
+    model.hub_id = None if path.exists() else os.fspath(source)
+    return model
+
+
+def _write(model: Base, output: Path, card: Card, merged: dict[str, Merged]) -> Converted:
     try:
         pipeline = QArtSRPipeline(
             unet=model.unet,
@@ -121,11 +150,9 @@ def _write(
             prompt_embedding=PromptEmbedding.from_tensor(model.prompt_embeds),
             text_encoder=model.text_encoder,
             tokenizer=model.tokenizer,
-            timestep=timestep,
-            scale=scale,
+            timestep=card.timestep,
+            scale=card.scale,
         )
     except ValueError as error:
         raise CheckpointError(f"The base cannot be used: {error}") from error
-    takes_prompts = model.text_encoder is not None
-    card = Card(output.absolute().name, origin, license_, base_model, takes_prompts, timestep, scale)
-    return Converted(output, write_folder(pipeline, output, card), merged, takes_prompts)
+    return Converted(output, write_folder(pipeline, output, card), merged, card.takes_prompts)

@@ -1,12 +1,13 @@
 """OSEDiff's checkpoint (arXiv 2406.08177; github.com/cswry/OSEDiff): adapters on the UNet and VAE of Stable Diffusion 2.1-base.
 
-A pickled dictionary: the rank and the names of the adapted layers, and the tensors in peft's layout. PassionSR
+It is a pickled dictionary of the rank, the names of the adapted layers, and the tensors in peft's layout. PassionSR
 (github.com/libozhu03/PassionSR) publishes one of the same kind, osediff.ckpt, in which two entries have other names, the VAE's
-decoder has adapters too, which PassionSR itself leaves out, and any weight of the base may stand beside the adapters.
+decoder has adapters too, which PassionSR's own code does not use, and any weight of the base may stand beside the adapters.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from qartsr_pipeline.convert.adapters import Adapters, Merged, merge
 from qartsr_pipeline.convert.base import Base
 from qartsr_pipeline.convert.pickles import read_pickle
 
-TIMESTEP = 999  # the last of 1000: what OSEDiff calls its UNet with
+TIMESTEP = 999  # OSEDiff's UNet always gets the last of 1000 timesteps
 SCALE = 4
 UNET_LAYERS = {
     "default_encoder": "unet_lora_encoder_modules",
@@ -31,12 +32,12 @@ VAE_LAYERS = {"default_encoder": "vae_lora_encoder_modules"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a publication keeps what.
+    """The names of entries in a published checkpoint.
 
     Attributes:
-        unet, vae: entries with the tensors.
+        unet, vae: entries that hold the tensors.
         unet_replaced, vae_replaced: as `Adapters.replaced`.
-        left_out: VAE adapters in the file that the publication's own code does not use.
+        left_out: VAE adapters in the file that the authors' own code does not use.
     """
 
     unet: str
@@ -62,11 +63,11 @@ class Checkpoint:
         return {"unet": merge(base.unet, self.unet), "vae": merge(base.vae, self.vae)}
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens osediff.pkl, or PassionSR's osediff.ckpt, without running anything that stands in it.
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens osediff.pkl, or PassionSR's osediff.ckpt, without running any code in it.
 
     Raises:
-        CheckpointError: not such a file; the message says what is missing or of the wrong kind.
+        CheckpointError: not such a file; the message names what is missing or of the wrong kind.
     """
     content = read_pickle(path)
     if not isinstance(content, dict):
@@ -96,7 +97,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Takes entries out of the dictionary and checks their kind."""
+    """Reads entries of the dictionary and checks their types."""
 
     path: Path
     content: dict[str, Any]
@@ -106,7 +107,7 @@ class _Reader:
         if missing:
             found = ", ".join(map(str, list(self.content)[:8])) or "nothing"
             raise CheckpointError(
-                f"{self.path} is not OSEDiff's checkpoint, or not a whole one: it lacks {', '.join(missing)} (it has {found})."
+                f"{self.path} is not OSEDiff's checkpoint, or not a complete one: it lacks {', '.join(missing)} (it has {found})."
                 f" Give the osediff.pkl that its authors published."
             )
 
@@ -132,5 +133,5 @@ class _Reader:
                 raise CheckpointError(f"{self.path}: the keys of {entry} must be names of tensors, but one is {key!r}.")
             if tensor.dtype not in FLOATS or tensor.layout is not torch.strided or tensor.is_meta:
                 kind = f"{'meta ' * tensor.is_meta}{tensor.layout}, {tensor.dtype}".replace("torch.", "")
-                raise CheckpointError(f"{self.path}: {key} in {entry} is no plain tensor of 16, 32 or 64 bit floats ({kind}).")
+                raise CheckpointError(f"{self.path}: {key} in {entry} is not a plain tensor of 16, 32 or 64 bit floats ({kind}).")
         return value

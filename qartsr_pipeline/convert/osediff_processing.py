@@ -1,20 +1,18 @@
-"""Enlarges a picture exactly as OSEDiff's test script does, for comparisons with its published results.
+"""Enlarges an image exactly as OSEDiff's test script does, for comparisons with its published results.
 
-The pipeline's own call differs from it in what follows; this function does it OSEDiff's way:
+It differs from the pipeline's own call:
 
-- Pictures are enlarged by Pillow's bicubic filter in 8 bits, and rounded down to multiples of 8 pixels by its Lanczos filter.
-- Smaller ones than `process_size` / `upscale` are enlarged to that size first.
-- The UNet works in tiles of its own (`image.latent_tiles`), and so do the VAE's halves (`osediff_vae_tiles`).
+- Images are enlarged by Pillow's bicubic filter in 8 bits, then reduced to multiples of 8 pixels by its Lanczos filter.
+- Images smaller than `process_size` / `upscale` are first enlarged to that size.
+- The UNet has tiles of its own (`image.latent_tiles`), and so have the VAE's encoder and decoder (`osediff_vae_tiles`).
 - Values are cut off to 8 bits before and after the colours are aligned.
 
-One thing is not as there: OSEDiff's results of small pictures have the size of the enlarged ones, because its script throws the
-last resampling away, and those whose sides times `upscale` are no multiples of 8 lose the rest; here every result has exactly
-`upscale` times the size of the picture.
+One difference from OSEDiff's script remains: every result here has exactly `upscale` times the size of the image. In the script,
+results of small images keep the enlarged size, because it discards its last resampling, and results whose sides are not multiples
+of 8 lose the remaining pixels.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -25,11 +23,9 @@ from qartsr_pipeline.convert.osediff_vae_tiles import osediff_vae_tiles
 from qartsr_pipeline.image.color_alignment import COLOR_FIXES, align_color
 from qartsr_pipeline.image.latent_tiles import in_latent_tiles
 from qartsr_pipeline.one_step import OneStepNetwork
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
-if TYPE_CHECKING:
-    from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
-
-MULTIPLE = 8  # pixels of the enlarged picture
+MULTIPLE = 8  # pixels of the enlarged image
 
 
 @torch.no_grad()
@@ -47,18 +43,18 @@ def upscale_like_osediff(
     generator: torch.Generator | None = None,
     prompt: str | None = None,
 ) -> PIL.Image.Image:
-    """One picture, enlarged. The defaults are those of OSEDiff's script, but for float16 and the prompt, which it takes from an
+    """Enlarges one image. The defaults are those of OSEDiff's script, except for float16 and the prompt, which it takes from an
     image tagger.
 
     Args:
-        pipeline: with a VAE that divides the sides by 8, as Stable Diffusion's, or by less.
+        pipeline: its VAE must divide the sides by 8, as Stable Diffusion's does, or by less.
         image: of any mode; treated as RGB.
         upscale: an integer from 1.
-        process_size: smallest side of the enlarged picture, in pixels; 0 for none.
+        process_size: smallest side of the enlarged image, in pixels; 0 for no minimum.
         color_fix: "adain", "wavelet" or None ("nofix").
         latent_tile, latent_overlap: in latent elements; see `image.latent_tiles`.
-        vae_encoder_tile, vae_decoder_tile: in pixels and in latent elements, multiples of 32; None for the whole picture at once,
-            which has no borders of tiles. They matter above 1088 pixels (encoder) and 246 latent elements (decoder) a side.
+        vae_encoder_tile, vae_decoder_tile: in pixels and in latent elements, multiples of 32; None for the whole image at once,
+            without borders between tiles. They matter above 1088 pixels (encoder) and 246 latent elements (decoder) a side.
         sample_posterior: draw the latent, as OSEDiff does, or take the mode.
         generator: source of the draw. None: torch's default one, as in OSEDiff's script.
         prompt: as in the pipeline's call.
@@ -67,7 +63,7 @@ def upscale_like_osediff(
         RGB, `upscale` times as wide and high.
 
     Raises:
-        ValueError: `upscale`, `color_fix` or a tile makes no sense.
+        ValueError: `upscale`, `color_fix` or a tile size is not valid.
     """
     if not isinstance(upscale, int) or upscale < 1:
         raise ValueError(f"`upscale` must be an integer from 1, as in OSEDiff, but is {upscale!r}.")
@@ -86,23 +82,24 @@ def upscale_like_osediff(
         pipeline.maybe_free_model_hooks()
     if color_fix is not None:
         result = align_color(_to_tensor(_to_image(result)), _to_tensor(enlarged), color_fix)
-    picture, size = _to_image(result), (image.width * upscale, image.height * upscale)
-    return picture if picture.size == size else picture.resize(size, PIL.Image.Resampling.BICUBIC)
+    size = image.width * upscale, image.height * upscale
+    enlarged = _to_image(result)
+    return enlarged if enlarged.size == size else enlarged.resize(size, PIL.Image.Resampling.BICUBIC)
 
 
 def enlarge(image: PIL.Image.Image, upscale: int, process_size: int) -> PIL.Image.Image:
-    """What the network gets: `image`, mode RGB, enlarged, with sides that are multiples of 8."""
+    """The network's input: `image`, of mode RGB, enlarged, with sides that are multiples of 8."""
     smallest = process_size // upscale
     if min(image.size) < smallest:
         factor = smallest / min(image.size)
         image = image.resize((int(factor * image.width), int(factor * image.height)), PIL.Image.Resampling.BICUBIC)
     image = image.resize((image.width * upscale, image.height * upscale), PIL.Image.Resampling.BICUBIC)
-    size = tuple(max(MULTIPLE, side - side % MULTIPLE) for side in image.size)
-    return image.resize(size, PIL.Image.Resampling.LANCZOS)
+    width, height = (max(MULTIPLE, side - side % MULTIPLE) for side in image.size)
+    return image.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def _noise(network: OneStepNetwork, factor: int, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    shape = (1, network.vae.config.latent_channels, x.shape[-2] // factor, x.shape[-1] // factor)
+    shape = (1, network.vae.config["latent_channels"], x.shape[-2] // factor, x.shape[-1] // factor)
     return randn_tensor(shape, generator=generator, device=network.device, dtype=torch.float32)
 
 

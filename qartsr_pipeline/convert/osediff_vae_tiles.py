@@ -1,29 +1,30 @@
-"""OSEDiff's tiles of the VAE: all go through the network side by side, and every group norm waits for the statistics of all.
+"""OSEDiff's tiles of the VAE: all tiles go through the network side by side, and every group norm waits for all statistics.
 
-Not what the pipeline does by default (see upscaling.py): here a tile's margin is cut off, not blended; the variance is the mean
-of the tiles' own (what their means differ by is left out, as in OSEDiff); and attention sees one tile only. Memory is about that
-of the whole picture, so there is no reason for these tiles but to get what OSEDiff gets.
+They differ from the pipeline's own tiles (see upscaling.py): a tile's margin is cut off, not blended; the variance is the mean of
+the tiles' variances, without the differences between their means, as in OSEDiff; and attention sees one tile only. They need
+about as much memory as the whole image, so their only use is to reproduce OSEDiff's results.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.hooks import HookRegistry
+from diffusers.models import AutoencoderKL
 from torch import nn
 
 from qartsr_pipeline.image.tile_statistics import exchanged_forwards, normalize, own_forward, pooled_moments
 
-ENCODER_MARGIN, DECODER_MARGIN = 32, 11  # pixels, latent elements: what a tile reads beyond what it writes
-STEP = 32  # tiles are as small as their number allows, in such steps
+ENCODER_MARGIN, DECODER_MARGIN = 32, 11  # pixels, latent elements: how far a tile reads beyond the part that it writes
+STEP = 32  # the size of tiles is a multiple of it, the smallest that needs no more tiles
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Span:
 
 
 def spans(length: int, tile: int, margin: int) -> list[Span]:
-    """The tiles along an axis of so many elements."""
+    """The tiles along an axis of `length` elements."""
     inside = max(0, length - 2 * margin)
     count = max(1, -(-inside // tile))
     step = -(-inside // (count * STEP)) * STEP
@@ -50,30 +51,31 @@ def spans(length: int, tile: int, margin: int) -> list[Span]:
 
 
 class CommonStatistics:
-    """Group norms of one network that works on several tiles, each in a thread, one thread at a time.
+    """Runs a network on several tiles, each in a thread of its own, with group norms that use the statistics of all tiles.
+
+    One thread runs at a time, until its next group norm, where it waits for the others.
 
     Args:
-        tiles: how many.
-        device: that they are on.
+        tiles: their number.
+        device: of the tiles.
     """
 
     def __init__(self, tiles: int, device: torch.device):
         kind = device.type
-        self._autocast = {
-            "device_type": kind,
-            "dtype": torch.get_autocast_dtype(kind),
-            "enabled": torch.is_autocast_enabled(kind),
-        }
-        self._everyone = threading.Barrier(tiles, action=self._merge)
-        self._turn = threading.Lock()
+        self._autocast = partial(
+            torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
+        self._all_arrived = threading.Barrier(tiles, action=self._merge)
+        self._running = threading.Lock()
         self._own = threading.local()
         self._moments: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._common: tuple[torch.Tensor, torch.Tensor]  # mean and variance of the group norm that all threads have reached
 
     def run(self, network: Callable[[torch.Tensor], torch.Tensor], number: int, tile: torch.Tensor) -> torch.Tensor:
-        """One thread's work. An error here ends the others' with `threading.BrokenBarrierError`."""
+        """Runs the network on one tile. An error ends the other threads with `threading.BrokenBarrierError`."""
         self._own.number = number
         try:
-            with self._turn, torch.no_grad(), torch.autocast(**self._autocast):  # modes that every thread has for itself
+            with self._running, torch.no_grad(), self._autocast():  # modes that each thread has of its own
                 return network(tile)
         except BaseException:
             self.abort()
@@ -81,25 +83,31 @@ class CommonStatistics:
 
     def abort(self) -> None:
         """Ends all threads at their next group norm."""
-        self._everyone.abort()
+        self._all_arrived.abort()
 
     def normalized(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         """``norm`` of one thread's x (B, C, ...), with the moments of all."""
         self._moments[self._own.number] = x[0, 0].numel(), *pooled_moments(x, norm.num_groups)
-        affine = norm.weight, norm.bias  # when it is this thread's turn again, offloading may have taken them away
-        self._turn.release()
+        affine = norm.weight, norm.bias  # offloading may have removed them when this thread goes on
+        self._running.release()
         try:
-            self._everyone.wait()
+            self._all_arrived.wait()
         finally:
-            self._turn.acquire()
-        return normalize(x, *self._common, *affine, norm.eps)
+            self._running.acquire()
+        mean, variance = self._common
+        return normalize(x, mean, variance, *affine, norm.eps)
 
     def _merge(self) -> None:
-        in_order = (self._moments[number] for number in sorted(self._moments))  # for the same rounding in every run
+        in_order = (self._moments[number] for number in sorted(self._moments))  # so that every run rounds alike
         sizes, means, variances = zip(*in_order, strict=True)
         shares = [size / sum(sizes) for size in sizes]
-        self._common = tuple(sum(s * part for s, part in zip(shares, parts, strict=True)) for parts in (means, variances))
+        self._common = _weighted(means, shares), _weighted(variances, shares)
         self._moments.clear()
+
+
+def _weighted(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The sum of the tensors, each times its weight."""
+    return reduce(torch.add, (weight * part for weight, part in zip(weights, parts, strict=True)))
 
 
 def in_tiles(
@@ -110,12 +118,12 @@ def in_tiles(
     margin: int,
     factor: tuple[int, int],
 ) -> torch.Tensor:
-    """``forward``, of the VAE's encoder or decoder, on tiles of x; at once where no side is longer than a tile with its margins.
+    """Runs ``forward``, of the VAE's encoder or decoder, on tiles of x, or on all of x if one tile with its margins holds it.
 
     Args:
         network: the module that ``forward`` runs.
         x: (1, C, H, W).
-        tile: longest side of what a tile writes, in elements of x.
+        tile: longest side of the part that a tile writes, in elements of x.
         factor: (8, 1) if the output's sides are 8 times x's, (1, 8) if they are an eighth.
 
     Raises:
@@ -123,21 +131,26 @@ def in_tiles(
     """
     if max(x.shape[-2:]) <= tile + 2 * margin:
         return forward(x)
-    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
-    if any(hasattr(module, "_diffusers_hook") for module in network.modules()):
+    norms: list[nn.Module] = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    if any(isinstance(vars(module).get("_diffusers_hook"), HookRegistry) for module in network.modules()):
         raise ValueError(
-            "OSEDiff's tiles of the VAE do not work with group offloading, which takes weights away when the first tile is done."
+            "OSEDiff's tiles of the VAE do not work with group offloading, which removes weights when the first tile is done."
             " Give vae_encoder_tile=None and vae_decoder_tile=None, or use enable_model_cpu_offload()."
         )
     up, down = factor
     tiles = list(product(*(spans(side, tile, margin) for side in x.shape[-2:])))
     cut = [x[..., rows.start : rows.stop, columns.start : columns.stop] for rows, columns in tiles]
     common = CommonStatistics(len(tiles), x.device)
-    with exchanged_forwards(norms, lambda norm: partial(common.normalized, norm)), ThreadPoolExecutor(len(tiles)) as threads:
+
+    def with_common_statistics(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        assert isinstance(norm, nn.GroupNorm)
+        return partial(common.normalized, norm)
+
+    with exchanged_forwards(norms, with_common_statistics), ThreadPoolExecutor(len(tiles)) as threads:
         try:
             running = [threads.submit(copy_context().run, common.run, forward, number, part) for number, part in enumerate(cut)]
             errors = [error for error in (job.exception() for job in running) if error is not None]
-        except BaseException:  # Ctrl-C, or no more threads: nobody would come to the others' barrier
+        except BaseException:  # Ctrl-C, or no more threads: those that run would wait at the barrier for ever
             common.abort()
             raise
     if errors:
@@ -145,28 +158,28 @@ def in_tiles(
     parts = [job.result() for job in running]
     result = parts[0].new_empty(len(x), parts[0].shape[1], *(side * up // down for side in x.shape[-2:]))
     for part, axes in zip(parts, tiles, strict=True):
-        target = tuple(slice(span.first * up // down, span.last * up // down) for span in axes)
-        begin = [window.start - span.start * up // down for window, span in zip(target, axes, strict=True)]
-        source = tuple(slice(b, b + window.stop - window.start) for b, window in zip(begin, target, strict=True))
-        result[(..., *target)] = part[(..., *source)]
+        (top, bottom), (left, right) = ((span.first * up // down, span.last * up // down) for span in axes)
+        part_top, part_left = (span.start * up // down for span in axes)  # where the tile's own output begins
+        written = part[..., top - part_top : bottom - part_top, left - part_left : right - part_left]
+        result[..., top:bottom, left:right] = written
     return result
 
 
 @contextmanager
 def osediff_vae_tiles(vae: AutoencoderKL, factor: int, encoder_tile: int | None, decoder_tile: int | None) -> Iterator[None]:
-    """Within, ``vae`` encodes and decodes in OSEDiff's tiles.
+    """While it is open, ``vae`` encodes and decodes in OSEDiff's tiles.
 
     Args:
-        factor: what the VAE divides the sides by.
-        encoder_tile, decoder_tile: in pixels and in latent elements. None: the whole picture at once.
+        factor: how many times smaller than the image's sides the latent's are.
+        encoder_tile, decoder_tile: in pixels and in latent elements. None: the whole image at once.
 
     Raises:
-        ValueError: a tile is no multiple of 32.
+        ValueError: a tile is not a multiple of 32.
     """
     for name, tile in (("encoder", encoder_tile), ("decoder", decoder_tile)):
         if tile is not None and (tile < STEP or tile % STEP):
             raise ValueError(f"The tile of the VAE's {name} must be a multiple of {STEP}, or None, but is {tile!r}.")
-    halves = (
+    halves: tuple[tuple[nn.Module, int | None, int, tuple[int, int]], ...] = (
         (vae.encoder, encoder_tile, ENCODER_MARGIN, (1, factor)),
         (vae.decoder, decoder_tile, DECODER_MARGIN, (factor, 1)),
     )

@@ -1,4 +1,4 @@
-"""Writes a converted pipeline: the folder appears complete or not at all."""
+"""Writes a converted pipeline under a temporary name and renames it, so a folder that exists is complete."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import nn
 from qartsr_pipeline.convert.model_card import Card
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
-_MARGIN = 16_000_000  # bytes for everything that is not weights
+_MARGIN = 16_000_000  # bytes for all files that hold no weights
 
 
 def check_output(folder: Path) -> None:
-    """Raises FileExistsError if `folder` is there and not empty, NotADirectoryError if it cannot be one."""
+    """Raises FileExistsError if `folder` exists and is not empty, NotADirectoryError if it cannot be created."""
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not empty: it is left alone. Choose another name or remove it.")
+        raise FileExistsError(f"{folder} exists and is not empty, so it was not changed. Choose another name or remove it.")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file. Choose another name for the folder.")
     if os.path.ismount(folder):
-        raise FileExistsError(f"{folder} is where another disk begins, and cannot be replaced. Give a folder within it.")
+        raise FileExistsError(f"{folder} is the root of another disk and cannot be replaced. Give a folder within it.")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{folder} cannot be created: {above} is a file. Choose another name.")
@@ -37,7 +37,7 @@ def write_folder(pipeline: QArtSRPipeline, folder: Path, card: Card) -> int:
         OSError: no space, or no permission; nothing is left behind.
     """
     check_output(folder)
-    folder = folder.resolve()  # not the link to it is replaced
+    folder = folder.resolve()  # a link to the folder stays a link
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_space(pipeline, folder)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -48,7 +48,7 @@ def write_folder(pipeline: QArtSRPipeline, folder: Path, card: Card) -> int:
         if folder.is_dir():
             folder.rmdir()  # empty, or this fails; not every system renames onto a folder
         os.replace(temporary, folder)
-    except SafetensorError as error:  # what safetensors makes of a full disk
+    except SafetensorError as error:  # safetensors' error for a full disk
         raise OSError(f"{folder} could not be written ({error}). Free some space or choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

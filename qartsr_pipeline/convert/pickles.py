@@ -1,7 +1,8 @@
-"""Reads pickles of tensors without running anything that stands in them."""
+"""Reads pickles of tensors without running any code in them."""
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,19 @@ from qartsr_pipeline.checkpoint_files import CheckpointError
 _FIRST_BYTES = (b"PK", b"\x80")  # a zip archive, or a pickle by itself
 
 
-def read_pickle(path: str | Path) -> Any:
-    """What `torch.save` wrote, if it consists of tensors, numbers, strings and plain containers; tensors on the CPU.
+def read_pickle(path: str | os.PathLike[str]) -> Any:
+    """Reads a file that `torch.save` wrote, if it holds only tensors, numbers, strings and plain containers; tensors on the CPU.
 
     Raises:
-        CheckpointError: no file there, not a pickle, damaged, or one that asks for anything else while it is opened: such a
-            pickle could run code. Nothing of it is run.
+        CheckpointError: no such file, not a pickle, damaged, or a pickle with anything else in it, which could run code. No code
+            in it is run.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Give the checkpoint's file, such as osediff.pkl.")
     with open(path, "rb") as file:
         if not file.read(2).startswith(_FIRST_BYTES):
-            raise CheckpointError(f"{path} is not a checkpoint that PyTorch wrote, or damaged. Download it again.")
+            raise CheckpointError(f"{path} is not a checkpoint that PyTorch wrote, or it is damaged. Download it again.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -42,7 +43,7 @@ def read_pickle(path: str | Path) -> Any:
         ) from error
 
 
-def read_prompt_embedding(path: str | Path) -> torch.Tensor:
+def read_prompt_embedding(path: str | os.PathLike[str]) -> torch.Tensor:
     """A prompt's embedding, float32 (1, tokens, dim), from a safetensors file with one tensor or a pickled tensor (.pt).
 
     Raises:

@@ -1,25 +1,25 @@
-"""Stable Diffusion 2.1 as one .safetensors file with the original names, such as v2-1_512-ema-pruned.safetensors.
+"""Reads Stable Diffusion 2.1 from one .safetensors file with the original names, such as v2-1_512-ema-pruned.safetensors.
 
-Names are translated by diffusers. The structure is known here (stable_diffusion_2_1.py), so nothing is downloaded. Such a file
-has no tokenizer: the empty prompt's embedding is computed from its known tokens, and the text encoder is left behind.
+diffusers translates the names. The structure is known (stable_diffusion_2_1.py), so nothing is downloaded. Such a file has no
+tokenizer: the empty prompt's embedding is computed from its known tokens, and the text encoder is not kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from qartsr_pipeline.checkpoint_files import CheckpointError
@@ -28,6 +28,7 @@ from qartsr_pipeline.convert import stable_diffusion_2_1 as sd21
 from qartsr_pipeline.convert.base import Base, read_scheduler
 from qartsr_pipeline.text_prompt import embed_tokens
 
+Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 
 
@@ -49,10 +50,14 @@ class Structure:
 
 
 def read_single_file(path: Path, prompt_embeds: torch.Tensor | None = None, structure: Structure | None = None) -> Base:
-    """Reads the file without any other; arguments and errors as in `base.read_base`.
+    """Reads the file, and nothing else.
 
     Args:
+        prompt_embeds: of the fixed prompt; None to compute that of the empty prompt.
         structure: None for Stable Diffusion 2.1-base.
+
+    Raises:
+        CheckpointError: not such a file, or not a complete one.
     """
     structure = structure or Structure()
     if path.suffix != ".safetensors":
@@ -75,7 +80,13 @@ def read_single_file(path: Path, prompt_embeds: torch.Tensor | None = None, stru
     return Base(unet, vae, read_scheduler(sd21.SCHEDULER), prompt_embeds)
 
 
-def _filled(kind: type, config: dict[str, Any], convert: Any, tensors: dict[str, torch.Tensor], path: Path) -> nn.Module:
+def _filled(
+    kind: type[Model],
+    config: dict[str, Any],
+    convert: Callable[..., dict[str, torch.Tensor]],
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+) -> Model:
     with init_empty_weights():
         model = kind(**config)
     try:
@@ -93,17 +104,18 @@ def _text_encoder(path: Path, tensors: dict[str, torch.Tensor], structure: Struc
         )
     model = CLIPTextModel(CLIPTextConfig(**structure.text_encoder))
     translated = convert_open_clip_checkpoint(model, tensors, TEXT_PREFIX)
-    # transformers dropped this level of names in 5.6.
-    prefix = "text_model." if hasattr(model, "text_model") else ""
+    names = model.state_dict().keys()
+    # Releases of transformers before 5.6 have one more level of names.
+    prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
     translated = {prefix + name.removeprefix("text_model."): tensor for name, tensor in translated.items()}
-    return _assign(model, {name: tensor for name, tensor in translated.items() if name in model.state_dict()}, path)
+    return _assign(model, {name: tensor for name, tensor in translated.items() if name in names}, path)
 
 
 _OTHER_MODEL = "it is not a file of Stable Diffusion 2.1. Give v2-1_512-ema-pruned.safetensors or a diffusers folder."
 
 
-def _assign(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> nn.Module:
-    """Fills the model with float32 copies; every tensor must be there and fit."""
+def _assign(model: Model, tensors: dict[str, torch.Tensor], path: Path) -> Model:
+    """Gives the model float32 copies of the tensors, which must be complete and of the right shapes."""
     wanted = model.state_dict()
     missing = sorted(wanted.keys() - tensors.keys())
     extra = sorted(tensors.keys() - wanted.keys())

@@ -1,4 +1,4 @@
-"""How Stable Diffusion 2.1-base is built, for files that hold its weights and nothing else."""
+"""The configurations of Stable Diffusion 2.1-base, for files that hold its weights only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNET = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     "block_out_channels": [320, 640, 1280, 1280],
     "layers_per_block": 2,
-    "attention_head_dim": [5, 10, 20, 20],  # heads, not their width: diffusers kept the name
+    "attention_head_dim": [5, 10, 20, 20],  # the number of heads, in spite of the name in diffusers
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
 }
@@ -51,5 +51,5 @@ SCHEDULER = {
     "prediction_type": "epsilon",
 }
 
-# The empty prompt: start, end, and then padding, which is "!" in this model's tokenizer.
+# The tokens of the empty prompt: start, end, and then padding, which is "!" in this model's tokenizer.
 START_TOKEN, END_TOKEN, PADDING_TOKEN = 49406, 49407, 0

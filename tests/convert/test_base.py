@@ -17,7 +17,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.convert import single_file, stable_diffusion_2_1
-from qartsr_pipeline.convert.base import read_base
+from qartsr_pipeline.convert.conversion import read_base
 from qartsr_pipeline.convert.single_file import Structure, read_single_file
 
 STRUCTURE = Structure(UNET, VAE, TEXT_ENCODER, WORDS.index("<|startoftext|>"), WORDS.index("<|endoftext|>"))

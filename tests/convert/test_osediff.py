@@ -153,10 +153,10 @@ LORA = "conv_in.lora_A.default_encoder.weight"
         (edit("state_dict_unet", None, [1]), ["state_dict_unet must be a dictionary of tensors"]),
         (edit("state_dict_unet", LORA, 3), ["state_dict_unet must be a dictionary of tensors"]),
         (edit("state_dict_unet", 7, torch.ones(2)), ["keys of state_dict_unet", "one is 7"]),
-        (edit("state_dict_unet", LORA, torch.ones(4, 4, 3, 3).bool()), [LORA, "no plain tensor", "bool"]),
+        (edit("state_dict_unet", LORA, torch.ones(4, 4, 3, 3).bool()), [LORA, "not a plain tensor", "bool"]),
         (
             edit("state_dict_vae", "quant_conv.lora_B.default_encoder.weight", torch.ones(8, 4).to_sparse()),
-            ["no plain", "sparse"],
+            ["not a plain", "sparse"],
         ),
         (edit("state_dict_unet", LORA, None), ["missing", LORA]),
         (edit("state_dict_unet", "conv_in.base_layer.weight", None), ["missing: conv_in.base_layer.weight"]),

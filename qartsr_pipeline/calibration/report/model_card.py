@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qartsr_pipeline.convert.base import license_of
-from qartsr_pipeline.convert.model_card import PIPELINE_TAG
+from qartsr_pipeline.convert.model_card import PIPELINE_TAG, license_of
 
 
 def model_card(record: dict[str, Any], source: Path, hub_id: str | None) -> str:
