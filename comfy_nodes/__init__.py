@@ -1,32 +1,45 @@
-"""Nodes for ComfyUI (V3 schema). Either the repository or this folder stands, or is linked, in ComfyUI's custom_nodes/.
+"""Nodes for ComfyUI (V3 schema). The repository or this folder is placed, or linked, in ComfyUI's custom_nodes/.
 
-Importing this imports neither ComfyUI nor diffusers; what a node needs is imported when it runs.
+Importing this package imports neither ComfyUI nor torch: the nodes are imported when ComfyUI asks for them.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from comfy_api.latest import ComfyExtension
 
 WEB_DIRECTORY = "web"
 
 
-async def comfy_entrypoint() -> Any:
-    """What ComfyUI calls to get the nodes. Without what they need there are none, and one line in the log says what to do."""
-    from .installation import install_own_packages, what_is_missing
+async def comfy_entrypoint() -> ComfyExtension:
+    """Returns the nodes to ComfyUI. If packages are missing there are none, and one line in the log says what to install."""
+    from comfy_api.latest import ComfyExtension, io
+
+    from .installation import import_own_package, what_is_missing
 
     missing = what_is_missing()
+    listed: list[type[io.ComfyNode]] = []
     if missing:
-        from comfy_api.latest import ComfyExtension
-
         logging.error("QArtSR's nodes are not loaded: %s", missing)
+    else:
+        import_own_package()
+        from .import_checkpoint import QArtSRImport
+        from .load_folder import QArtSRLoadFolder
+        from .load_model import QArtSRLoadModel
+        from .model_folders import register_model_folder
+        from .model_info import QArtSRModelInfo
+        from .quantize import QArtSRQuantize
+        from .upscale import QArtSRUpscale
 
-        class NoNodes(ComfyExtension):
-            async def get_node_list(self) -> list:
-                return []
+        register_model_folder()
+        # Their ids are stored in users' workflows: none is ever renamed or removed.
+        listed += [QArtSRLoadModel, QArtSRUpscale, QArtSRModelInfo, QArtSRQuantize, QArtSRImport, QArtSRLoadFolder]
 
-        return NoNodes()
-    install_own_packages()
-    from .nodes import QArtSRExtension
+    class QArtSRExtension(ComfyExtension):
+        async def get_node_list(self) -> list[type[io.ComfyNode]]:
+            return listed
 
     return QArtSRExtension()

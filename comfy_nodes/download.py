@@ -1,4 +1,4 @@
-"""Checkpoints from the Hub: downloaded once into models/qartsr/owner/name, with ComfyUI's progress bar."""
+"""Downloads checkpoints from the Hub once, into models/qartsr/owner/name, with ComfyUI's progress bar."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .model_folders import find_models, model_folder
 
 
 def download_once(hub_id: str) -> Path:
-    """The folder of a Hub repository; the network is used only if it is not there yet.
+    """The folder of a Hub repository; the network is used only if the folder does not exist yet.
 
-    The folder appears whole: files are collected beside it, and those that a cancelled download completed are used by the next.
+    Files are collected in another folder that is renamed at the end, so a folder that exists is complete. Files that a cancelled
+    download completed are used by the next one.
 
     Args:
         hub_id: owner/name.
@@ -64,7 +65,7 @@ class _Shown:
     """The node's bar, for all of huggingface_hub's bars and threads together.
 
     Attributes:
-        cancelled: what ComfyUI raised, once; every thread has to end with it.
+        cancelled: the exception that ComfyUI raised, once; every thread must end with it.
     """
 
     def __init__(self):
@@ -80,12 +81,12 @@ class _Shown:
         self._do(throw_exception_if_processing_interrupted)
 
     def show(self, done: float, total: float) -> None:
-        """Bytes of those that are known of so far: files are added as their turn comes."""
+        """Shows bytes of the files known so far; more files are added while others are downloaded."""
         self.bytes = max(self.bytes, int(done))
-        self._do(lambda: self.bar.update_absolute(min(self.bytes, int(total)), int(total)))  # looks for a cancel as well
+        self._do(lambda: self.bar.update_absolute(min(self.bytes, int(total)), int(total)))  # also raises after a cancel
 
     def _do(self, what: Callable[[], None]) -> None:
-        """ComfyUI tells of a cancel only once, in whatever thread asks first."""
+        """Runs `what`. ComfyUI reports a cancel once, to the thread that asks first, so it is kept for the others."""
         from comfy.model_management import InterruptProcessingException
 
         try:
@@ -97,12 +98,12 @@ class _Shown:
 
 
 def _bar_class(shown: _Shown) -> type:
-    """huggingface_hub's bar, whose bytes are shown in ComfyUI as well. Cancelling raises in the threads that download."""
+    """huggingface_hub's bar, whose bytes are also shown in ComfyUI. After a cancel it raises in the downloading threads."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
         def __init__(self, *args: Any, unit: str = "it", initial: float = 0, **options: Any):
-            self.done = initial  # tqdm counts nothing where it shows nothing, as without a terminal
+            self.done = initial  # tqdm does not count where it shows nothing, as without a terminal
             self.in_bytes = unit == "B"
             super().__init__(*args, unit=unit, initial=initial, **options)
 

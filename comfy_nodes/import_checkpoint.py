@@ -1,4 +1,4 @@
-"""QArtSR Import: a checkpoint as its authors published it becomes a folder that QArtSR Load Model lists."""
+"""QArtSR Import: makes a folder that QArtSR Load Model lists from a checkpoint as its authors published it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class QArtSRImport(io.ComfyNode):
 
 
 class Progress:
-    """Told of every step of a conversion: moves the node's bar, and stops between steps once the user cancels."""
+    """Progress callback of a conversion: moves the node's bar, and raises between steps once the user cancels."""
 
     def __init__(self, steps: int):
         from comfy.utils import ProgressBar
@@ -119,7 +119,7 @@ class Progress:
 
 
 def what_to_give(kind: str | None, base: str | None, checkpoint: str | None) -> str | None:
-    """What is asked for if a path that this kind needs is empty, or one that it does not take is not; None if all is well."""
+    """The message if a path that this kind needs is empty, or one that it does not use is given; otherwise None."""
     if base is not None and not base.strip():
         return "base is empty: give the path of Stable Diffusion's folder or .safetensors file."
     if kind == OSEDIFF and checkpoint is not None and not checkpoint.strip():
@@ -130,14 +130,14 @@ def what_to_give(kind: str | None, base: str | None, checkpoint: str | None) -> 
 
 
 def on_disk(path: str) -> Path:
-    """A file or folder that the user named; nothing is ever downloaded here."""
+    """The path of a file or folder that the user named; nothing is downloaded."""
     import folder_paths
 
     return typed_path(path, folder_paths.models_dir)
 
 
 def describe(converted: Converted) -> str:
-    """Several lines on what was merged and written."""
+    """Several lines that say what was merged and written."""
     lines = []
     for component, merged in converted.merged.items():
         replaced = f", {len(merged.replaced)} tensors replaced" if merged.replaced else ""

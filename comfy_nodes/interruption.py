@@ -1,4 +1,4 @@
-"""Cancelling within a tile: ComfyUI's cancel button is looked at before every block of layers."""
+"""Cancels within a tile: ComfyUI's cancel button is checked before every block of layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 @contextmanager
 def interruptible(network: nn.Module) -> Iterator[None]:
-    """Inside, `network` raises ComfyUI's InterruptProcessingException at its next block once the user cancels.
+    """While it is open, `network` raises ComfyUI's InterruptProcessingException at its next block once the user cancels.
 
-    Single layers get no hook: what has one is not fused with its neighbours.
+    Single layers get no hook, because a layer with a hook is not fused with its neighbours.
     """
     from comfy.model_management import throw_exception_if_processing_interrupted
 
@@ -30,7 +30,7 @@ def interruptible(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def interruptible_unless(busy: Callable[[], bool]) -> Iterator[None]:
-    """Inside, every network does so, also one that is built later, except while `busy` returns True."""
+    """The same for every network, including those that are built later, except while `busy` returns True."""
     from comfy.model_management import throw_exception_if_processing_interrupted
 
     def look(module: nn.Module, inputs: tuple) -> None:

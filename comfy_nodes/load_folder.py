@@ -1,4 +1,4 @@
-"""QArtSR Load Folder: the pictures of a folder, of any sizes, one after another for the nodes behind."""
+"""QArtSR Load Folder: loads the images of a folder, of any sizes, one by one for the nodes that follow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class QArtSRLoadFolder(io.ComfyNode):
             node_id="QArtSRLoadFolder",
             display_name="QArtSR Load Folder",
             category=CATEGORY,
-            description="Loads the pictures of a folder, which may have different sizes. The nodes behind it run for one after"
+            description="Loads the images of a folder, which may have different sizes. The nodes that follow run for one after"
             " another.",
             inputs=[
                 io.String.Input(
@@ -32,11 +32,11 @@ class QArtSRLoadFolder(io.ComfyNode):
                     default="",
                     tooltip="Absolute, or below ComfyUI's input folder. Folders within it are not searched.",
                 ),
-                io.Int.Input("first", default=0, min=0, max=1_000_000, tooltip="So many pictures are passed over, by name."),
-                io.Int.Input("limit", default=0, min=0, max=1_000_000, tooltip="So many pictures at most. 0: all."),
+                io.Int.Input("first", default=0, min=0, max=1_000_000, tooltip="So many images, by name, are skipped."),
+                io.Int.Input("limit", default=0, min=0, max=1_000_000, tooltip="So many images at most. 0: all."),
             ],
             outputs=[
-                io.Image.Output(id="images", display_name="image", is_output_list=True, tooltip="One picture after another."),
+                io.Image.Output(id="images", display_name="image", is_output_list=True, tooltip="One image after another."),
                 io.Mask.Output(
                     id="masks", display_name="mask", is_output_list=True, tooltip="Their transparency: 1 is transparent."
                 ),
@@ -53,34 +53,34 @@ class QArtSRLoadFolder(io.ComfyNode):
     def validate_inputs(cls, folder: str | None = None) -> bool | str:
         """True, or what is wrong, before anything runs. A connected or missing input is None here."""
         if folder is not None and not folder.strip():
-            return "folder is empty: give a folder of pictures, absolute or below ComfyUI's input folder."
+            return "folder is empty: give a folder of images, absolute or below ComfyUI's input folder."
         return True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, **others: object) -> Any:
-        """Changes when the folder's pictures do."""
+        """Changes when the folder's images do."""
         try:
-            return [(path.name, path.stat().st_mtime_ns) for path in pictures_of(folder)] if folder else None
+            return [(path.name, path.stat().st_mtime_ns) for path in images_of(folder)] if folder else None
         except (ValueError, OSError):
             return None
 
     @classmethod
     def execute(cls, folder: str, first: int, limit: int) -> io.NodeOutput:
-        paths = pictures_of(folder)[first:][: limit or None]
+        paths = images_of(folder)[first:][: limit or None]
         if not paths:
-            raise ValueError(f"{folder} has no picture after the first {first}: choose a smaller `first`.")
+            raise ValueError(f"{folder} has no image after the first {first}: choose a smaller `first`.")
         loaded = load(paths)
         if not loaded:
-            raise ValueError(f"none of the {len(paths)} pictures of {folder} can be read; the log says why.")
+            raise ValueError(f"none of the {len(paths)} images of {folder} can be read; the log says why.")
         names, images, masks = zip(*loaded, strict=True)
         return io.NodeOutput(list(images), list(masks), list(names))
 
 
-def pictures_of(folder: str) -> list[Path]:
-    """Files of pictures by name.
+def images_of(folder: str) -> list[Path]:
+    """The image files of a folder, sorted by name.
 
     Raises:
-        ValueError: no folder, or none in it.
+        ValueError: not a folder, or no images in it.
     """
     import folder_paths
 
@@ -91,15 +91,15 @@ def pictures_of(folder: str) -> list[Path]:
         raise ValueError(f"{path} is a file: give the folder that it is in.")
     found = [entry for entry in sorted(path.iterdir()) if entry.suffix.lower() in READABLE_SUFFIXES and entry.is_file()]
     if not found:
-        raise ValueError(f"{path} holds no pictures ({', '.join(READABLE_SUFFIXES)}). Folders within it are not searched.")
+        raise ValueError(f"{path} holds no images ({', '.join(READABLE_SUFFIXES)}). Folders within it are not searched.")
     return found
 
 
 def load(paths: list[Path]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, image (1, H, W, 3) and mask (1, H, W) of every file; what cannot be read is logged and left out.
+    """Name, image (1, H, W, 3) and mask (1, H, W) of every file; a file that cannot be read is logged and skipped.
 
     Raises:
-        MemoryError: together they do not fit.
+        MemoryError: together they do not fit into main memory.
     """
     from comfy.utils import ProgressBar
 
@@ -122,15 +122,15 @@ def check_memory(size: tuple[int, int], number: int, count: int) -> None:
     free = psutil.virtual_memory().available
     if size[0] * size[1] * BYTES_PER_PIXEL > free / 2:
         raise MemoryError(
-            f"main memory is full with picture {number} of {count} ({free / 1e9:.1f} GB are free). Load fewer at once with"
+            f"main memory is full with image {number} of {count} ({free / 1e9:.1f} GB are free). Load fewer at once with"
             " `limit`, and go on with `first`; or use the command `qartsr upscale FOLDER -o RESULTS`."
         )
 
 
 def as_image_and_mask(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(H, W, 1 to 4) of 8 or 16 bits -> (1, H, W, 3) and (1, H, W) in [0, 1]; without alpha nothing is transparent."""
+    """(H, W, 1 to 4) of 8 or 16 bits -> (1, H, W, 3) and (1, H, W) in [0, 1]; without alpha the mask is 0."""
     from qartsr_pipeline.image.input_conversion import to_pictures
 
-    picture = to_pictures(pixels)[0]
-    mask = torch.zeros(1, *pixels.shape[:2]) if picture.alpha is None else 1 - picture.alpha[:, 0]
-    return picture.rgb.permute(0, 2, 3, 1).contiguous(), mask
+    image = to_pictures(pixels)[0]
+    mask = torch.zeros(1, *pixels.shape[:2]) if image.alpha is None else 1 - image.alpha[:, 0]
+    return image.rgb.permute(0, 2, 3, 1).contiguous(), mask

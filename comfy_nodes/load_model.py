@@ -1,4 +1,4 @@
-"""QArtSR Load Model: from a checkpoint's name, or its id on the Hub, to a model that the other nodes take."""
+"""QArtSR Load Model: loads a checkpoint, by its name or its id on the Hub, for the other nodes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
+
 from .managed_model import AUTO, DTYPES
 from .model_folders import find_models, folder_of
 
 CATEGORY = "QArtSR"
 QArtSRModel = io.Custom("QARTSR_MODEL")
-DEFAULT_MODEL = "tiny-w8a8"
 
 
 @lru_cache(maxsize=1)
 def available_backends() -> tuple[str, ...]:
-    """Kernel backends that work on this machine; why the others do not is logged, once."""
+    """The kernel backends that this machine can use; the reasons for the others are logged, once."""
     from qartsr_pipeline.kernels import list_backends
 
     backends = list_backends()
@@ -37,14 +38,14 @@ class QArtSRLoadModel(io.ComfyNode):
             node_id="QArtSRLoadModel",
             display_name="QArtSR Load Model",
             category=CATEGORY,
-            description="Loads a super-resolution model. Small ones come along; put others into models/qartsr.",
+            description="Loads a super-resolution model. Small ones are included; put others into models/qartsr.",
             inputs=[
                 io.Combo.Input(
                     "model",
                     options=names,
-                    default=DEFAULT_MODEL if DEFAULT_MODEL in names else None,
-                    tooltip="A checkpoint folder in models/qartsr, or one of the small models that come along. w4a4: weights and"
-                    " activations have 4 bits; fp: full precision.",
+                    default=DEFAULT_CHECKPOINT if DEFAULT_CHECKPOINT in names else None,
+                    tooltip="A checkpoint folder in models/qartsr, or one of the small models that are included. w4a4: weights"
+                    " and activations have 4 bits; fp: full precision.",
                 ),
                 io.String.Input(
                     "hub_id",
@@ -63,7 +64,8 @@ class QArtSRLoadModel(io.ComfyNode):
                     "dtype",
                     options=list(DTYPES),
                     default=AUTO,
-                    tooltip="Float type of what is not quantized. auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
+                    tooltip="Float type of everything that is not quantized. auto: bfloat16 or float16 on a GPU, float32 on a"
+                    " CPU.",
                 ),
             ],
             outputs=[

@@ -1,4 +1,4 @@
-"""A loaded checkpoint in the hands of ComfyUI's model management: seen, moved and unloaded by it."""
+"""A loaded checkpoint that ComfyUI's model management knows, moves and unloads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
 
 class QArtSRNetwork(nn.Module):
-    """The pipeline's networks as one plain module: ComfyUI sets attributes on what it manages, which diffusers' models refuse."""
+    """The pipeline's networks as one plain module. ComfyUI sets attributes on a managed module; diffusers' models refuse that."""
 
     def __init__(self, pipeline: Any):
         super().__init__()
@@ -25,10 +25,10 @@ class QArtSRNetwork(nn.Module):
 
 @dataclass
 class ManagedModel:
-    """What goes from node to node as QARTSR_MODEL.
+    """The value of a QARTSR_MODEL connection between nodes.
 
     Attributes:
-        name: as in the list of models.
+        name: in the list of models.
         pipeline: the loaded QArtSRPipeline.
         patcher: ComfyUI's handle on its networks; ComfyUI itself keeps only a weak reference.
         backend: of the kernels, or "auto".
@@ -42,7 +42,7 @@ class ManagedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where ComfyUI computes."""
+        """The device that ComfyUI computes on."""
         return self.patcher.load_device
 
     def bring_to_device(self, memory: int = 0) -> None:
@@ -74,7 +74,7 @@ def load_model(name: str, folder: Path, backend: str, dtype: str) -> ManagedMode
         dtype: one of `DTYPES`.
 
     Raises:
-        CheckpointError: not a whole checkpoint.
+        CheckpointError: not a complete checkpoint.
     """
     from comfy import model_management
     from comfy.model_patcher import ModelPatcher

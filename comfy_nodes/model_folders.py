@@ -1,4 +1,4 @@
-"""Which checkpoints there are: those that ship with the package, and the folders under ComfyUI's `qartsr` model paths."""
+"""Lists checkpoints: those shipped with the package, and the folders under ComfyUI's `qartsr` model paths."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _usable_folders(folder: Path, depth: int) -> list[Path]:
 
 
 def _is_of_ours(folder: Path) -> bool:
-    """Does its model_index.json say that QArtSRPipeline loads it? If it cannot be read, that is logged once."""
+    """Whether its model_index.json names QArtSRPipeline; a file that cannot be read is logged once."""
     try:
         named = named_class(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
@@ -78,7 +78,7 @@ def folder_of(name: str) -> Path:
     """The folder of a model in the list.
 
     Raises:
-        CheckpointError: not there (any more).
+        CheckpointError: there is no such model, or not any more.
     """
     models = find_models()
     if name not in models:

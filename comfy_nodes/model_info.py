@@ -1,4 +1,4 @@
-"""QArtSR Model Info: what a loaded model consists of, and what will compute it here."""
+"""QArtSR Model Info: shows what a loaded model consists of, and which kernels compute it here."""
 
 from __future__ import annotations
 

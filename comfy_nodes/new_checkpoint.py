@@ -1,4 +1,4 @@
-"""What the nodes that make checkpoints have in common: the new folder's name, and paths that users type."""
+"""Names of new checkpoint folders, and paths that users type, for the nodes that make checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_folder(name: str) -> Path:
     """models/qartsr/NAME, which does not exist yet.
 
     Raises:
-        CheckpointError: no name for a folder, or there is such a folder or model already.
+        CheckpointError: the name is not valid, or such a folder or model exists already.
     """
     problem = wrong_name(name)
     if problem:
@@ -45,12 +45,12 @@ _made: dict[Path, int] = {}  # folder -> how often it was made here, and deleted
 
 
 def remember(folder: Path) -> None:
-    """``folder`` was made by a node: running the same graph again has nothing to do, until it is deleted."""
+    """Notes that a node made ``folder``, so that running the same graph again does nothing until the folder is deleted."""
     _made.setdefault(folder, 0)
 
 
 def fingerprint(name: str | None) -> int:
-    """Changes when what a node made under this name was deleted, so that ComfyUI runs the node again."""
+    """Changes when the folder that a node made under this name was deleted, so that ComfyUI runs the node again."""
     folder = model_folder() / (name or "")
     if folder in _made and not folder.exists():
         _made[folder] += 1
@@ -61,7 +61,7 @@ def typed_path(text: str, below: str) -> Path:
     """The path that a user typed or pasted, maybe in quotation marks: absolute, or below a folder of ComfyUI's.
 
     Raises:
-        CheckpointError: nothing is there.
+        CheckpointError: there is no such file or folder.
     """
     path = Path(below) / Path(text.strip().strip("\"'")).expanduser()
     if not path.exists():

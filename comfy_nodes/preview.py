@@ -1,4 +1,4 @@
-"""What is finished so far, as ComfyUI shows it below a node: progress in tiles, and a small picture."""
+"""The progress that ComfyUI shows below a node: a bar that counts tiles, and a small image of what is finished so far."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ LONG_SIDE = 512  # of the preview, in pixels
 
 
 class TileProgress:
-    """Callback of the pipeline for one batch of pictures, which are enlarged one after another.
+    """Callback of the pipeline for one batch of images, which are enlarged one after another.
 
     Args:
-        count: of pictures in the batch.
+        count: of images in the batch.
     """
 
     def __init__(self, count: int):
         from comfy.utils import ProgressBar
 
-        self.bar, self.count, self.picture = ProgressBar(count), count, 0
-        self.canvas: PIL.Image.Image | None = None
+        self.bar, self.count, self.index = ProgressBar(count), count, 0
+        self.canvas = PIL.Image.new("RGB", (1, 1))  # replaced by `start_image`
 
-    def start_picture(self, index: int, picture: torch.Tensor) -> None:
-        """The picture, (C, H, W) in [0, 1], shows through where nothing is finished yet."""
-        self.picture = index
-        low = picture[:3].expand(3, -1, -1)
+    def start_image(self, index: int, image: torch.Tensor) -> None:
+        """Begins the image of this number; `image`, (C, H, W) in [0, 1], is shown where nothing is finished yet."""
+        self.index = index
+        low = image[:3].expand(3, -1, -1)
         scale = LONG_SIDE / max(low.shape[-2:])
         size = tuple(max(1, round(side * scale)) for side in (low.shape[-1], low.shape[-2]))
         self.canvas = _to_pil(low).resize(size, PIL.Image.BICUBIC)
@@ -43,7 +43,7 @@ class TileProgress:
             size = max(1, round(right * across) - left), max(1, round(bottom * down) - top)
             part = _to_pil(tensors["image"][0, :, : bottom - tile.top, : right - tile.left])
             self.canvas.paste(part.resize(size, PIL.Image.BOX), (left, top))
-        done, steps = self.picture * pipeline.num_timesteps + step + 1, self.count * pipeline.num_timesteps
+        done, steps = self.index * pipeline.num_timesteps + step + 1, self.count * pipeline.num_timesteps
         self.bar.update_absolute(done, steps, ("JPEG", self.canvas.copy(), LONG_SIDE))
         return tensors
 

@@ -104,14 +104,10 @@ class QArtSRQuantize(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, pictures: str, recipe: str, bits: str, steps: int, seed: int, name: str) -> io.NodeOutput:
         from .calibration_run import Order, make_checkpoint
-        from .installation import what_calibration_lacks
 
         folder = free_folder(name)
         if model not in full_precision_models():
             raise ValueError(not_full_precision(model))
-        missing = what_calibration_lacks()
-        if missing:
-            raise ImportError(f"QArtSR Quantize cannot run: {missing}")
         made = make_checkpoint(Order(find_models()[model], pictures, recipe, bits, steps, seed, name), folder)
         remember(folder)
         comparison = read_picture(made.comparison)

@@ -1,4 +1,4 @@
-"""QArtSR Upscale: pictures in, enlarged pictures out."""
+"""QArtSR Upscale: enlarges images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .preview import TileProgress
 
 COLOR_FIXES = ("wavelet", "adain", "none")
 LARGEST_SCALE = 8
-SMALLER_TILES = (512, 256)  # what is tried when a tile does not fit into memory
-WORKING_COPIES = 6  # full-size float32 pictures that exist at once while one is blended and aligned: an estimate
+SMALLER_TILES = (512, 256)  # tried in this order when a tile does not fit into memory
+WORKING_COPIES = 6  # full-size float32 images that exist at once while one is blended and aligned: an estimate
 WHOLE_TILE = 1024 * 1024  # pixels of the largest automatic tile
 
 
@@ -28,10 +28,10 @@ class QArtSRUpscale(io.ComfyNode):
             node_id="QArtSRUpscale",
             display_name="QArtSR Upscale",
             category=CATEGORY,
-            description="Enlarges pictures in tiles with a QArtSR model.",
+            description="Enlarges images in tiles with a QArtSR model.",
             inputs=[
                 QArtSRModel.Input("model", tooltip="From QArtSR Load Model."),
-                io.Image.Input("image", tooltip="One picture, or a batch of pictures of one size."),
+                io.Image.Input("image", tooltip="One image, or a batch of images of one size."),
                 io.Float.Input(
                     "scale",
                     default=4.0,
@@ -64,14 +64,14 @@ class QArtSRUpscale(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=16,
-                    tooltip="What neighbouring tiles have in common at least, in the same pixels. 0: automatic, at most a"
+                    tooltip="How far neighbouring tiles overlap at least, in the same pixels. 0: automatic, at most a"
                     " quarter of the tile.",
                 ),
                 io.Combo.Input(
                     "color_fix",
                     options=list(COLOR_FIXES),
                     default=COLOR_FIXES[0],
-                    tooltip="Aligns the result's colours to the picture's: wavelet by low frequencies, adain by mean and contrast"
+                    tooltip="Aligns the result's colours to the image's: wavelet by low frequencies, adain by mean and contrast"
                     " of each channel; none leaves the model's own.",
                 ),
                 io.Boolean.Input(
@@ -91,7 +91,7 @@ class QArtSRUpscale(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Transparency, as Load Image gives it: 1 is transparent. One for all pictures, or one for each.",
+                    tooltip="Transparency, as Load Image gives it: 1 is transparent. One for all images, or one for each.",
                 ),
             ],
             outputs=[
@@ -133,7 +133,7 @@ class QArtSRUpscale(io.ComfyNode):
 
 
 def enlargement(size: tuple[int, int], scale: float, long_side: int) -> float:
-    """The factor for pictures of (height, width).
+    """The factor for images of (height, width).
 
     Raises:
         ValueError: outside of 1 to `LARGEST_SCALE` times; the message says what is possible.
@@ -142,7 +142,7 @@ def enlargement(size: tuple[int, int], scale: float, long_side: int) -> float:
         factor, asked = scale, f"scale {scale:g}"
     else:
         factor = long_side / max(size)
-        asked = f"long_side {long_side}, which is {factor:.3g} times the picture's {max(size)} pixels,"
+        asked = f"long_side {long_side}, which is {factor:.3g} times the image's {max(size)} pixels,"
     if not 1 <= factor <= LARGEST_SCALE:
         possible = f"long_side from {max(size)} to {max(size) * LARGEST_SCALE}" if long_side else f"1 to {LARGEST_SCALE}"
         raise ValueError(
@@ -154,7 +154,7 @@ def enlargement(size: tuple[int, int], scale: float, long_side: int) -> float:
 def upscale_batch(
     model: ManagedModel, images: torch.Tensor, masks: torch.Tensor | None, options: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Enlarges a batch, picture by picture.
+    """Enlarges a batch, image by image.
 
     Args:
         images: float32 (B, H, W, C), 0 to 1, as ComfyUI has them.
@@ -165,7 +165,7 @@ def upscale_batch(
         Images (B, H', W', 3) and masks (B, H', W'), float32 on the CPU.
 
     Raises:
-        ValueError: pictures, masks or options that do not work. MemoryError: too large for this machine.
+        ValueError: images, masks or options that are not valid. MemoryError: too large for this machine.
         InterruptProcessingException: cancelled by the user.
     """
     from qartsr_pipeline.image.resize import enlarged_size
@@ -173,17 +173,17 @@ def upscale_batch(
     count, height, width = images.shape[:3]
     size = enlarged_size((height, width), options["upscale"])
     check_memory(count, (height, width), size, model.pipeline.config.scale)
-    pictures = [with_alpha(image, alpha) for image, alpha in zip(images, alphas(images, masks), strict=True)]
+    inputs = [with_alpha(image, alpha) for image, alpha in zip(images, alphas(images, masks), strict=True)]
     result, transparency = torch.empty(count, *size, 3), torch.zeros(count, *size)
     progress = TileProgress(count)
     model.bring_to_device(tile_memory(model, (height, width), options["tile_size"]))
     with model.kernels(), interruptible(model.patcher.model):
-        for index, picture in enumerate(pictures):
-            progress.start_picture(index, picture)
+        for index, image in enumerate(inputs):
+            progress.start_image(index, image)
             try:
-                enlarged = enlarge(model, picture, options, progress)
+                enlarged = enlarge(model, image, options, progress)
             except ValueError as error:
-                raise ValueError(f"picture {index + 1} of {count}: {error}" if count > 1 else str(error)) from error
+                raise ValueError(f"image {index + 1} of {count}: {error}" if count > 1 else str(error)) from error
             result[index] = enlarged[:3].permute(1, 2, 0)
             if len(enlarged) == 4:
                 transparency[index] = 1 - enlarged[3]
@@ -191,14 +191,14 @@ def upscale_batch(
 
 
 def alphas(images: torch.Tensor, masks: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The alpha channel, (H, W), of each picture, or None where it is opaque."""
+    """The alpha channel, (H, W), of each image, or None where it is opaque."""
     if masks is None:
         return [None] * len(images)
     masks = masks.reshape(-1, *masks.shape[-2:]).float()
     if len(masks) not in (1, len(images)):
-        raise ValueError(f"mask holds {len(masks)} masks for {len(images)} pictures: connect one for each, or a single one.")
+        raise ValueError(f"mask holds {len(masks)} masks for {len(images)} images: connect one for each, or a single one.")
     masks = masks.expand(len(images), -1, -1)
-    if masks.shape[1:] != images.shape[1:3]:  # Load Image gives 64 x 64 zeros for opaque pictures
+    if masks.shape[1:] != images.shape[1:3]:  # Load Image gives 64 x 64 zeros for opaque images
         masks = F.interpolate(masks[:, None], size=images.shape[1:3], mode="bilinear", align_corners=False)[:, 0]
     return [1 - mask.clamp(0, 1) if bool(mask.any()) else None for mask in masks]
 
@@ -209,7 +209,7 @@ def with_alpha(image: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
     A fourth channel of the image itself is its alpha, unless a mask makes something transparent.
 
     Raises:
-        ValueError: a number of channels that is no picture's.
+        ValueError: not 1, 3 or 4 channels.
     """
     if image.shape[-1] not in (1, 3, 4):
         raise ValueError(f"image has {image.shape[-1]} channels: expected 1 (grey), 3 (RGB) or 4 (RGB and alpha).")
@@ -220,7 +220,7 @@ def with_alpha(image: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
 
 
 def check_memory(count: int, size: tuple[int, int], enlarged: tuple[int, int], model_scale: int) -> None:
-    """Raises MemoryError when the results and what is needed on the way do not fit into main memory."""
+    """Raises MemoryError if the results and what is needed to compute them do not fit into main memory."""
     pixels = enlarged[0] * enlarged[1]
     working = max(pixels, size[0] * size[1] * model_scale**2)
     needed = 16 * count * pixels + 12 * WORKING_COPIES * working
@@ -228,7 +228,7 @@ def check_memory(count: int, size: tuple[int, int], enlarged: tuple[int, int], m
     if needed > free:
         raise MemoryError(
             f"{count} x {enlarged[1]} x {enlarged[0]} pixels need about {needed / 1e9:.1f} GB of main memory,"
-            f" and {free / 1e9:.1f} GB are free. Choose a smaller scale or long_side, or fewer pictures at once."
+            f" and {free / 1e9:.1f} GB are free. Choose a smaller scale or long_side, or fewer images at once."
         )
 
 
@@ -243,22 +243,22 @@ def tile_memory(model: ManagedModel, size: tuple[int, int], tile_size: int | Non
     return int(pixels * bytes_per_pixel(vae, compute_dtype(vae).itemsize) / USABLE_SHARE)
 
 
-def enlarge(model: ManagedModel, picture: torch.Tensor, options: dict, progress: TileProgress) -> torch.Tensor:
-    """One picture (C, H, W) -> (3 or 4, H', W'), in smaller tiles when memory runs out and the tile size is automatic."""
+def enlarge(model: ManagedModel, image: torch.Tensor, options: dict, progress: TileProgress) -> torch.Tensor:
+    """One image (C, H, W) -> (3 or 4, H', W'), in smaller tiles when memory runs out and the tile size is automatic."""
     from comfy import model_management
 
     asked, draw = options["tile_size"], options["generator"].get_state()
     tried = asked
     while True:
-        options["generator"].set_state(draw)  # the same draw, however often it takes
+        options["generator"].set_state(draw)  # every attempt draws the same numbers
         try:
             call = options | {"tile_size": tried}
-            return model.pipeline(picture, output_type="pt", callback_on_step_end=progress, **call).images[0]
+            return model.pipeline(image, output_type="pt", callback_on_step_end=progress, **call).images[0]
         except (model_management.OOM_EXCEPTION, MemoryError, RuntimeError) as error:
             if not isinstance(error, model_management.OOM_EXCEPTION) and not is_out_of_memory(error):
                 raise
-        largest = tried or automatic_tile(model, picture, options["tile_overlap"])
-        model_management.soft_empty_cache()  # here what the failed call held is free
+        largest = tried or automatic_tile(model, image, options["tile_overlap"])
+        model_management.soft_empty_cache()  # only now is the memory of the failed call free
         tried = None if asked else smaller_tile(largest, options["tile_overlap"])
         if tried is None:
             raise MemoryError(
@@ -267,14 +267,14 @@ def enlarge(model: ManagedModel, picture: torch.Tensor, options: dict, progress:
             )
 
 
-def automatic_tile(model: ManagedModel, picture: torch.Tensor, overlap: int | None) -> int:
-    """Longest side of the tiles that were chosen for a picture (C, H, W)."""
+def automatic_tile(model: ManagedModel, image: torch.Tensor, overlap: int | None) -> int:
+    """Longest side of the tiles that are chosen automatically for an image (C, H, W)."""
     from qartsr_pipeline.image.input_conversion import to_pictures
 
-    grid = model.pipeline.plan(to_pictures(picture)[0], None, overlap).grid
+    grid = model.pipeline.plan(to_pictures(image)[0], None, overlap).grid
     return max(grid.tile_height, grid.tile_width)
 
 
 def smaller_tile(largest: int, overlap: int | None) -> int | None:
-    """The next of `SMALLER_TILES` below `largest` that tiles can overlap in so far, or None."""
+    """The next of `SMALLER_TILES` below `largest` and above the overlap, or None."""
     return next((side for side in SMALLER_TILES if (overlap or 0) < side < largest), None)

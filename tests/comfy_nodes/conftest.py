@@ -5,32 +5,19 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import comfy_schema  # noqa: E402
+
 
 class InterruptProcessingException(Exception):
     """As in ComfyUI: no subclass of KeyboardInterrupt, so a broad `except Exception` would swallow it."""
-
-
-def _recorded(name: str) -> SimpleNamespace:
-    def declare(id: str | None = None, **options):
-        return SimpleNamespace(type=name, id=id, **options)
-
-    return SimpleNamespace(Input=declare, Output=declare)
-
-
-def _io() -> SimpleNamespace:
-    kinds = {name: _recorded(name) for name in ("Combo", "String", "Int", "Float", "Boolean", "Image", "Mask")}
-    return SimpleNamespace(
-        **kinds,
-        Custom=_recorded,
-        Schema=lambda **fields: SimpleNamespace(**fields),
-        ComfyNode=type("ComfyNode", (), {}),
-        NodeOutput=lambda *args, ui=None: SimpleNamespace(args=args, ui=ui),
-    )
 
 
 class Comfy:
@@ -99,7 +86,7 @@ def comfy(monkeypatch, tmp_path):
         },
         "comfy_api": {},
         "comfy_api.latest": {
-            "io": _io(),
+            "io": comfy_schema.io,
             "ui": SimpleNamespace(
                 PreviewText=lambda text: {"text": (text,)}, PreviewImage=lambda image, cls=None: {"images": image}
             ),
@@ -127,8 +114,13 @@ def comfy(monkeypatch, tmp_path):
 
 @pytest.fixture
 def nodes(comfy):
-    """Id -> class of every node, as ComfyUI gets them."""
+    """Id -> class of every node, as ComfyUI gets them, with schemas that it accepts."""
     import comfy_nodes
 
     listed = asyncio.run(asyncio.run(comfy_nodes.comfy_entrypoint()).get_node_list())
-    return {node.define_schema().node_id: node for node in listed}
+    found = {}
+    for node in listed:
+        schema = node.define_schema()
+        schema.validate()
+        found[schema.node_id] = node
+    return found

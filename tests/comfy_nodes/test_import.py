@@ -41,9 +41,9 @@ def test_a_checkpoint_becomes_what_convert_makes_of_it_and_can_be_quantized(node
     for node in ("QArtSRLoadModel", "QArtSRQuantize"):
         assert "mine" in nodes[node].define_schema().inputs[0].options
     convert_osediff(models / "base", models / "osediff.pkl", tmp_path / "expected", None)
-    picture = Image.new("RGB", (8, 8), "orange")
+    image = Image.new("RGB", (8, 8), "orange")
     one, other = (QArtSRPipeline.from_pretrained(folder) for folder in (models / "qartsr" / "mine", tmp_path / "expected"))
-    assert one(picture).images[0] == other(picture).images[0]
+    assert one(image).images[0] == other(image).images[0]
 
 
 def test_a_plain_pipeline_keeps_its_timestep_and_scale(nodes, models):

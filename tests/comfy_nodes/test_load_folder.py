@@ -16,7 +16,7 @@ def run(nodes, tmp_path):
     pixels[0] = 255
     Image.fromarray(pixels).save(folder / "c.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8no")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
 
     def execute(folder="pictures", first=0, limit=0):
         return nodes["QArtSRLoadFolder"].execute(folder=folder, first=first, limit=limit).args
@@ -24,7 +24,7 @@ def run(nodes, tmp_path):
     return execute
 
 
-def test_pictures_of_any_size_come_one_after_another(run, caplog):
+def test_images_of_any_size_come_one_after_another(run, caplog):
     images, masks, names = run()
     assert names == ["a", "b", "c"] and "broken.jpg" in caplog.text
     assert [tuple(image.shape) for image in images] == [(1, 5, 3, 3), (1, 4, 6, 3), (1, 2, 2, 3)]
@@ -39,16 +39,16 @@ def test_bad_folders_are_explained(run, nodes, tmp_path, monkeypatch):
     (tmp_path / "input" / "empty").mkdir()
     for arguments, message in (
         ({"folder": "no-such"}, "There is no .*no-such"),
-        ({"folder": "empty"}, "holds no pictures"),
+        ({"folder": "empty"}, "holds no images"),
         ({"folder": "pictures/b.png"}, "give the folder that it is in"),
         ({"first": 9}, "choose a smaller `first`"),
-        ({"first": 2, "limit": 1}, "none of the 1 pictures"),
+        ({"first": 2, "limit": 1}, "none of the 1 images"),
     ):
         with pytest.raises(ValueError, match=message):
             run(**arguments)
     assert "folder is empty" in nodes["QArtSRLoadFolder"].validate_inputs(folder=" ")
     monkeypatch.setattr("comfy_nodes.load_folder.BYTES_PER_PIXEL", 1e12)
-    with pytest.raises(MemoryError, match="picture 1 of 4.*`limit`"):
+    with pytest.raises(MemoryError, match="image 1 of 4.*`limit`"):
         run()
 
 

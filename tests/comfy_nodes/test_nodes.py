@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
+import comfy_schema
 import pytest
 import torch
 from PIL import Image
 
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [
@@ -42,10 +46,42 @@ def upscale(nodes, model, image, mask=None, **changes):
 
 
 def test_every_node_has_its_id_tooltips_and_a_help_page(nodes):
-    assert [name for name in nodes if name in IDS] == IDS
+    assert list(nodes) == IDS
     for name, node in nodes.items():
         assert all(each.tooltip for each in node.define_schema().inputs), name
         assert (ROOT / "comfy_nodes" / "web" / "docs" / f"{name}.md").is_file()
+
+
+def test_nodes_take_what_their_schemas_declare(nodes):
+    """ComfyUI passes inputs by name: all to `execute`, and to the other two those that they name, or all with `**`."""
+    for name, node in nodes.items():
+        inputs = {each.id: each.optional for each in node.define_schema().inputs}
+        parameters = signature(node.execute).parameters
+        assert list(parameters) == list(inputs), name
+        assert [each.default is not each.empty for each in parameters.values()] == list(inputs.values()), name
+        for method in ("validate_inputs", "fingerprint_inputs"):
+            named = signature(getattr(node, method)).parameters.values() if method in vars(node) else ()
+            assert {each.name for each in named if each.kind is not each.VAR_KEYWORD} <= inputs.keys(), (name, method)
+
+
+def test_the_default_model_is_that_of_the_command_line(nodes):
+    model = nodes["QArtSRLoadModel"].define_schema().inputs[0]
+    assert model.id == "model" and model.default == DEFAULT_CHECKPOINT
+
+
+def test_a_schema_that_comfyui_would_refuse_is_refused_here():
+    """The stand-in is as strict as ComfyUI's own."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'maximum'"):
+        comfy_schema.io.Int.Input("steps", default=0, maximum=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'multiline'"):
+        comfy_schema.io.Image.Input("image", multiline=True)
+    for wrong, message in (
+        ([comfy_schema.io.Int.Input("steps", default=9, min=0, max=3)], "not between"),
+        ([comfy_schema.io.Combo.Input("kind", options=["a"], default="b")], "is not one of"),
+        ([comfy_schema.io.Image.Input("image"), comfy_schema.io.Mask.Input("image")], "must be unique"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            comfy_schema.io.Schema(node_id="Wrong", inputs=wrong).validate()
 
 
 def test_models_are_found_in_every_path_and_other_folders_are_not(comfy, tiny_folder, tmp_path):
@@ -100,16 +136,16 @@ def test_a_checkpoint_that_was_deleted_is_made_again(nodes, tmp_path):
     assert nodes["QArtSRImport"].fingerprint_inputs(name="mine", scale=4) != before
 
 
-def test_the_output_is_the_pipelines_picture_by_picture(nodes, model, comfy, tiny_folder):
+def test_the_output_is_the_pipelines_image_by_image(nodes, model, comfy, tiny_folder):
     images = torch.rand(2, 40, 24, 3)
     mask = torch.zeros(2, 40, 24)
     mask[1, :20] = 1
     result, transparency = upscale(nodes, model, images, mask, scale=2.5, tile_size=64, sample_posterior=True, seed=7)
     assert result.shape == (2, 100, 60, 3) and transparency.shape == (2, 100, 60)
     pipe = QArtSRPipeline.from_pretrained(tiny_folder)
-    pictures = [images[0].permute(2, 0, 1), torch.cat([images[1].permute(2, 0, 1), 1 - mask[1:2]])]
+    images = [images[0].permute(2, 0, 1), torch.cat([images[1].permute(2, 0, 1), 1 - mask[1:2]])]
     options = {"upscale": 2.5, "tile_size": 64, "sample_posterior": True, "generator": torch.Generator().manual_seed(7)}
-    expected = pipe(pictures, output_type="pt", **options).images
+    expected = pipe(images, output_type="pt", **options).images
     torch.testing.assert_close(result, torch.stack([one[:3].permute(1, 2, 0) for one in expected]), atol=1e-5, rtol=0)
     torch.testing.assert_close(transparency[1], 1 - expected[1][3])
     assert not transparency[0].any()
@@ -138,14 +174,14 @@ def test_cancel_stops_between_layers_and_leaves_nothing(nodes, model, comfy):
 
 def test_bad_input_is_explained(nodes, model):
     image = torch.rand(3, 16, 16, 3)
-    with pytest.raises(ValueError, match="2 masks for 3 pictures"):
+    with pytest.raises(ValueError, match="2 masks for 3 images"):
         upscale(nodes, model, image, torch.zeros(2, 16, 16))
     with pytest.raises(ValueError, match="choose long_side from 16 to 128"):
         upscale(nodes, model, image, long_side=4000)
     with pytest.raises(MemoryError, match="smaller scale"):
         upscale(nodes, model, torch.zeros(1).expand(1, 200_000, 200_000, 3))
     image[1, 3, 3, 0] = float("nan")
-    with pytest.raises(ValueError, match="picture 2 of 3: .*NaN"):
+    with pytest.raises(ValueError, match="image 2 of 3: .*NaN"):
         upscale(nodes, model, image)
     with pytest.raises(ValueError, match="image has 2 channels"):
         upscale(nodes, model, image[..., :2])
@@ -158,7 +194,7 @@ def test_bad_input_is_explained(nodes, model):
 def test_smaller_tiles_are_tried_when_memory_runs_out(nodes, model, monkeypatch, error, automatic, overlap, expected):
     tried = []
 
-    def full(self, picture, **options):
+    def full(self, image, **options):
         tried.append(options["tile_size"])
         raise error
 
@@ -173,8 +209,8 @@ def test_the_draw_is_the_same_after_memory_ran_out(nodes, model, monkeypatch):
     image, call, failures = torch.rand(2, 16, 16, 3), QArtSRPipeline.__call__, [1]
     expected = upscale(nodes, model, image, sample_posterior=True, seed=3)[0]
 
-    def full_once(self, picture, **options):
-        result = call(self, picture, **options)
+    def full_once(self, image, **options):
+        result = call(self, image, **options)
         if failures:
             raise torch.OutOfMemoryError(str(failures.pop()))
         return result
@@ -185,7 +221,7 @@ def test_the_draw_is_the_same_after_memory_ran_out(nodes, model, monkeypatch):
 
 
 def test_errors_that_are_not_of_memory_are_told_as_they_are(nodes, model, monkeypatch):
-    def broken(self, picture, **options):
+    def broken(self, image, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(QArtSRPipeline, "__call__", broken)
@@ -210,7 +246,6 @@ def test_the_preview_never_works_on_more_than_it_shows(nodes, model, monkeypatch
 
 def test_model_info_says_where_it_runs(nodes, comfy):
     from comfy_nodes.managed_model import load_model
-    from qartsr_pipeline.checkpoint_files import shipped_checkpoints
 
     loaded = load_model("tiny-w4a4", shipped_checkpoints()["tiny-w4a4"], "reference", "auto")
     output = nodes["QArtSRModelInfo"].execute(model=loaded)
@@ -236,6 +271,26 @@ def test_a_missing_dependency_gives_one_line_with_the_command(comfy, monkeypatch
     message = caplog.records[0].getMessage()
     assert "diffusers is missing, transformers 4.57.1 is older than 5.0.0" in message
     assert re.search(r"-m pip install -r \".*requirements.txt\"$", message) and "\n" not in message
+
+
+def test_a_clone_in_custom_nodes_needs_no_installation(tmp_path):
+    """ComfyUI imports the folder by its path, under a name of its own."""
+    code = f"""
+import importlib.util, sys
+sys.path[:] = [path for path in sys.path if path != {str(ROOT)!r}]
+spec = importlib.util.spec_from_file_location("cloned", {str(ROOT / "comfy_nodes" / "__init__.py")!r})
+sys.modules["cloned"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["cloned"])
+from cloned.installation import import_own_package
+before = list(sys.path)
+import_own_package()
+import_own_package()
+import qartsr_pipeline.checkpoint_files
+assert qartsr_pipeline.__file__ == {str(ROOT / "qartsr_pipeline" / "__init__.py")!r} and sys.path == before
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy():
