@@ -68,7 +68,7 @@ def layers_of(network: Any) -> dict[str, str]:
 
     return {
         f"{part}.{name}": f"W{layer.spec.weight_bits}A{layer.spec.activation_bits}, rank {layer.spec.rank}, "
-        + choose_backend(layer.spec, network.device.type).NAME
+        + choose_backend(layer.spec, network.device.type).name
         for part in ("unet", "vae")
         for name, layer in getattr(network, part).named_modules()
         if isinstance(layer, DeployedLayer)

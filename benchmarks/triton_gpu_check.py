@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes  # noqa: E402
 from qartsr_pipeline.arithmetic.packing import pack  # noqa: E402
-from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, reference  # noqa: E402
-from qartsr_pipeline.kernels.triton import backend as triton_backend  # noqa: E402
-from qartsr_pipeline.kernels.triton import operators  # noqa: E402
+from qartsr_pipeline.kernels import BACKENDS, LayerSpec, PreparedWeights  # noqa: E402
+from qartsr_pipeline.kernels.triton import interpreted  # noqa: E402
 
+TRITON, REFERENCE = BACKENDS["triton"], BACKENDS["reference"]
 LEAST_DECIBELS = {torch.float32: 100.0, torch.bfloat16: 40.0, torch.float16: 40.0}
 # (height and width, inputs, outputs, kernel, stride): where the arithmetic of SD 2.1 at 512 x 512 is
 CONVOLUTIONS = [
@@ -93,12 +93,18 @@ def decibels(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float("inf") if noise == 0 else 10 * torch.log10(torch.tensor(signal / noise)).item()
 
 
+def quantized(x: torch.Tensor, layer: nn.Module, norm=None):
+    """The Triton kernel's codes and hidden values of x (B, H, W, C), after a `ChannelNorm` if one is given."""
+    from qartsr_pipeline.kernels.triton.quantize import quantize
+
+    return quantize(x, layer, norm)
+
+
 def quantizer_is_exact(x: torch.Tensor, layer: nn.Module) -> bool:
     """Whether the integers that enter the product are those of `arithmetic.affine`; x is (rows, C)."""
     bits, zero_point = layer.spec.activation_bits, layer.input_zero_point.float()
     expected = centred_codes(x.clone(), layer.smooth / layer.input_scale, zero_point, bits).nan_to_num(nan=0.0)
-    quantizer = (layer.smooth, layer.input_scale, layer.input_zero_point, bits)
-    codes = operators.quantize(x[None, None], *quantizer)[0][0, 0].float()
+    codes = quantized(x[None, None], layer).codes[0, 0].float()
     return torch.equal(codes + (128 - zero_point) if bits == 8 else codes, expected)
 
 
@@ -117,8 +123,8 @@ def checks(device: str, bit_pairs: list[tuple[int, int]], channels: tuple[int, .
 
     def compare(name: str, layer: nn.Module, x: torch.Tensor) -> None:
         function = layer.spec.kind
-        y = getattr(triton_backend, function)(x, layer)
-        value = decibels(y, getattr(reference, function)(x, layer))
+        y = getattr(TRITON, function)(x, layer)
+        value = decibels(y, getattr(REFERENCE, function)(x, layer))
         rows.append({"check": name, "decibels": value, "good": value >= LEAST_DECIBELS[x.dtype]})
 
     for bits, inputs, dtype in itertools.product(bit_pairs, channels, LEAST_DECIBELS):
@@ -154,21 +160,20 @@ def timed(name: str, spec: LayerSpec, x: torch.Tensor) -> dict[str, object]:
     if spec.kind == "conv2d":
         weight = torch.randn(spec.out_channels, spec.in_channels, *spec.kernel_size, device=x.device, dtype=x.dtype)
         weight = weight.to(memory_format=torch.channels_last)
-        pixels, compute = x.permute(0, 2, 3, 1), triton_backend.conv2d
+        pixels, compute = x.permute(0, 2, 3, 1), TRITON.conv2d
 
         def usual() -> torch.Tensor:
             return F.conv2d(x, weight, bias, spec.stride, spec.padding)
     else:
         weight = torch.randn(spec.out_channels, spec.in_channels, device=x.device, dtype=x.dtype)
-        pixels, compute = x[None, None], triton_backend.linear
+        pixels, compute = x[None, None], TRITON.linear
 
         def usual() -> torch.Tensor:
             return F.linear(x, weight, bias)
 
-    quantizer = (layer.smooth, layer.input_scale, layer.input_zero_point, spec.activation_bits, layer.branch_down)
     functions = {
         "triton": lambda: compute(x, layer),
-        "quantize": lambda: operators.quantize(pixels, *quantizer),
+        "quantize": lambda: quantized(pixels, layer),
         "bfloat16": usual,
     }
     measured = milliseconds(functions)
@@ -219,9 +224,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the JSON report")
     parser.add_argument("--checks-only", action="store_true", help="measure no times")
     args = parser.parse_args()
-    if reason := triton_backend.unavailable():
+    if reason := TRITON.unavailable():
         raise SystemExit(f"the Triton kernels cannot run here: {reason}")
-    on_gpu = not triton_backend.interpreted()
+    on_gpu = not interpreted()
     device = "cuda" if on_gpu else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the reference computes in float32
     pairs = list(itertools.product(BITS, BITS)) if on_gpu else [(4, 4), (3, 8)]

@@ -1,26 +1,57 @@
 """One-step-diffusion super-resolution at 4 and 2 bits.
 
-Importing this package registers the quantization method "qartsr" with diffusers: stock ``from_pretrained`` then loads our models.
-It imports neither torch nor diffusers by itself: `qartsr --help` and the checks of a folder need neither.
+The names below are the public interface. Each is imported from its module when it is first used, because torch and diffusers take
+seconds to import, and `qartsr --help` and the checks of a folder need neither.
+
+`QArtSRPipeline` loads its own models. Before a quantized component is loaded with a stock class of diffusers, such as
+``UNet2DConditionModel.from_pretrained``, diffusers has to know the quantization method "qartsr":
+``import qartsr_pipeline.quantization`` registers it.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from qartsr_pipeline.registration import register_with_diffusers
+if TYPE_CHECKING:
+    from qartsr_pipeline.calibration.api import QuantizationResult, quantize
+    from qartsr_pipeline.calibration.evaluation import EvaluationRow, evaluate
+    from qartsr_pipeline.calibration.recipe import Recipe, load_recipe
+    from qartsr_pipeline.checkpoint_files import CheckpointError
+    from qartsr_pipeline.kernels import list_backends, use_backend
+    from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline, QArtSRPipelineOutput
 
-register_with_diffusers()
+__all__ = [
+    "CheckpointError",
+    "EvaluationRow",
+    "QArtSRPipeline",
+    "QArtSRPipelineOutput",
+    "QuantizationResult",
+    "Recipe",
+    "evaluate",
+    "list_backends",
+    "load_recipe",
+    "quantize",
+    "use_backend",
+]
 
 _MODULES = {
-    "QArtSRPipeline": "qartsr_pipeline.pipeline_qartsr",
-    "QArtSRPipelineOutput": "qartsr_pipeline.pipeline_qartsr",
+    "CheckpointError": "checkpoint_files",
+    "EvaluationRow": "calibration.evaluation",
+    "QArtSRPipeline": "pipeline_qartsr",
+    "QArtSRPipelineOutput": "pipeline_qartsr",
+    "QuantizationResult": "calibration.api",
+    "Recipe": "calibration.recipe",
+    "evaluate": "calibration.evaluation",
+    "list_backends": "kernels",
+    "load_recipe": "calibration.recipe",
+    "quantize": "calibration.api",
+    "use_backend": "kernels",
 }
-__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

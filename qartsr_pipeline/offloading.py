@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import DiffusionPipeline
@@ -22,15 +20,6 @@ from qartsr_pipeline.quantization.deployed import DeployedLayer
 logger = logging.getLogger(__name__)
 
 
-class NothingKept(PreparedWeights):
-    """Prepares anew in every call: a layer whose tensors come and go would keep a copy of them on the device."""
-
-    keeps = False
-
-    def get(self, layer: nn.Module, key: Any, make: Callable[[Any], Any]) -> Any:
-        return make(layer)
-
-
 def quantized_layers(pipeline: DiffusionPipeline) -> list[DeployedLayer]:
     models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     return [layer for model in models for layer in model.modules() if isinstance(layer, DeployedLayer)]
@@ -39,7 +28,7 @@ def quantized_layers(pipeline: DiffusionPipeline) -> list[DeployedLayer]:
 def keep_prepared(pipeline: DiffusionPipeline, kept: bool = True) -> None:
     """Whether backends keep what they prepared of the weights from call to call; forgets what they have."""
     for layer in quantized_layers(pipeline):
-        layer.prepared = PreparedWeights() if kept else NothingKept()
+        layer.prepared = PreparedWeights(kept)
 
 
 def offload_buffers(pipeline: DiffusionPipeline) -> None:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from qartsr_pipeline.arithmetic import FORMAT_VERSION
 from qartsr_pipeline.checkpoint_files import (
     CheckpointError,
     check_checkpoint,
@@ -16,7 +17,6 @@ from qartsr_pipeline.checkpoint_files import (
     write_checksums,
 )
 from qartsr_pipeline.cli.main import main
-from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

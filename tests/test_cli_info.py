@@ -15,7 +15,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.cli import demo
 from qartsr_pipeline.cli.main import COMMANDS, main
 from qartsr_pipeline.image.comparison import compare
-from qartsr_pipeline.kernels.cpu import float_product
+from qartsr_pipeline.kernels import BACKENDS
 from qartsr_pipeline.offloading import keep_prepared
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.report import describe_model
@@ -39,7 +39,7 @@ def test_info_as_json(tiny_folder, capsys):
 
 def test_info_says_what_the_kernels_keep_beside_the_weights(capsys, monkeypatch):
     """On a CPU at most a byte a weight, and the branch."""
-    if float_product.unavailable():
+    if BACKENDS["float"].unavailable():
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.delenv("QARTSR_LOW_MEMORY", raising=False)
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qartsr_pipeline.arithmetic import FORMAT_VERSION
 from qartsr_pipeline.checkpoint_files.integrity import CheckpointError, check_checksums, check_safetensors
-from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
 
 PIPELINE_CLASS = "QArtSRPipeline"
 QUANT_METHOD = "qartsr"

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.stored_layer import StoredLayer
 
 _numbers = itertools.count()
 _layers: WeakValueDictionary[int, StoredLayer] = WeakValueDictionary()
@@ -23,17 +23,6 @@ def register(layer: StoredLayer) -> int:
     number = next(_numbers)
     _layers[number] = layer
     return number
-
-
-def output_shape(spec: LayerSpec, shape: torch.Size) -> tuple[int, ...]:
-    """Of a layer's output, for an input of this shape."""
-    if spec.kind == "linear":
-        return (*shape[:-1], spec.out_channels)
-    sides = (
-        (side + 2 * padding - kernel) // stride + 1
-        for side, padding, kernel, stride in zip(shape[-2:], spec.padding, spec.kernel_size, spec.stride, strict=True)
-    )
-    return (*shape[:-3], spec.out_channels, *sides)
 
 
 def _in_order(y: torch.Tensor) -> torch.Tensor:
@@ -51,6 +40,6 @@ def make_operator(run: Callable[[torch.Tensor, StoredLayer], torch.Tensor]) -> C
 
     @operator.register_fake
     def _(x: torch.Tensor, number: int) -> torch.Tensor:
-        return _in_order(x.new_empty(output_shape(_layers[number].spec, x.shape)))
+        return _in_order(x.new_empty(_layers[number].spec.output_shape(x.shape)))
 
     return operator

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qartsr_pipeline.arithmetic.affine import BITS
-from qartsr_pipeline.kernels.layer_spec import LayerSpec
+from qartsr_pipeline.kernels.stored_layer import LayerSpec
 
 X86 = ("x86_64", "amd64")
 
@@ -77,7 +77,7 @@ def layer_lacks(constraints: Constraints, spec: LayerSpec) -> str | None:
     multiple = constraints.channel_multiple
     if spec.in_channels % multiple or spec.out_channels % multiple:
         return f"{spec.in_channels} inputs and {spec.out_channels} outputs are not both multiples of {multiple}"
-    terms = spec.in_channels * spec.kernel_size[0] * spec.kernel_size[1]
+    terms = spec.in_channels * spec.taps
     if terms < constraints.shortest_sum:
         return f"an output sums {terms} products, fewer than {constraints.shortest_sum}"
     if (spec.weight_bits, spec.activation_bits) in constraints.needs_vnni and not constraints.has_vnni():
@@ -86,7 +86,9 @@ def layer_lacks(constraints: Constraints, spec: LayerSpec) -> str | None:
 
 
 def unmet(alternatives: tuple[Constraints, ...], spec: LayerSpec, device: str) -> str | None:
-    """The first demand that such a layer on such a device does not meet, None if all are met."""
+    """The first demand that such a layer on such a device does not meet, None if all are met or there are none."""
+    if not alternatives:
+        return None
     for constraints in alternatives:
         if constraints.device == device:
             return machine_lacks(constraints) or layer_lacks(constraints, spec)
@@ -95,8 +97,13 @@ def unmet(alternatives: tuple[Constraints, ...], spec: LayerSpec, device: str) -
 
 def unavailable_because(alternatives: tuple[Constraints, ...]) -> str | None:
     """Why a backend with these constraints cannot run on this machine at all, None if it can."""
-    reasons = [machine_lacks(constraints) for constraints in alternatives]
-    return None if None in reasons else "; ".join(reasons)
+    reasons = []
+    for constraints in alternatives:
+        reason = machine_lacks(constraints)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    return "; ".join(reasons) or None
 
 
 def _has_operator(name: str) -> bool:

@@ -8,40 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 
-from qartsr_pipeline.kernels import int_mm, reference
+from qartsr_pipeline.kernels.backend import Backend, NormFusion
 from qartsr_pipeline.kernels.compiled import make_operator
-from qartsr_pipeline.kernels.cpu import float_product, onednn
-from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.cpu.float_product import FloatProduct
+from qartsr_pipeline.kernels.cpu.onednn import OneDNN
+from qartsr_pipeline.kernels.int_mm import IntMM
+from qartsr_pipeline.kernels.reference import Reference
+from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.triton.backend import Triton
 
 logger = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "QARTSR_BACKEND"
-TRITON = "qartsr_pipeline.kernels.triton.backend"
+REFERENCE = Reference()
 
-
-def _triton() -> dict[str, ModuleType]:
-    """The Triton backend where Triton can be imported: torch for CUDA brings it along, others do not."""
-    if find_spec("triton") is None:
-        return {}
-    try:
-        return {"triton": import_module(TRITON)}
-    except (ImportError, OSError, RuntimeError) as error:  # a Triton that does not fit this torch or this driver
-        logger.warning("The Triton kernels cannot be used: %s", error)
-        return {}
-
-
-# In order of preference.
-BACKENDS: dict[str, ModuleType] = (
-    {backend.NAME: backend for backend in (onednn, int_mm)}
-    | _triton()
-    | {backend.NAME: backend for backend in (float_product, reference)}
-)
+# In order of preference, the fastest first.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OneDNN(), IntMM(), Triton(), FloatProduct(), REFERENCE)}
 
 ONLY_WHEN_ASKED_FOR = {"triton"}  # until its kernels have run on a GPU, which `benchmarks/triton_gpu_check.py` is for
 
@@ -49,9 +34,38 @@ _forced: ContextVar[str | None] = ContextVar("qartsr_backend", default=None)
 
 
 def list_backends() -> dict[str, str | None]:
-    """Backend name -> None if it can run on this machine, otherwise the reason why not."""
-    absent = {} if "triton" in BACKENDS else {"triton": "the package triton is not installed"}
-    return absent | {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    """The backends that compute quantized layers, the fastest first.
+
+    Returns:
+        Backend name -> None if it can run on this machine, otherwise the reason why not.
+
+    Example:
+        >>> from qartsr_pipeline import list_backends
+        >>> list_backends()["reference"] is None  # it runs everywhere
+        True
+    """
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context only the named backend is used. It overrides the environment variable QARTSR_BACKEND.
+
+    A layer that the backend cannot compute raises RuntimeError with the reason; nothing else takes its place.
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Example:
+        >>> from qartsr_pipeline import use_backend
+        >>> with use_backend("reference"):
+        ...     pass  # quantized layers that are called here run on the reference backend
+    """
+    token = _forced.set(_known(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def forced_backend() -> str | None:
@@ -61,12 +75,16 @@ def forced_backend() -> str | None:
         ValueError: for an unknown name.
     """
     name = _forced.get() or os.environ.get(BACKEND_VARIABLE) or None
-    if name is not None and name not in BACKENDS:
+    return None if name is None else _known(name)
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
         raise ValueError(f"there is no backend {name!r}; there are {sorted(BACKENDS)}")
     return name
 
 
-def choose_backend(spec: LayerSpec, device: str) -> ModuleType:
+def choose_backend(spec: LayerSpec, device: str) -> Backend:
     """The backend that computes such a layer on a device of this type ("cpu", "cuda", ...).
 
     Raises:
@@ -78,15 +96,14 @@ def choose_backend(spec: LayerSpec, device: str) -> ModuleType:
 
 @cache  # asking costs more than a small layer: CUDA for its capability, oneDNN for its operators
 def _choose(spec: LayerSpec, device: str, forced: str | None) -> str:
-    """The name of the backend; see `choose_backend`. What was refused is asked for again."""
+    """The name of the backend; see `choose_backend`. Errors are not remembered: the next call asks again."""
     reasons: dict[str, str] = {}
     for name, backend in BACKENDS.items():
         if forced != name if forced else name in ONLY_WHEN_ASKED_FOR:
             continue
         reason = backend.unavailable() or backend.unsupported(spec, device)
         if reason is None:
-            if name == reference.NAME and reasons:
-                _announce_slow_fallback(device, reasons)
+            _announce_fallback(spec, device, name, reasons)
             return name
         reasons[name] = reason
     raise RuntimeError(
@@ -98,15 +115,17 @@ def _listed(reasons: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def _announce_slow_fallback(device: str, reasons: dict[str, str]) -> None:
-    """Tells once that a layer is not computed by a backend that this device has."""
+def _announce_fallback(spec: LayerSpec, device: str, chosen: str, reasons: dict[str, str]) -> None:
+    """Warns once if a faster backend runs on this device, but not for such a layer."""
     here = {name: reason for name, reason in reasons.items() if _runs_on(BACKENDS[name], device)}
     if here:
-        _announce(f"A layer is computed by the slow reference kernel on {device} ({_listed(here)}).")
+        kind = "Linear layers" if spec.kind == "linear" else "Convolutions"
+        bits = f"W{spec.weight_bits}A{spec.activation_bits}"
+        _announce(f"{kind} at {bits} run on the slower {chosen!r} kernels on {device} ({_listed(here)}).")
 
 
-def _runs_on(backend: ModuleType, device: str) -> bool:
-    return backend.unavailable() is None and any(one.device == device for one in backend.CONSTRAINTS)
+def _runs_on(backend: Backend, device: str) -> bool:
+    return backend.unavailable() is None and any(one.device == device for one in backend.constraints)
 
 
 @cache
@@ -129,9 +148,8 @@ def run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 
 
 def _run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    if x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
-        backend = reference  # the others have no gradient, and nothing to gain from an empty batch
-    else:
+    backend: Backend = REFERENCE  # the others have no gradient, and nothing to gain from an empty batch
+    if x.numel() and not (x.requires_grad and torch.is_grad_enabled()):
         backend = choose_backend(layer.spec, x.device.type)
     if layer.spec.kind == "linear":
         return backend.linear(x, layer)
@@ -141,27 +159,8 @@ def _run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 _operator = make_operator(_run_layer)
 
 
-def normalizing_backend(x: torch.Tensor, layer: StoredLayer) -> ModuleType | None:
-    """The backend that computes the layer, if it can take a GroupNorm and SiLU before it into its own pass over x (B, C, H, W),
-    otherwise None.
-    """
+def norm_fusion(x: torch.Tensor, layer: StoredLayer) -> NormFusion | None:
+    """What takes a GroupNorm and SiLU before the layer into its own pass over x (B, C, H, W); None if its backend cannot."""
     if torch.is_grad_enabled() or x.numel() == 0:
         return None
-    backend = choose_backend(layer.spec, x.device.type)
-    return backend if hasattr(backend, "norm_conv2d") else None
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within this context only the named backend is used.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"there is no backend {name!r}; there are {sorted(BACKENDS)}")
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return choose_backend(layer.spec, x.device.type).norm_fusion()

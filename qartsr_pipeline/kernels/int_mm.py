@@ -18,14 +18,14 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from qartsr_pipeline.kernels.compiled import output_shape
-from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
-from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
-from qartsr_pipeline.kernels.operand import quantized_rows
-from qartsr_pipeline.kernels.shared_input import shared_codes
-from qartsr_pipeline.kernels.weights import weight_bytes
+from qartsr_pipeline.kernels.backend import Backend
+from qartsr_pipeline.kernels.codes import quantized_rows, weight_bytes
+from qartsr_pipeline.kernels.constraints import Constraints
+from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 
-NAME = "int_mm"
+STAYS_PACKED_ON = {"cuda"}
+PATCH_BYTES = 1 << 24
+FEWEST_ROWS = 32  # CUDA demands more than 16
 
 
 @cache
@@ -38,32 +38,8 @@ def has_vnni() -> bool:
     return bool((torch._int_mm(left, left.t().contiguous()) == 64 * 127 * 127).all())
 
 
-CONSTRAINTS = (
-    # CPU: sums of one product read memory that is not theirs (torch 2.13); a signed left factor needs VNNI for 8-bit weights
-    Constraints(
-        device="cpu",
-        slow_without_vnni=True,
-        shortest_sum=2,
-        needs_vnni=frozenset((8, bits) for bits in (2, 3, 4, 6, 8)),
-        has_vnni=has_vnni,
-    ),
-    Constraints(device="cuda", capability=(7, 5), channel_multiple=8),
-)
-STAYS_PACKED_ON = {"cuda"}
-PATCH_BYTES = 1 << 24
-FEWEST_ROWS = 32  # CUDA demands more than 16
-
-
-def unavailable() -> str | None:
-    return unavailable_because(CONSTRAINTS)
-
-
-def unsupported(spec: LayerSpec, device: str) -> str | None:
-    return unmet(CONSTRAINTS, spec, device)
-
-
 @dataclass(frozen=True)
-class Prepared:
+class Constants:
     """A layer's constants."""
 
     weight: torch.Tensor | None  # of `_matrix`, None where it stays packed
@@ -82,51 +58,67 @@ def _matrix(layer: StoredLayer) -> torch.Tensor:
     return weight.reshape(layer.spec.out_channels, -1).t()
 
 
-def prepare(layer: StoredLayer) -> Prepared:
+def _make(layer: StoredLayer) -> Constants:
     kept = layer.weight_packed.device.type not in STAYS_PACKED_ON
     zero_point = int(layer.input_zero_point)
     offset = zero_point - 128 if layer.spec.activation_bits == 8 else 0
     weight = _matrix(layer) if kept or offset else None
-    return Prepared(
+    return Constants(
         weight if kept else None,
         layer.smooth / layer.input_scale,
         layer.input_scale * layer.weight_scale,
-        -offset * weight.sum(0, dtype=torch.int32) if offset else None,
+        -offset * weight.sum(0, dtype=torch.int32) if offset and weight is not None else None,
         zero_point,
         offset,
     )
 
 
-def prepared(layer: StoredLayer, dtype: torch.dtype | None = None) -> Prepared:
-    """What is kept of the layer, whatever the dtype."""
-    return layer.prepared.get(layer, NAME, prepare)
+def _constants(layer: StoredLayer) -> Constants:
+    return layer.prepared.get(layer, "int_mm", _make)
 
 
-def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """(..., C) -> (..., N), in x's dtype."""
-    ready = prepared(layer)
-    rows, codes = shared_codes(NAME, x, layer, lambda rows: _codes(rows, ready, layer.spec))
-    y = _scaled(_multiply(codes, _weight(ready, layer)), ready, layer)
-    if layer.spec.rank:
-        hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
-        y += F.linear(hidden, layer.branch_up.to(x.dtype))
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+class IntMM(Backend):
+    """CPUs with fast byte products, and NVIDIA GPUs from Turing on."""
 
+    name = "int_mm"
+    constraints = (
+        # CPU: sums of one product read memory that is not theirs (torch 2.13); a signed left factor needs VNNI for 8-bit weights
+        Constraints(
+            device="cpu",
+            slow_without_vnni=True,
+            shortest_sum=2,
+            needs_vnni=frozenset((8, bits) for bits in (2, 3, 4, 6, 8)),
+            has_vnni=has_vnni,
+        ),
+        Constraints(device="cuda", capability=(7, 5), channel_multiple=8),
+    )
 
-def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """(B, C, H, W) -> (B, N, H', W'), in x's dtype, channels-last."""
-    spec, ready = layer.spec, prepared(layer)
-    batch, channels, height, width = x.shape
-    codes = _codes(x.permute(0, 2, 3, 1).reshape(-1, channels), ready, spec).view(batch, height, width, channels)
-    *_, out_height, out_width = output_shape(spec, x.shape)
-    y = _branch(x, layer) if spec.rank else x.new_empty((batch * out_height * out_width, spec.out_channels))
-    weight, start = _weight(ready, layer), 0
-    for patches in _patches(codes, spec, ready.offset, out_width):
-        part = y[start : start + len(patches)]
-        product = _scaled(_multiply(patches, weight), ready, layer)
-        part.copy_(product.add_(part) if spec.rank else product)
-        start += len(patches)
-    return y.view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
+    def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
+        _constants(layer)
+
+    def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        ready = _constants(layer)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = _scaled(_multiply(_codes(rows, ready, layer.spec), _weight(ready, layer)), ready, layer)
+        if layer.spec.rank:
+            hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
+            y += F.linear(hidden, layer.branch_up.to(x.dtype))
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        """The result is channels-last."""
+        spec, ready = layer.spec, _constants(layer)
+        batch, channels, height, width = x.shape
+        codes = _codes(x.permute(0, 2, 3, 1).reshape(-1, channels), ready, spec).view(batch, height, width, channels)
+        *_, out_height, out_width = spec.output_shape(x.shape)
+        y = _branch(x, layer) if spec.rank else x.new_empty((batch * out_height * out_width, spec.out_channels))
+        weight, start = _weight(ready, layer), 0
+        for patches in _patches(codes, spec, ready.offset, out_width):
+            part = y[start : start + len(patches)]
+            product = _scaled(_multiply(patches, weight), ready, layer)
+            part.copy_(product.add_(part) if spec.rank else product)
+            start += len(patches)
+        return y.view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
 
 
 def _branch(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
@@ -136,11 +128,11 @@ def _branch(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 
 
-def _weight(ready: Prepared, layer: StoredLayer) -> torch.Tensor:
+def _weight(ready: Constants, layer: StoredLayer) -> torch.Tensor:
     return _matrix(layer) if ready.weight is None else ready.weight
 
 
-def _codes(rows: torch.Tensor, ready: Prepared, spec: LayerSpec) -> torch.Tensor:
+def _codes(rows: torch.Tensor, ready: Constants, spec: LayerSpec) -> torch.Tensor:
     """Signed bytes, (rows, C)."""
     return quantized_rows(rows, ready.multiplier, ready.zero_point, spec.activation_bits, ready.offset).view(torch.int8)
 
@@ -153,7 +145,7 @@ def _multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(codes, weight)[:rows]
 
 
-def _scaled(product: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Tensor:
+def _scaled(product: torch.Tensor, ready: Constants, layer: StoredLayer) -> torch.Tensor:
     if ready.constant is not None:
         product += ready.constant
     y = product * ready.scale
@@ -166,14 +158,14 @@ def _patches(codes: torch.Tensor, spec: LayerSpec, padding_code: int, out_width:
     Args:
         codes: (B, H, W, C).
     """
-    if spec.kernel_size == spec.stride == (1, 1) and spec.padding == (0, 0):
+    if spec.is_pointwise:
         yield codes.reshape(-1, spec.in_channels)
         return
     (vertical, horizontal), kernel = spec.padding, spec.kernel_size
     padded = F.pad(codes, (0, 0, horizontal, horizontal, vertical, vertical), value=padding_code)
     windows = padded.unfold(1, kernel[0], spec.stride[0]).unfold(2, kernel[1], spec.stride[1])  # (B, H', W', C, kh, kw)
-    patch = kernel[0] * kernel[1] * spec.in_channels
+    patch = spec.taps * spec.in_channels
     step = max(1, PATCH_BYTES // max(1, patch * out_width))
-    for picture in windows.permute(0, 1, 2, 4, 5, 3):  # (H', W', kh, kw, C), still a view of what was padded
-        for start in range(0, len(picture), step):
-            yield picture[start : start + step].reshape(-1, patch)
+    for image in windows.permute(0, 1, 2, 4, 5, 3):  # (H', W', kh, kw, C), still a view of what was padded
+        for start in range(0, len(image), step):
+            yield image[start : start + step].reshape(-1, patch)

@@ -1,19 +1,26 @@
-"""What backends make of a layer's weights once and keep beside it: never stored, made again when the layer's tensors change."""
+"""What backends make of a layer's weights once and keep in memory: never stored, made again when the layer's tensors change."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from dataclasses import is_dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
 
 LOW_MEMORY_VARIABLE = "QARTSR_LOW_MEMORY"
-T = TypeVar("T")
 _low_memory: ContextVar[bool | None] = ContextVar("qartsr_low_memory", default=None)
+
+
+class _HasBuffers(Protocol):
+    _buffers: dict[str, torch.Tensor | None]
+
+
+Layer = TypeVar("Layer", bound=_HasBuffers)
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -30,33 +37,32 @@ def low_memory(enabled: bool = True) -> Iterator[None]:
 
 
 def saves_memory() -> bool:
-    """Whether nothing is to be kept."""
+    """Whether `low_memory` or QARTSR_LOW_MEMORY is in force."""
     chosen = _low_memory.get()
     return os.environ.get(LOW_MEMORY_VARIABLE, "0") not in ("", "0") if chosen is None else chosen
 
 
 class PreparedWeights:
-    """Holder of what backends prepared for one layer. Copies and pickles of it are empty.
+    """Holds what backends prepared for one layer. Copies and pickles of it are empty.
 
-    Attributes:
-        keeps: whether it holds anything from call to call.
-        state: another object after every `clear`, for who keeps something of the layer elsewhere.
+    Args:
+        keeps: False prepares anew in every call, for layers whose tensors come and go with each call (offloading).
     """
 
-    keeps = True
+    def __init__(self, keeps: bool = True):
+        self.keeps = keeps
+        self._entries: dict[Hashable, tuple[tuple[torch.Tensor | None, ...], Any]] = {}
 
-    def __init__(self):
-        self._entries: dict[Any, tuple[tuple, Any]] = {}
-        self.state = object()
+    def __reduce__(self) -> tuple[type[PreparedWeights], tuple[bool]]:
+        return type(self), (self.keeps,)
 
-    def __reduce__(self) -> tuple:
-        return PreparedWeights, ()
+    def get(self, layer: Layer, key: Hashable, make: Callable[[Layer], Made]) -> Made:
+        """`make(layer)`, or what it returned before under this key, if the layer still has the same tensors.
 
-    def get(self, layer: nn.Module, key: Any, make: Callable[[Any], T]) -> T:
-        """`make(layer)`, or what it made before under this key, if the layer still has the same tensors.
-
-        Tensors count as the same while they are the same objects; who writes into one calls `clear`.
+        Tensors count as the same while they are the same objects; code that writes into one must call `clear`.
         """
+        if not self.keeps:
+            return make(layer)
         sources = tuple(layer._buffers.values())
         entry = self._entries.get(key)
         if entry is not None and all(old is new for old, new in zip(entry[0], sources, strict=True)):
@@ -69,7 +75,6 @@ class PreparedWeights:
     def clear(self) -> None:
         """Forgets everything."""
         self._entries.clear()
-        self.state = object()
 
     @property
     def bytes(self) -> int:
@@ -77,10 +82,18 @@ class PreparedWeights:
         return sum(_bytes_besides(sources, made) for sources, made in self._entries.values())
 
 
-def _bytes_besides(sources: tuple, made: Any) -> int:
-    tensors = [value for value in vars(made).values() if isinstance(value, torch.Tensor)]
+def _bytes_besides(sources: tuple[torch.Tensor | None, ...], made: object) -> int:
     own = {_address(source) for source in sources if source is not None}
-    return sum(t.numel() * t.element_size() for t in tensors if t.is_mkldnn or _address(t) not in own)
+    return sum(t.numel() * t.element_size() for t in _tensors(made) if t.is_mkldnn or _address(t) not in own)
+
+
+def _tensors(made: object) -> Iterator[torch.Tensor]:
+    """The tensors in a dataclass and in the dataclasses inside it."""
+    for value in vars(made).values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -1,4 +1,5 @@
-"""The reference backend: plain torch operations in float32, on every device, for every scheme. The oracle of all others.
+"""The reference backend: plain torch operations in float32, on every device, for every scheme. All other backends are tested
+against it.
 
 Centred codes are small integers, so their products and sums are exact in float32 while the sum stays below 2^24: always up to
 6 bits on layers of this field; at 8 bits the last bits of long sums are rounded.
@@ -15,21 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from qartsr_pipeline.arithmetic.affine import centred_codes
-from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
-from qartsr_pipeline.kernels.weights import weight_bytes
+from qartsr_pipeline.kernels.backend import Backend
+from qartsr_pipeline.kernels.codes import weight_bytes
+from qartsr_pipeline.kernels.constraints import Constraints
+from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 
-NAME = "reference"
-CONSTRAINTS = ()  # none, on any device
-
-
-def unavailable() -> str | None:
-    """Never: it is torch alone."""
-    return None
-
-
-def unsupported(spec: LayerSpec, device: str) -> str | None:
-    """Never: it computes every scheme."""
-    return None
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def weight_codes(layer: StoredLayer) -> torch.Tensor:
@@ -42,7 +34,7 @@ def _per_channel(values: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
     return values.view(-1, 1, 1) if spec.kind == "conv2d" else values
 
 
-def _compute(x: torch.Tensor, layer: StoredLayer, product: Callable, inner: Callable, outer: Callable) -> torch.Tensor:
+def _compute(x: torch.Tensor, layer: StoredLayer, product: Product, inner: Product, outer: Product) -> torch.Tensor:
     spec = layer.spec
     smooth = _per_channel(layer.smooth, spec)
     scale = torch.ones((), device=x.device)
@@ -65,19 +57,22 @@ def _compute(x: torch.Tensor, layer: StoredLayer, product: Callable, inner: Call
     return y.to(x.dtype)
 
 
-def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """(..., C) -> (..., N), in x's dtype."""
-    return _compute(x, layer, F.linear, F.linear, F.linear)
+class Reference(Backend):
+    """Everywhere, for every scheme."""
 
+    name = "reference"
+    constraints: tuple[Constraints, ...] = ()
 
-def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """(B, C, H, W) -> (B, N, H', W'), in x's dtype."""
-    spec = layer.spec
+    def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        return _compute(x, layer, F.linear, F.linear, F.linear)
 
-    def convolve(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(operand, weight, stride=spec.stride, padding=spec.padding)
+    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        spec = layer.spec
 
-    def pointwise(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(operand, weight[:, :, None, None])
+        def convolve(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(operand, weight, stride=spec.stride, padding=spec.padding)
 
-    return _compute(x, layer, convolve, pointwise, convolve)
+        def pointwise(operand: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(operand, weight[:, :, None, None])
+
+        return _compute(x, layer, convolve, pointwise, convolve)

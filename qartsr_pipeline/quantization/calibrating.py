@@ -1,6 +1,6 @@
 """Calibrating layers: float weights frozen, quantization parameters trainable, the forward simulates the deployed layer.
 
-They extend optimum-quanto's QLinear and QConv2d without registering (its table is process-global), and replace its quantizer by
+They extend optimum-quanto's QLinear and QConv2d without registering (its table is process-global), and replace its quantizer with
 QArtSR's (arXiv 2503.05584):
 
     y = L1 (L2 x) + Q_W((W - L1 L2 + F1 F2) / phi) * Q_A(phi x) + b
@@ -10,14 +10,19 @@ For a convolution L2 is a 1 x 1 and L1 the k x k convolution, F1 F2 acts on the 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
-from optimum.quanto.nn import QConv2d, QLinear
+from optimum.quanto.nn import QConv2d, QLinear, QModuleMixin
 from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import affine_parameters, centred_codes
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers, replace_module
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # a part of the standard library from Python 3.11 on
 
 
 def _stored_in_16_bit(x: torch.Tensor) -> torch.Tensor:
@@ -25,8 +30,8 @@ def _stored_in_16_bit(x: torch.Tensor) -> torch.Tensor:
     return x + (x.to(torch.float16).to(x.dtype) - x).detach()
 
 
-class CalibratingMixin:
-    """Quantization parameters of one layer, all float32 `nn.Parameter`s
+class CalibratingMixin(QModuleMixin, nn.Module):
+    """Quantization parameters of one layer, all float32 `nn.Parameter`s:
 
     - log_smooth (C,): phi = exp(log_smooth).
     - weight_lower, weight_upper (N,): bounds of (W - L1 L2 + F1 F2) / phi, below 16 weight bits.
@@ -41,13 +46,24 @@ class CalibratingMixin:
         codes: `centred_codes`, or a function with the same values and other gradients.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    log_smooth: nn.Parameter
+    weight_lower: nn.Parameter
+    weight_upper: nn.Parameter
+    input_lower: nn.Parameter
+    input_upper: nn.Parameter
+    branch_up: nn.Parameter
+    branch_down: nn.Parameter
+    adapter_up: nn.Parameter
+    adapter_down: nn.Parameter
     layer_scheme: LayerScheme
     quantizing: bool = True
     codes = staticmethod(centred_codes)
     _remembered: tuple[tuple, torch.Tensor] | None = None
 
     @classmethod
-    def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
+    def from_layer(cls, layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, adapter_rank: int = 0) -> Self:
         """A calibrating layer around the weight and bias of ``layer``, which are shared and no longer require gradients.
 
         It starts as plain quantization with bounds from the weight's extremes and input bounds [-1, 1]; observers set the rest.
@@ -109,9 +125,11 @@ class CalibratingMixin:
         return weight
 
     def _over_inputs(self, values: torch.Tensor) -> torch.Tensor:
+        """(C,), shaped to broadcast over the weight."""
         return values.view(1, -1, *[1] * (self.weight.dim() - 2))
 
     def _over_outputs(self, values: torch.Tensor) -> torch.Tensor:
+        """(N,), shaped to broadcast over the weight."""
         return values.view(-1, *[1] * (self.weight.dim() - 1))
 
     @torch.no_grad()
@@ -136,8 +154,8 @@ class CalibratingMixin:
 
     @property
     def qweight(self) -> torch.Tensor:
-        """The residual weight after quantization, in floating point. Remembered as long as nothing that it is made of changes or
-        needs a gradient: a layer that is not trained then costs no more than a float one.
+        """The residual weight after quantization, in floating point. Remembered until a parameter changes or needs a gradient, so
+        that a layer that is not trained costs no more than a float one.
         """
         parts = [parameter for parameter in self._parameters.values() if parameter is not None]
         trained = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
@@ -196,6 +214,12 @@ class CalibratingLinear(CalibratingMixin, QLinear):
 class CalibratingConv2d(CalibratingMixin, QConv2d):
     """(B, C, H, W) -> (B, N, H', W')."""
 
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.quantizing:
             return self._conv_forward(x, self.weight, self.bias)
@@ -209,7 +233,7 @@ class CalibratingConv2d(CalibratingMixin, QConv2d):
 
 
 def _share_input_parameters(model: nn.Module) -> None:
-    """to_q, to_k and to_v of a self-attention read one tensor: they share phi and input bounds, so it is quantized once."""
+    """to_q, to_k and to_v of a self-attention read one tensor: they are calibrated with the same phi and input bounds."""
     for attention in model.modules():
         if not isinstance(attention, Attention) or attention.is_cross_attention:
             continue

@@ -30,7 +30,21 @@ from qartsr_pipeline.quantization.scheme import LayerScheme
 
 
 class DeployedLayer(nn.Module):
-    """Buffers common to both kinds of layer. Built empty: `freeze` or a checkpoint fills them."""
+    """Buffers common to both kinds of layer. Built empty: `freeze` or a checkpoint fills them.
+
+    As in `kernels.StoredLayer`, the buffers' types leave out that those without a use are None.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor
+    weight: torch.Tensor
+    input_scale: torch.Tensor
+    input_zero_point: torch.Tensor
+    smooth: torch.Tensor
+    branch_down: torch.Tensor
+    branch_up: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, spec: LayerSpec, bias: bool, device: torch.device | str | None = None):
         super().__init__()
@@ -43,7 +57,7 @@ class DeployedLayer(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device) if present else None)
 
         outputs, inputs, rank = spec.out_channels, spec.in_channels, spec.rank
-        length = inputs * spec.kernel_size[0] * spec.kernel_size[1]
+        length = inputs * spec.taps
         packed = spec.weight_bits < 16
         buffer("weight_packed", (outputs, packed_width(length, min(spec.weight_bits, 8))), torch.uint8, packed)
         buffer("weight_scale", (outputs,), torch.float32, packed)
@@ -82,8 +96,7 @@ class DeployedLayer(nn.Module):
     def weight_count(self) -> int:
         """Parameters of the float layer that this one replaces."""
         spec = self.spec
-        taps = spec.kernel_size[0] * spec.kernel_size[1]
-        return spec.out_channels * (spec.in_channels * taps + (self.bias is not None))
+        return spec.out_channels * (spec.in_channels * spec.taps + (self.bias is not None))
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -99,12 +112,23 @@ class DeployedConv2d(DeployedLayer):
     """The same for a convolution, (B, C, H, W) -> (B, N, H', W'); L2 is a 1 x 1 and L1 the k x k convolution."""
 
 
-def deployed_like(layer: nn.Module, scheme: LayerScheme, device: torch.device | str | None = None) -> DeployedLayer:
-    """An empty deployed layer for a linear or convolution layer."""
+def deployed_like(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, device: torch.device | str | None = None) -> DeployedLayer:
+    """An empty deployed layer for a linear or convolution layer.
+
+    Raises:
+        ValueError: for a convolution whose padding is a word; see `scheme.quantizable_layers`.
+    """
     bits = (scheme.weight_bits, scheme.activation_bits, scheme.rank_for(layer))
-    if isinstance(layer, nn.Conv2d):
-        geometry = (tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.padding))
-        spec = LayerSpec("conv2d", *bits, layer.in_channels, layer.out_channels, *geometry)
-        return DeployedConv2d(spec, layer.bias is not None, device)
-    spec = LayerSpec("linear", *bits, layer.in_features, layer.out_features)
-    return DeployedLinear(spec, layer.bias is not None, device)
+    if not isinstance(layer, nn.Conv2d):
+        spec = LayerSpec("linear", *bits, layer.in_features, layer.out_features)
+        return DeployedLinear(spec, layer.bias is not None, device)
+    if isinstance(layer.padding, str):
+        raise ValueError(f"{layer} has padding {layer.padding!r}; only numbers have a quantized form")
+    geometry = (_pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding))
+    spec = LayerSpec("conv2d", *bits, layer.in_channels, layer.out_channels, *geometry)
+    return DeployedConv2d(spec, layer.bias is not None, device)
+
+
+def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
+    vertical, horizontal = sizes
+    return vertical, horizontal

@@ -7,6 +7,9 @@ from enum import Enum
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -32,7 +35,7 @@ class QArtSRConfig(QuantizationConfigMixin):
     default: dict = field(default_factory=dict)
     overrides: list = field(default_factory=list)
     folding: dict | None = None
-    quant_method: str = QArtSRMethod.QARTSR
+    quant_method: QArtSRMethod = QArtSRMethod.QARTSR  # type: ignore[assignment] # diffusers' own enum has no room for others
 
     def __post_init__(self):
         self.quant_method = QArtSRMethod(self.quant_method)
@@ -44,7 +47,9 @@ class QArtSRConfig(QuantizationConfigMixin):
         return QuantizationScheme.from_dict({name: getattr(self, name) for name in fields})
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> QArtSRConfig:
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> QArtSRConfig | tuple[QArtSRConfig, dict[str, Any]]:
         """What diffusers calls with the JSON of ``config.json``; nothing in it is optional, nothing else may stand there.
 
         Raises:
@@ -63,15 +68,18 @@ class QArtSRQuantizer(DiffusersQuantizer):
     """Exchanges layers before the weights are loaded, blocks after; keeps the stored dtypes of what belongs to quantization."""
 
     requires_calibration = True  # only folders that were quantized before can be loaded with it
+    quantization_config: QArtSRConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         scheme = self.quantization_config.scheme()
         if scheme.folding is not None:
+            if not isinstance(model, UNet2DConditionModel):
+                raise ValueError(f"quantization_config has folding={scheme.folding}, but only a UNet can be folded")
             fold_structure(model, scheme.folding)
         for name, (layer, layer_scheme) in quantizable_layers(model, scheme).items():
             replace_module(model, name, deployed_like(layer, layer_scheme, layer.weight.device))
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """diffusers asks this before it loads, for all parts of a checkpoint together, and would initialize what is missing."""
         if missing_keys:
             raise ValueError(
@@ -80,18 +88,18 @@ class QArtSRQuantizer(DiffusersQuantizer):
             )
         return missing_keys
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         fuse(model)
         return model
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self, model: ModelMixin, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         return isinstance(model.get_submodule(param_name.rpartition(".")[0]), DeployedLayer)
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override] # the base class has *args, and returns nothing either
         self,
-        model: nn.Module,
+        model: ModelMixin,
         param_value: torch.Tensor,
         param_name: str,
         target_device: torch.device,
@@ -102,8 +110,8 @@ class QArtSRQuantizer(DiffusersQuantizer):
         parent, _, name = param_name.rpartition(".")
         layer = model.get_submodule(parent)
         stored = state_dict[param_name]  # param_value was cast to the model's dtype
-        expected = layer._buffers[name]
-        # diffusers drops what the model has no place for; a dropped branch would spoil the picture without a word
+        expected = layer.get_buffer(name)
+        # diffusers drops what the model has no place for; a dropped branch would spoil the image without a word
         surplus = [n for n, buffer in layer._buffers.items() if buffer is None and f"{parent}.{n}" in state_dict]
         if surplus:
             raise ValueError(
@@ -127,12 +135,24 @@ class QArtSRQuantizer(DiffusersQuantizer):
 
 
 def attach_quantizer(model: nn.Module, scheme: QuantizationScheme) -> None:
-    """Marks a model quantized in memory as such, so that `save_pretrained` records how."""
+    """Marks a model quantized in memory as such, so that `save_pretrained` records how.
+
+    Raises:
+        TypeError: for a model that is not diffusers'.
+    """
+    if not isinstance(model, ConfigMixin):
+        raise TypeError(f"{type(model).__name__} is not a model of diffusers, so its quantization_config cannot be stored")
     config = QArtSRConfig.from_scheme(scheme)
-    model.hf_quantizer = QArtSRQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    marks = {"hf_quantizer": QArtSRQuantizer(config, pre_quantized=True), "is_quantized": True}
+    for name, value in (marks | {"quantization_method": config.quant_method}).items():
+        setattr(model, name, value)
     model.register_to_config(quantization_config=config)
+
+
+def attached_scheme(model: nn.Module) -> QuantizationScheme | None:
+    """The scheme that a loaded or frozen model was quantized with, None if it was not quantized by this package."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer.quantization_config.scheme() if isinstance(quantizer, QArtSRQuantizer) else None
 
 
 def register() -> None:

@@ -7,15 +7,15 @@ once, in the weights' own precision, and puts the constants where the layers wer
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from qartsr_pipeline.quantization.scheme import Folding, replace_module
-
-if TYPE_CHECKING:  # diffusers imports this file while it is itself being imported (see `registration`)
-    from diffusers import UNet2DConditionModel
 
 
 class FoldedConstant(nn.Module):
@@ -23,6 +23,8 @@ class FoldedConstant(nn.Module):
 
     Buffer ``value``: shape (1, ...), the replaced layer's output for a batch of one.
     """
+
+    value: torch.Tensor
 
     def __init__(self, value: torch.Tensor):
         super().__init__()
@@ -39,20 +41,20 @@ def _check_foldable(unet: UNet2DConditionModel) -> None:
         raise ValueError(f"this UNet has {', '.join(found)}; folding knows only timestep and prompt. Quantize it without folding")
 
 
-def _prompt_layers(unet: nn.Module) -> list[str]:
-    from diffusers.models.attention_processor import Attention
-
-    names = []
+def _prompt_layers(unet: nn.Module) -> dict[str, nn.Linear]:
+    """Qualified name -> layer, of every layer that reads the prompt."""
+    layers: dict[str, nn.Linear] = {}
     for name, module in unet.named_modules():
         if isinstance(module, Attention) and module.is_cross_attention:
             if module.norm_cross is not None or module.added_kv_proj_dim is not None:
                 raise ValueError(f"the cross-attention {name!r} changes its keys' input; folding does not know how")
-            names += [f"{name}.to_k", f"{name}.to_v"]
-    return names
+            layers |= {f"{name}.to_k": module.to_k, f"{name}.to_v": module.to_v}
+    return layers
 
 
-def _time_layers(unet: nn.Module) -> list[str]:
-    return [name for name, module in unet.named_modules() if name.endswith("time_emb_proj") and isinstance(module, nn.Linear)]
+def _time_layers(unet: nn.Module) -> dict[str, nn.Linear]:
+    """Qualified name -> layer, of every block's projection of the time embedding."""
+    return {n: m for n, m in unet.named_modules() if n.endswith("time_emb_proj") and isinstance(m, nn.Linear)}
 
 
 @torch.no_grad()
@@ -74,24 +76,21 @@ def fold(unet: UNet2DConditionModel, timestep: int, prompt_embeds: torch.Tensor)
     weight = unet.conv_in.weight
     sinusoid = unet.time_proj(torch.tensor([timestep], device=weight.device)).to(weight.dtype)
     embedding = unet.time_embedding(sinusoid)  # (1, time_embed_dim)
-    for name in _time_layers(unet):
-        block = unet.get_submodule(name.rpartition(".")[0])
+    for name, layer in _time_layers(unet).items():
+        block = cast(ResnetBlock2D, unet.get_submodule(name.rpartition(".")[0]))
         activated = embedding if block.skip_time_act else block.nonlinearity(embedding)
-        replace_module(unet, name, FoldedConstant(block.time_emb_proj(activated)))
-    for name in prompt_layers:
-        layer = unet.get_submodule(name)
+        replace_module(unet, name, FoldedConstant(layer(activated)))
+    for name, layer in prompt_layers.items():
         replace_module(unet, name, FoldedConstant(layer(prompt_embeds.to(weight.device, weight.dtype))))
-    unet.time_embedding = FoldedConstant(embedding[:, :1].clone())  # only its batch size is ever used
+    replace_module(unet, "time_embedding", FoldedConstant(embedding[:, :1].clone()))  # only its batch size is ever used
     return Folding(int(timestep), prompt_embeds.shape[1])
 
 
 def fold_structure(unet: UNet2DConditionModel, folding: Folding) -> None:
     """Gives a fresh (meta) UNet the folded structure, so that a folded checkpoint's keys find their place."""
     device = unet.conv_in.weight.device
-    for name in _time_layers(unet):
-        outputs = unet.get_submodule(name).out_features
-        replace_module(unet, name, FoldedConstant(torch.empty(1, outputs, device=device)))
-    for name in _prompt_layers(unet):
-        outputs = unet.get_submodule(name).out_features
-        replace_module(unet, name, FoldedConstant(torch.empty(1, folding.tokens, outputs, device=device)))
-    unet.time_embedding = FoldedConstant(torch.empty(1, 1, device=device))
+    for name, layer in _time_layers(unet).items():
+        replace_module(unet, name, FoldedConstant(torch.empty(1, layer.out_features, device=device)))
+    for name, layer in _prompt_layers(unet).items():
+        replace_module(unet, name, FoldedConstant(torch.empty(1, folding.tokens, layer.out_features, device=device)))
+    replace_module(unet, "time_embedding", FoldedConstant(torch.empty(1, 1, device=device)))

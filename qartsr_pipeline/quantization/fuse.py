@@ -1,47 +1,63 @@
-"""Exchange of whole blocks of deployed models for ones that pass over their feature maps fewer times.
+"""Exchange of whole ResNet blocks of deployed models for ones that pass over their feature maps fewer times.
 
 `fuse` is for inference on deployed models, and done to every model that is loaded. Names, tensors and results stay as they were,
 up to the rounding of the float type: where that moves a value across a tie, its code is the next one.
 
 A GroupNorm and the SiLU behind it become part of the pass in which the convolution quantizes its input, if the backend has such
 a pass: Triton's, with QARTSR_BACKEND=triton. On a CPU, made of torch's operators block by block in the cache, it was no faster
-than one after the other (tiny W4A4, 128 to 512 pixels, one thread: 3.94 s and 3.87 s): half of its time is SiLU's exponential,
-and calls for every block cost what they save. Norm and convolution are called as modules, one after the other, where anything
-else would skip what somebody has put around them: hooks, offloading, another forward. Only statistics that tiles share
-(`tiled_normalization.FixedNorm`) say themselves what they multiply and add. Such a backend adds the block's input, too, in its
-product's epilogue.
-
-An attention's queries, keys and values are made of one input, which is quantized once, in every backend but the reference, unless
-gradients are wanted or torch.compile computes them.
+than one after the other: half of its time is SiLU's exponential, and calls for every block cost what they save. Norm and
+convolution are called as modules, one after the other, where anything else would skip what was put around them: hooks,
+offloading, another forward. Only statistics that tiles share (`image.tile_statistics.FixedNorm`) are asked what they multiply and
+add. Such a backend also adds the block's input in its product's epilogue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING
+from types import MethodType
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from qartsr_pipeline.kernels import normalizing_backend, quantize_alike
+from qartsr_pipeline.kernels import NormFusion, norm_fusion
 from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
-from qartsr_pipeline.quantization.surroundings import has_hooks, other_forward
 
-if TYPE_CHECKING:  # diffusers imports this package while it is itself being imported (see `registration`)
-    from diffusers.models.resnet import ResnetBlock2D
+
+@runtime_checkable
+class AffineForward(Protocol):
+    """The forward of a norm that is a fixed factor and summand for each channel."""
+
+    def scale_shift(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x (B, C, ...) is multiplied by, and what is then added: float32 (B, C), twice, contiguous."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def other_forward(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """The forward that was set on this one module (offloading does so), None if it is its class's. accelerate leaves the class's
+    own there when it takes its hook off.
+    """
+    forward = vars(module).get("forward")
+    is_its_class = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
+    return None if is_its_class else forward
 
 
 def convolution_of_normalized(
-    x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedLayer, residual: Callable[[], torch.Tensor] | None = None
+    x: torch.Tensor, norm: nn.GroupNorm, convolution: nn.Module, residual: Callable[[], torch.Tensor] | None = None
 ) -> torch.Tensor:
     """``convolution(silu(norm(x)))``, plus ``residual()`` if there is one, in fewer passes where that can be."""
-    arguments = _normalizing_pass(x, norm, convolution)
-    if arguments is not None:
-        backend, scale, shift = arguments
-        return backend.norm_conv2d(x, scale, shift, convolution, silu=True, residual=residual and residual())
+    if isinstance(convolution, DeployedConv2d):
+        fused = _normalizing_pass(x, norm, convolution)
+        if fused is not None:
+            fusion, scale, shift = fused
+            added = None if residual is None else residual()
+            return fusion.norm_conv2d(x, scale, shift, convolution, silu=True, residual=added)
     y = convolution(F.silu(norm(x), inplace=_may_be_overwritten(norm)))
     if residual is None:
         return y
@@ -49,22 +65,21 @@ def convolution_of_normalized(
 
 
 def _normalizing_pass(
-    x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedLayer
-) -> tuple[ModuleType, torch.Tensor, torch.Tensor] | None:
-    """Backend, factors and summands of such a pass; None where norm and convolution must be called one after the other."""
-    if torch.compiler.is_compiling():
+    x: torch.Tensor, norm: nn.GroupNorm, convolution: DeployedConv2d
+) -> tuple[NormFusion, torch.Tensor, torch.Tensor] | None:
+    """A pass that does both, its factors and its summands; None where norm and convolution must be called one after the other."""
+    if torch.compiler.is_compiling() or other_forward(convolution) or has_hooks(norm) or has_hooks(convolution):
         return None
-    fixed = other_forward(norm)
-    if type(convolution) is not DeployedConv2d or other_forward(convolution) or has_hooks(norm) or has_hooks(convolution):
+    fusion, fixed = norm_fusion(x, convolution), other_forward(norm)
+    if fusion is None:
         return None
-    backend = normalizing_backend(x, convolution)
-    if backend is None or (fixed and not hasattr(fixed, "scale_shift")):
-        return None
-    return backend, *(fixed.scale_shift(x) if fixed else backend.group_scale_shift(x, norm))
+    if fixed is None:
+        return fusion, *fusion.group_scale_shift(x, norm)
+    return (fusion, *fixed.scale_shift(x)) if isinstance(fixed, AffineForward) else None
 
 
 def _may_be_overwritten(module: nn.Module) -> bool:
-    """Whether nobody may have kept the module's output: a hook, or the graph of gradients. A compiler sees that itself."""
+    """Whether nothing else can have kept the module's output: no hook, no graph of gradients. A compiler sees that itself."""
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or has_hooks(module) or other_forward(module))
 
 
@@ -74,6 +89,13 @@ class LeanResnetBlock(nn.Module):
     Holds the very modules of the block that it replaces, under the same names.
     """
 
+    norm1: nn.GroupNorm
+    conv1: nn.Module
+    time_emb_proj: nn.Module | None
+    norm2: nn.GroupNorm
+    conv2: nn.Module
+    conv_shortcut: nn.Module | None
+
     def __init__(self, block: ResnetBlock2D):
         super().__init__()
         for name in ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut"):
@@ -82,9 +104,11 @@ class LeanResnetBlock(nn.Module):
         self.train(block.training)
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, H, W), and the time embedding (B, D) or None -> (B, N, H, W)."""
+        """(B, C, H, W), and the time embedding (B, D), needed if the block has a projection of it -> (B, N, H, W)."""
         hidden = convolution_of_normalized(input_tensor, self.norm1, self.conv1)
         if self.time_emb_proj is not None:
+            if temb is None:
+                raise ValueError("this block needs a time embedding, but was called without one")
             shift = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
             hidden = hidden.add_(shift) if _may_be_overwritten(self.conv1) else hidden + shift
         hidden = convolution_of_normalized(hidden, self.norm2, self.conv2, lambda: self._straight(input_tensor))
@@ -96,8 +120,6 @@ class LeanResnetBlock(nn.Module):
 
 def is_fusable(block: nn.Module) -> bool:
     """Whether `LeanResnetBlock` computes what this does: a deployed ResNet block, SiLU, no resampling, a plain time shift."""
-    from diffusers.models.resnet import ResnetBlock2D
-
     return (
         type(block) is ResnetBlock2D
         and not (has_hooks(block) or other_forward(block))
@@ -111,33 +133,13 @@ def is_fusable(block: nn.Module) -> bool:
     )
 
 
-def is_shareable(attention: nn.Module) -> bool:
-    """Whether this is diffusers' attention, with queries, keys and values of one quantized input."""
-    from diffusers.models.attention_processor import Attention
-
-    from qartsr_pipeline.quantization.shared_attention import projections
-
-    return (
-        type(attention) is Attention
-        and not (has_hooks(attention) or other_forward(attention))
-        and all(isinstance(layer, DeployedLayer) for layer in projections(attention))
-        and quantize_alike(projections(attention), attention.to_q.smooth.device)
-    )
-
-
 def fuse(model: nn.Module) -> int:
     """Exchanges blocks in place; doing it twice changes nothing.
 
     Returns:
         How many were exchanged.
     """
-    from qartsr_pipeline.quantization.shared_attention import SharedInputAttention
-
-    names = [name for name, block in model.named_modules() if is_fusable(block)]
-    for name in names:
-        replace_module(model, name, LeanResnetBlock(model.get_submodule(name)))
-    attentions = [module for module in model.modules() if is_shareable(module)]
-    for attention in attentions:
-        vars(attention).pop("forward", None)  # the class's own, where accelerate has left it
-        attention.__class__ = SharedInputAttention
-    return len(names) + len(attentions)
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, ResnetBlock2D) and is_fusable(block)}
+    for name, block in blocks.items():
+        replace_module(model, name, LeanResnetBlock(block))
+    return len(blocks)

@@ -1,18 +1,34 @@
-"""What a model consists of: scheme, bits, parameters, bytes, and the kernel that each layer will run on."""
+"""What a model consists of: scheme, bits, parameters, bytes, and the kernels that its layers run on."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from types import ModuleType
+from typing import cast
 
 import torch
 from torch import nn
 
-from qartsr_pipeline.kernels import choose_backend
+from qartsr_pipeline.kernels import Backend, choose_backend
 from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 from qartsr_pipeline.quantization.fold import FoldedConstant
+
+
+def kernel_summary(*models: nn.Module, device: str) -> str:
+    """Which kernels compute how many layers of these models, such as "118 layers onednn, 2 float"; "" if none is quantized.
+
+    Args:
+        device: the type of device that the models run on, "cpu" or "cuda".
+    """
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, DeployedLayer)]
+    counted = Counter(choose_backend(layer.spec, device).name for layer in layers).most_common()
+    parts = [f"{count} {name}" for name, count in counted]
+    if counted:
+        name, count = counted[0]
+        parts[0] = f"{count} {'layer' if count == 1 else 'layers'} {name}"
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -22,7 +38,7 @@ class LayerReport:
     Attributes:
         shape: the float weight's.
         packed_bytes: everything that is stored for it.
-        prepared_bytes: what its kernel keeps in memory beside that, from the layer's first call on; see `kernels.low_memory`.
+        prepared_bytes: what its kernel keeps in memory in addition, from the layer's first call on; see `kernels.low_memory`.
     """
 
     name: str
@@ -78,41 +94,51 @@ def describe_layer(name: str, layer: DeployedLayer, device: str, dtype: torch.dt
         (spec.out_channels, spec.in_channels, *taps),
         layer.packed_bytes,
         prepared_bytes(layer, kernel, device, dtype),
-        kernel.NAME,
+        kernel.name,
     )
 
 
-def prepared_bytes(layer: DeployedLayer, kernel: ModuleType, device: str, dtype: torch.dtype) -> int:
-    """What the kernel keeps for the layer on such a device, beside what is stored, once it was called with inputs of this dtype.
+def prepared_bytes(layer: DeployedLayer, kernel: Backend, device: str, dtype: torch.dtype) -> int:
+    """Bytes that the kernel keeps for the layer, in addition to what is stored, once it was called with inputs of this dtype.
 
     Tried out on a copy of the layer.
     """
-    if not hasattr(kernel, "prepared") or not layer.prepared.keeps:
+    if not layer.prepared.keeps:
         return 0
     trial = type(layer)(layer.spec, layer.bias is not None, "meta")
     for name, buffer in layer.named_buffers():
         trial.register_buffer(name, buffer.to(device))
-    kernel.prepared(trial, dtype)
+    kernel.prepare(trial, dtype)
     return trial.prepared.bytes
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Models of diffusers and of transformers have this property."""
+    return cast(torch.dtype, model.dtype)
 
 
 def _bits(model: nn.Module, layers: list[LayerReport]) -> str:
     if not layers:
-        return str(model.dtype).removeprefix("torch.")
+        return str(_dtype(model)).removeprefix("torch.")
     counted = Counter(f"W{layer.weight_bits}A{layer.activation_bits}" for layer in layers)
     parts = [f"{bits} x {count}" for bits, count in counted.most_common()]
     wide = sum(layer.rank >= layer.full_rank > 0 for layer in layers)
-    parts += [f"{wide} with a branch of full rank"] if wide else []  # these run in 16 bits in all but name
-    folding = model.hf_quantizer.quantization_config.scheme().folding
+    parts += [f"{wide} with a branch of full rank"] if wide else []  # such a branch could be the whole layer, in 16 bits
+    scheme = attached_scheme(model)
+    folding = scheme.folding if scheme else None
     return ", ".join(parts + ([f"folded at T = {folding.timestep}"] if folding else []))
 
 
 def describe_model(name: str, model: nn.Module, device: str = "cpu") -> ComponentReport:
-    """Report of one component; ``device`` is the type of device that kernels are chosen for."""
+    """Report of one component of a pipeline, a model of diffusers or of transformers.
+
+    Args:
+        device: the type of device that kernels are chosen for.
+    """
     deployed = {n: m for n, m in model.named_modules() if isinstance(m, DeployedLayer)}
     inside = {id(t) for layer in deployed.values() for t in layer.buffers()}
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
-    layers = [describe_layer(n, m, device, model.dtype) for n, m in deployed.items()]
+    layers = [describe_layer(n, m, device, _dtype(model)) for n, m in deployed.items()]
     parameters = sum(m.weight_count for m in deployed.values()) + sum(p.numel() for p in model.parameters())
     constants = sum(m.value.numel() for m in model.modules() if isinstance(m, FoldedConstant))
     packed = sum(layer.packed_bytes for layer in layers) + sum(t.numel() * t.element_size() for t in rest)

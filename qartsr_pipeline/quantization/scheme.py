@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
+from qartsr_pipeline.arithmetic import FORMAT_VERSION
 
 LAYER_BITS = (2, 3, 4, 6, 8, 16)
 
@@ -39,7 +39,7 @@ class LayerScheme:
     def changes_nothing(self) -> bool:
         return self.weight_bits == 16 and self.activation_bits == 16 and self.rank == 0
 
-    def rank_for(self, layer: nn.Module) -> int:
+    def rank_for(self, layer: nn.Linear | nn.Conv2d) -> int:
         """The rank that fits the layer: at most the smaller side of the weight's (outputs x taps, inputs) unfolding."""
         weight = layer.weight
         outputs = weight.shape[0] * (weight[0, 0].numel() if weight.dim() == 4 else 1)
@@ -109,7 +109,7 @@ class QuantizationScheme:
             raise ValueError(f"quantization_config cannot be read: {error}") from error
 
 
-def quantizable_layers(model: nn.Module, scheme: QuantizationScheme) -> dict[str, tuple[nn.Module, LayerScheme]]:
+def quantizable_layers(model: nn.Module, scheme: QuantizationScheme) -> dict[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]:
     """Qualified name -> (layer, its scheme) of every plain linear or convolution layer that the scheme quantizes.
 
     Grouped, dilated and not zero-padded convolutions have no quantized form and are left out.

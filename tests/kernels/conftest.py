@@ -1,4 +1,6 @@
-"""Tests here exchange backends, or what the machine can: no choice may be remembered from one to the next."""
+"""Tests here exchange backends, or what the machine can do: no choice may be remembered from one test to the next."""
+
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -6,8 +8,13 @@ from qartsr_pipeline.kernels import dispatch
 
 
 @pytest.fixture(autouse=True)
-def forget_choices():
+def forget_choices() -> Iterator[Callable[[], None]]:
     """Call it to forget within a test, too."""
-    dispatch._choose.cache_clear()
-    yield dispatch._choose.cache_clear
-    dispatch._choose.cache_clear()
+
+    def forget() -> None:
+        dispatch._choose.cache_clear()
+        dispatch._announce.cache_clear()
+
+    forget()
+    yield forget
+    forget()

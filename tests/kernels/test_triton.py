@@ -10,16 +10,16 @@ from deployed_layers import random_layer
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from benchmarks.triton_gpu_check import LEAST_DECIBELS, decibels, hard_values, quantizer_is_exact
+from benchmarks.triton_gpu_check import LEAST_DECIBELS, decibels, hard_values, quantized, quantizer_is_exact
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes
 from qartsr_pipeline.image.tile_statistics import SharedStatistics
-from qartsr_pipeline.kernels import LayerSpec, reference, shared_input, use_backend
-from qartsr_pipeline.kernels.triton import backend as triton_backend
+from qartsr_pipeline.kernels import BACKENDS, LayerSpec, use_backend
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+TRITON, REFERENCE = BACKENDS["triton"], BACKENDS["reference"]
 ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 DEVICE = "cuda" if ON_GPU else "cpu"
 BIT_PAIRS = [(2, 2), (3, 4), (4, 6), (6, 3), (8, 8), (3, 8), (8, 2)]  # every width of either, and mixtures
@@ -52,9 +52,9 @@ def test_bits_and_dtypes(bits: tuple[int, int], channels: int):
     """32 channels take the fast form of unpacking, 13 the slow one."""
     for rank, dtype in ((0, torch.float32), (3, torch.bfloat16), (3, torch.float16)):
         layer, x = layer_of(nn.Linear(channels, 17), *bits, rank), inputs(3, 7, channels, dtype=dtype)
-        assert_close(triton_backend.linear(x, layer), reference.linear(x, layer))
+        assert_close(TRITON.linear(x, layer), REFERENCE.linear(x, layer))
         layer, x = layer_of(nn.Conv2d(channels, 5, 3, padding=1), *bits, rank), inputs(1, channels, 4, 5, dtype=dtype)
-        assert_close(triton_backend.conv2d(x, layer), reference.conv2d(x, layer))
+        assert_close(TRITON.conv2d(x, layer), REFERENCE.conv2d(x, layer))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -74,78 +74,63 @@ def test_geometries(kernel, stride, padding):
     for bits in ((4, 4), (4, 8)):
         layer = layer_of(nn.Conv2d(6, 18, kernel, stride, padding), *bits, 2)
         x = inputs(2, 6, 5, 4)
-        assert_close(triton_backend.conv2d(x, layer), reference.conv2d(x, layer))
+        assert_close(TRITON.conv2d(x, layer), REFERENCE.conv2d(x, layer))
 
 
 def test_more_blocks_than_one_in_every_direction():
     layer, x = layer_of(nn.Conv2d(96, 40, 3, padding=1, bias=False), 3, 4, 20), inputs(1, 96, 5, 8)
-    assert_close(triton_backend.conv2d(x, layer), reference.conv2d(x, layer))
+    assert_close(TRITON.conv2d(x, layer), REFERENCE.conv2d(x, layer))
 
 
 def test_memory_formats():
     layer = layer_of(nn.Conv2d(6, 5, 3, padding=1), 4, 4, 2)
     x = inputs(2, 6, 5, 7)
-    expected = reference.conv2d(x, layer)
+    expected = REFERENCE.conv2d(x, layer)
     sliced = torch.cat([x, x], 1)[:, :6]
     turned = x.transpose(2, 3).contiguous().transpose(2, 3)
     for same in (x, x.to(memory_format=torch.channels_last), sliced, turned):
-        assert_close(triton_backend.conv2d(same, layer), expected)
+        assert_close(TRITON.conv2d(same, layer), expected)
     layer, x = layer_of(nn.Linear(6, 5), 4, 4, 2), inputs(6, 3, 4).permute(2, 1, 0)
-    assert_close(triton_backend.linear(x, layer), reference.linear(x, layer))
+    assert_close(TRITON.linear(x, layer), REFERENCE.linear(x, layer))
 
 
 def test_empty_batches():
-    assert triton_backend.linear(inputs(0, 4, 6), layer_of(nn.Linear(6, 5), 4, 8, 2)).shape == (0, 4, 5)
-    assert triton_backend.conv2d(inputs(0, 6, 4, 4), layer_of(nn.Conv2d(6, 5, 3), 4, 8, 2)).shape == (0, 5, 2, 2)
+    assert TRITON.linear(inputs(0, 4, 6), layer_of(nn.Linear(6, 5), 4, 8, 2)).shape == (0, 4, 5)
+    assert TRITON.conv2d(inputs(0, 6, 4, 4), layer_of(nn.Conv2d(6, 5, 3), 4, 8, 2)).shape == (0, 5, 2, 2)
 
 
-def test_a_picture_smaller_than_the_kernel_is_refused():
+def test_an_image_smaller_than_the_kernel_is_refused():
     with pytest.raises(ValueError, match="2 x 4 is too small for a kernel"):
-        triton_backend.conv2d(inputs(1, 6, 2, 4), layer_of(nn.Conv2d(6, 5, 3), 4, 4, 0))
+        TRITON.conv2d(inputs(1, 6, 2, 4), layer_of(nn.Conv2d(6, 5, 3), 4, 4, 0))
 
 
 def test_nan_and_infinity_stay_where_they_are():
     """Without a branch they are codes like others; every pixel is what the reference gives."""
     layer, x = layer_of(nn.Conv2d(6, 5, 3, padding=1), 4, 4, 0), inputs(1, 6, 5, 5)
     x[0, 0, 0, 0], x[0, 1, 2, 2], x[0, 2, 4, 4] = float("nan"), float("inf"), -float("inf")
-    y = triton_backend.conv2d(x, layer)
+    y = TRITON.conv2d(x, layer)
     assert torch.isfinite(y).all()
-    assert_close(y, reference.conv2d(x, layer))
+    assert_close(y, REFERENCE.conv2d(x, layer))
 
 
 @pytest.mark.parametrize("dtype", [*LEAST_DECIBELS, torch.float64])
-def test_a_residual_is_added(dtype: torch.dtype):
-    layer, x = layer_of(nn.Conv2d(6, 5, 3, padding=1), 4, 4, 2), inputs(2, 6, 5, 4, dtype=dtype)
-    residual = inputs(2, 5, 5, 4, dtype=dtype)
-    y = triton_backend.conv2d(x, layer, residual)
-    assert y.dtype == dtype and decibels(y, reference.conv2d(x, layer) + residual) >= LEAST_DECIBELS.get(dtype, 100)
-    layer, x, residual = layer_of(nn.Linear(6, 5), 4, 4, 2), inputs(2, 3, 6), inputs(2, 3, 5)
-    assert_close(triton_backend.linear(x, layer, residual), reference.linear(x, layer) + residual)
-
-
-def test_layers_that_share_their_input_quantize_it_once(monkeypatch):
-    layers = [layer_of(nn.Linear(6, 5), 4, 4, rank, seed=seed) for seed, rank in enumerate((2, 0, 3))]
-    for layer in layers[1:]:
-        for name in ("smooth", "input_scale", "input_zero_point"):
-            getattr(layer, name).copy_(getattr(layers[0], name))
-    calls = []
-    quantize = triton_backend.operators.quantize
-    monkeypatch.setattr(triton_backend.operators, "quantize", lambda *a: calls.append(1) or quantize(*a))
-    x = inputs(2, 3, 6)
-    with shared_input(layers):
-        for layer in layers:
-            assert_close(triton_backend.linear(x, layer), reference.linear(x, layer))
-    assert len(calls) == 1
+@pytest.mark.parametrize("kernel", [3, 1])
+def test_a_residual_is_added(kernel: int, dtype: torch.dtype):
+    layer, x = layer_of(nn.Conv2d(6, 5, kernel, padding=kernel // 2), 4, 4, 2), inputs(2, 6, 3, 4, dtype=dtype)
+    residual, scale, shift = inputs(2, 5, 3, 4, dtype=dtype), torch.ones(2, 6, device=DEVICE), torch.zeros(2, 6, device=DEVICE)
+    y = TRITON.norm_conv2d(x, scale, shift, layer, silu=False, residual=residual)
+    assert y.dtype == dtype and decibels(y, REFERENCE.conv2d(x, layer) + residual) >= LEAST_DECIBELS.get(dtype, 100)
 
 
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("dtype", LEAST_DECIBELS)
 def test_codes_of_normalized_values(silu: bool, dtype: torch.dtype):
     """Each is the reference's; where rounding of exponential or sum moves a value across a tie, the next one."""
+    from qartsr_pipeline.kernels.triton.quantize import ChannelNorm
+
     layer, x = layer_of(nn.Conv2d(6, 5, 3), 8, 8, 0), inputs(2, 40, 40, 6, dtype=dtype)
     scale, shift = 1 + inputs(2, 6).square(), inputs(2, 6)
-    quantizer = (layer.smooth, layer.input_scale, layer.input_zero_point, 8)
-    codes = triton_backend.operators.quantize(x, *quantizer, None, scale, shift, silu)[0]
+    codes = quantized(x, layer, ChannelNorm(scale, shift, silu)).codes
     values = x.float() * scale[:, None, None] + shift[:, None, None]
     values = nn.functional.silu(values) if silu else values
     expected = centred_codes(values, layer.smooth / layer.input_scale, layer.input_zero_point.float(), 8)
@@ -159,12 +144,12 @@ def test_norm_and_silu_in_the_quantizing_pass(silu: bool):
     norm = nn.GroupNorm(2, 6, eps=1e-4).to(DEVICE)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x = 3 * inputs(2, 6, 5, 7) + 50  # a mean far from 0: sums of squares would cancel
-    scale, shift = triton_backend.group_scale_shift(x, norm)
+    scale, shift = TRITON.group_scale_shift(x, norm)
     assert torch.allclose(x * scale[:, :, None, None] + shift[:, :, None, None], norm(x), atol=2e-4)
     layer = layer_of(nn.Conv2d(6, 5, 3, padding=1), 8, 8, 2)
     between = norm(x)
-    expected = reference.conv2d(nn.functional.silu(between) if silu else between, layer)
-    assert decibels(triton_backend.norm_conv2d(x, scale, shift, layer, silu), expected) > 45
+    expected = REFERENCE.conv2d(nn.functional.silu(between) if silu else between, layer)
+    assert decibels(TRITON.norm_conv2d(x, scale, shift, layer, silu), expected) > 45
 
 
 def test_fused_blocks_take_the_norm_into_the_pass(monkeypatch):
@@ -185,25 +170,14 @@ def test_fused_blocks_take_the_norm_into_the_pass(monkeypatch):
             assert all(decibels(*pictures) > 40 for pictures in zip(block(pair), of_pair, strict=True))
 
 
-def test_fake_implementations_know_shapes_and_dtypes():
-    for layer, x in (
-        (layer_of(nn.Linear(6, 5), 4, 4, 2), inputs(2, 3, 6, dtype=torch.bfloat16)),
-        (layer_of(nn.Conv2d(6, 5, 3, 2, 1), 4, 8, 2), inputs(2, 6, 5, 4)),
-    ):
-        function = getattr(triton_backend, layer.spec.kind)
-        compiled = torch.compile(lambda x, f=function, s=layer: f(x, s) + 1, backend="aot_eager", fullgraph=True)
-        function(x, layer)
-        assert_close(compiled(x), function(x, layer) + 1)
-
-
 def test_constraints():
     spec = LayerSpec("linear", 4, 4, 0, 8, 8)
-    assert triton_backend.unavailable() is None and triton_backend.unsupported(spec, DEVICE) is None
-    assert "16 bits" in triton_backend.unsupported(LayerSpec("linear", 16, 4, 0, 8, 8), DEVICE)
-    assert "does not run on mps" in triton_backend.unsupported(spec, "mps")
+    assert TRITON.unavailable() is None and TRITON.unsupported(spec, DEVICE) is None
+    assert "16 bits" in TRITON.unsupported(LayerSpec("linear", 16, 4, 0, 8, 8), DEVICE)
+    assert "does not run on mps" in TRITON.unsupported(spec, "mps")
 
 
 @pytest.mark.skipif(ON_GPU, reason="this machine has a GPU that Triton compiles for")
 def test_without_a_gpu_and_without_the_interpreter_it_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert triton_backend.unavailable() is not None
+    assert TRITON.unavailable() is not None

@@ -44,7 +44,7 @@ def compile_everything(capability: int, all_configurations: bool, report) -> Non
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction, mangle_type
 
-    from qartsr_pipeline.kernels.triton import backend as triton_backend
+    from qartsr_pipeline.kernels.triton.backend import Triton
     from qartsr_pipeline.quantization.scheme import LayerScheme
 
     def compile_instead(kernel, *args, grid, warmup=False, **kwargs):
@@ -70,6 +70,7 @@ def compile_everything(capability: int, all_configurations: bool, report) -> Non
         for config in tuned.prune_configs(kwargs)[: None if all_configurations else 1]:
             tuned.fn.run(*args, **kwargs, **config.all_kwargs())
 
+    triton_backend = Triton()
     JITFunction.run, Autotuner.run = compile_instead, run_configurations
     for bits, rank, channels in (((4, 4), 16, 128), ((3, 3), 0, 320), ((2, 2), 32, 128), ((8, 8), 4, 128), ((6, 8), 0, 20)):
         layer = random_layer(torch.nn.Conv2d(channels, 128, 3, 1, 1), LayerScheme(*bits, rank))

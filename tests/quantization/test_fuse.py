@@ -12,10 +12,12 @@ from torch import nn
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.image.tile_statistics import SharedStatistics
-from qartsr_pipeline.kernels import reference
+from qartsr_pipeline.kernels import BACKENDS
 from qartsr_pipeline.quantization import fuse as fusing
 from qartsr_pipeline.quantization.fuse import LeanResnetBlock, convolution_of_normalized, fuse
 from tiny_models import build_tiny_pipeline
+
+REFERENCE = BACKENDS["reference"]
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
@@ -40,7 +42,7 @@ def test_a_loaded_model_is_fused_wherever_it_can_be(tmp_path):
     assert fuse(QArtSRPipeline.from_pretrained(tmp_path / "again").vae) == 0
 
 
-class Backend:
+class Fusion:
     """One that takes the norm into its pass; counts how often."""
 
     calls = 0
@@ -51,17 +53,17 @@ class Backend:
         mean, scale = (v.repeat_interleave(x.shape[1] // norm.num_groups, 1) for v in (mean, torch.rsqrt(variance + norm.eps)))
         return scale * norm.weight, norm.bias - mean * scale * norm.weight
 
-    def norm_conv2d(self, x, scale, shift, layer, silu, residual):
+    def norm_conv2d(self, x, scale, shift, layer, silu, residual=None):
         assert silu
         self.calls += 1
-        y = reference.conv2d(nn.functional.silu(x * scale[:, :, None, None] + shift[:, :, None, None]), layer)
+        y = REFERENCE.conv2d(nn.functional.silu(x * scale[:, :, None, None] + shift[:, :, None, None]), layer)
         return y if residual is None else y + residual
 
 
 @pytest.fixture
-def backend(monkeypatch) -> Backend:
-    backend = Backend()
-    monkeypatch.setattr(fusing, "normalizing_backend", lambda x, layer: backend)
+def backend(monkeypatch) -> Fusion:
+    backend = Fusion()
+    monkeypatch.setattr(fusing, "norm_fusion", lambda x, layer: backend)
     return backend
 
 
@@ -76,7 +78,7 @@ def norm_and_convolution() -> tuple[nn.GroupNorm, nn.Module]:
 def test_a_backend_that_can_takes_the_norm_into_its_pass(backend, norm_and_convolution):
     norm, convolution = norm_and_convolution
     x = torch.randn(2, 16, 9, 7) + 1
-    expected = reference.conv2d(nn.functional.silu(norm(x)), convolution)
+    expected = REFERENCE.conv2d(nn.functional.silu(norm(x)), convolution)
     y = convolution_of_normalized(x, norm, convolution)
     assert backend.calls == 1 and (y - expected).norm() < 1e-2 * expected.norm()
 
@@ -84,7 +86,7 @@ def test_a_backend_that_can_takes_the_norm_into_its_pass(backend, norm_and_convo
     with shared.record():
         norm(4 * x[:1])
     with shared.apply():
-        expected = reference.conv2d(nn.functional.silu(norm(x)), convolution)
+        expected = REFERENCE.conv2d(nn.functional.silu(norm(x)), convolution)
         y = convolution_of_normalized(x, norm, convolution)
     assert backend.calls == 2 and (y - expected).norm() < 1e-2 * expected.norm()
 

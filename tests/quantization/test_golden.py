@@ -12,9 +12,9 @@ from make_golden import FOLDER, LAYERS, description, is_robust
 from numpy_reader import centred_weight_codes, compute, expected_tensors, read_safetensors
 from safetensors.torch import load_file, save
 
+from qartsr_pipeline.arithmetic import FORMAT_VERSION
 from qartsr_pipeline.kernels.reference import weight_codes
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
-from qartsr_pipeline.quantization.format_version import FORMAT_VERSION
 from qartsr_pipeline.quantization.freeze import freeze_layer
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "stored_format.md"

@@ -120,7 +120,7 @@ def test_a_fresh_process_loads_with_stock_diffusers(saved):
     _, folder = saved
     code = (
         "import sys; sys.modules['optimum.quanto'] = None\n"
-        "import qartsr_pipeline\n"
+        "import qartsr_pipeline.quantization\n"
         "from diffusers import AutoencoderKL\n"
         f"vae = AutoencoderKL.from_pretrained({str(folder / 'vae')!r})\n"
         "print(type(vae.decoder.conv_in).__name__, vae.decoder.conv_in.weight_packed.dtype)"

@@ -11,7 +11,7 @@ from qartsr_pipeline.quantization.freeze import freeze_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 # bits of weights and activations, bounds at the extremes -> dB that are reached with a margin of about 1.5
-FLOORS = {(2, 2): -1.0, (3, 3): 6.5, (4, 4): 13.5, (6, 6): 26.5, (8, 8): 38.0, (4, 16): 16.0, (16, 4): 16.0, (16, 16): 70.0}
+FLOORS = {(2, 2): 1.0, (3, 3): 6.5, (4, 4): 13.5, (6, 6): 26.5, (8, 8): 38.0, (4, 16): 16.0, (16, 4): 16.0, (16, 16): 70.0}
 
 
 def sqnr(signal: torch.Tensor, output: torch.Tensor) -> float:

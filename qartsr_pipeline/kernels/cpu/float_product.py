@@ -15,81 +15,79 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from qartsr_pipeline.kernels.constraints import Constraints, unavailable_because, unmet
-from qartsr_pipeline.kernels.cpu.onednn import add_branch, as_map, compute_dtype, hidden_rows
-from qartsr_pipeline.kernels.layer_spec import LayerSpec, StoredLayer
-from qartsr_pipeline.kernels.operand import quantized_floats
-from qartsr_pipeline.kernels.shared_input import shared_codes
-from qartsr_pipeline.kernels.weights import weight_bytes
-
-NAME = "float"
-CONSTRAINTS = (Constraints(device="cpu", operators=("mkldnn._linear_pointwise", "mkldnn._convolution_pointwise_")),)
-
-
-def unavailable() -> str | None:
-    return unavailable_because(CONSTRAINTS)
-
-
-def unsupported(spec: LayerSpec, device: str) -> str | None:
-    return unmet(CONSTRAINTS, spec, device)
+from qartsr_pipeline.kernels.backend import Backend
+from qartsr_pipeline.kernels.codes import quantized_floats, weight_bytes
+from qartsr_pipeline.kernels.constraints import Constraints
+from qartsr_pipeline.kernels.cpu.branch import (
+    BRANCH_OPERATORS,
+    Branch,
+    add_branch,
+    as_map,
+    as_rows,
+    compute_dtype,
+    hidden_rows,
+    prepare_branch,
+)
+from qartsr_pipeline.kernels.stored_layer import StoredLayer
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A layer's constants. `scale` is weights' times input's; `down` has phi in it."""
+class Constants:
+    """A layer's constants. `scale` is weights' times input's."""
 
     codes: torch.Tensor  # int8, as `weight_bytes` gives them
     scale: torch.Tensor  # (N,), shaped to broadcast over `codes`
-    multiplier: torch.Tensor
+    multiplier: torch.Tensor  # (C,)
     zero_point: int
-    down: torch.Tensor | None
-    up: torch.Tensor | None
+    branch: Branch | None
+
+    def weight(self) -> torch.Tensor:
+        """The float weights that the input's codes are multiplied by."""
+        return self.codes.float().mul_(self.scale)
 
 
-def prepare(layer: StoredLayer, dtype: torch.dtype) -> Prepared:
+def _make(layer: StoredLayer, dtype: torch.dtype) -> Constants:
     codes = weight_bytes(layer)
-    has_branch = layer.spec.rank > 0
-    return Prepared(
+    return Constants(
         codes,
         (layer.weight_scale * layer.input_scale).view(-1, *[1] * (codes.dim() - 1)),
         layer.smooth / layer.input_scale,
         int(layer.input_zero_point),
-        (layer.branch_down * layer.smooth).to(dtype) if has_branch else None,
-        layer.branch_up.to(dtype) if has_branch else None,
+        prepare_branch(layer, dtype),
     )
 
 
-def prepared(layer: StoredLayer, dtype: torch.dtype) -> Prepared:
-    """What is kept of the layer for inputs of this dtype."""
+def _constants(layer: StoredLayer, dtype: torch.dtype) -> Constants:
     computed = compute_dtype(dtype)
-    return layer.prepared.get(layer, (NAME, computed), lambda stored: prepare(stored, computed))
+    return layer.prepared.get(layer, ("float", computed), lambda stored: _make(stored, computed))
 
 
-def _weight(ready: Prepared) -> torch.Tensor:
-    """The float weights that codes of inputs are multiplied by."""
-    return ready.codes.float().mul_(ready.scale)
-
-
-def _codes(rows: torch.Tensor, ready: Prepared, layer: StoredLayer) -> torch.Tensor:
+def _codes(rows: torch.Tensor, ready: Constants, layer: StoredLayer) -> torch.Tensor:
     return quantized_floats(rows, ready.multiplier, ready.zero_point, layer.spec.activation_bits)
 
 
-def linear(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """(..., C) -> (..., N), in x's dtype."""
-    ready = prepared(layer, x.dtype)
-    rows, codes = shared_codes(NAME, x, layer, lambda rows: _codes(rows, ready, layer))
-    y = F.linear(codes, _weight(ready), layer.bias)
-    if layer.spec.rank:
-        y += F.linear(hidden_rows(rows, ready), ready.up)
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+class FloatProduct(Backend):
+    """Any CPU whose torch was built with oneDNN."""
 
+    name = "float"
+    constraints = (Constraints(device="cpu", operators=BRANCH_OPERATORS),)
 
-def conv2d(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """(B, C, H, W) -> (B, N, H', W'), in x's dtype, channels-last."""
-    spec, ready = layer.spec, prepared(layer, x.dtype)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view of channels-last input
-    codes = as_map(_codes(rows, ready, layer), x)
-    y = F.conv2d(codes, _weight(ready), layer.bias, spec.stride, spec.padding).to(compute_dtype(x.dtype))
-    if spec.rank:
-        add_branch(y, as_map(hidden_rows(rows, ready), x), ready, spec)
-    return y.to(x.dtype)
+    def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
+        _constants(layer, dtype)
+
+    def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        ready = _constants(layer, x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = F.linear(_codes(rows, ready, layer), ready.weight(), layer.bias)
+        if ready.branch is not None:
+            y += F.linear(hidden_rows(rows, ready.branch), ready.branch.up)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        """The result is channels-last."""
+        spec, ready, rows = layer.spec, _constants(layer, x.dtype), as_rows(x)
+        codes = as_map(_codes(rows, ready, layer), x)
+        y = F.conv2d(codes, ready.weight(), layer.bias, spec.stride, spec.padding).to(compute_dtype(x.dtype))
+        if ready.branch is not None:
+            add_branch(y, as_map(hidden_rows(rows, ready.branch), x), ready.branch, spec)
+        return y.to(x.dtype)

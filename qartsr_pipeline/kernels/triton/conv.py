@@ -1,7 +1,7 @@
 """The convolution's product as an implicit GEMM: int8 codes (B, H, W, C) by packed weights, with its epilogue, in one kernel.
 
 A row of the product is an output pixel, its inner dimension goes through the taps and within a tap through the channels, as the
-weights are stored. What lies outside the picture is read as the code of zero. The branch is a second, shorter such loop over the
+weights are stored. What lies outside the image is read as the code of zero. The branch is a second, shorter such loop over the
 hidden values in 16 bit. All offsets of pixels are 64-bit: 4096 x 4096 x 128 codes do not fit 32.
 
 Assumed of the GPU: as in `linear`; neighbouring programs share pixels, and neighbouring taps most of them, through the
@@ -11,22 +11,28 @@ coalesced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
-from qartsr_pipeline.kernels.triton.epilogue import outside_code, scaled, write_output
+from qartsr_pipeline.kernels.stored_layer import StoredLayer
 from qartsr_pipeline.kernels.triton.numbers import convert, dot_float
-from qartsr_pipeline.kernels.triton.operators import output_size
-from qartsr_pipeline.kernels.triton.tuning import autotune_product, rank_block, size_class
-from qartsr_pipeline.kernels.triton.weights import readable, weight_tile
+from qartsr_pipeline.kernels.triton.product import (
+    outside_code,
+    product_arguments,
+    product_constants,
+    product_grid,
+    scaled,
+    write_output,
+)
+from qartsr_pipeline.kernels.triton.quantize import QuantizedInput
+from qartsr_pipeline.kernels.triton.tuning import autotune_product, size_class
+from qartsr_pipeline.kernels.triton.weights import weight_tile
 
 
 @triton.jit
 def _inside(tops, lefts, down, right, height, width):
-    """Which pixels' tap (down, right) lies in the picture: bool (rows,)."""
+    """Which pixels' tap (down, right) lies in the image: bool (rows,)."""
     y = tops + down
     x = lefts + right
     return (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -123,87 +129,45 @@ def _conv_kernel(
     write_output(values, rows, columns, outputs, bias_ptr, residual_ptr, out_ptr, rows_count, OUTPUTS)
 
 
-def conv_product(
-    codes: torch.Tensor,
-    hidden: torch.Tensor | None,
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero_point: torch.Tensor | None,
-    input_scale: torch.Tensor,
-    input_zero_point: torch.Tensor,
-    code_sums: torch.Tensor | None,
-    branch_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    bits: int,
-    activation_bits: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The layer's output from quantized input: (B, H, W, C) -> (B, H', W', N) in ``dtype``, contiguous.
+def conv_product(operand: QuantizedInput, layer: StoredLayer, residual: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The layer's output from its quantized input: (B, H, W, C) -> (B, H', W', N) in ``dtype``, contiguous.
 
     Args:
-        codes: int8 (B, H, W, C), contiguous, of `quantize.quantize`.
-        hidden: the branch's hidden values, ``dtype`` (B, H, W, r), contiguous; None without a branch.
-        code_sums: int32 (N,), sums of centred weight codes; None unless activations have 8 bits.
         residual: ``dtype`` (B, H', W', N), contiguous, added to the output; None for nothing.
-        kernel_size, stride, padding: (vertical, horizontal).
-        others: as stored (`docs/stored_format.md`, section 3).
 
     Raises:
-        ValueError: if the picture with its padding is smaller than the kernel, or has 2^31 pixels or more.
+        ValueError: if the image with its padding is smaller than the kernel, or has 2^31 pixels or more.
     """
-    batch, height, width, channels = codes.shape
-    out_height, out_width = map(output_size, (height, width), kernel_size, stride, padding)
+    spec, (batch, height, width, _) = layer.spec, operand.codes.shape
+    _, outputs, out_height, out_width = spec.output_shape((batch, spec.in_channels, height, width))
     if min(out_height, out_width) < 1:
-        raise ValueError(f"a picture of {height} x {width} is too small for a kernel {tuple(kernel_size)}; pad it")
-    outputs, rows = weight_packed.shape[0], batch * out_height * out_width
+        raise ValueError(f"an image of {height} x {width} is too small for a kernel {spec.kernel_size}; pad it")
+    rows = batch * out_height * out_width
     if rows >= 2**31:
-        raise ValueError(f"{batch} pictures of {out_height} x {out_width} are too many pixels at once; make the batch smaller")
-    out = torch.empty(batch, out_height, out_width, outputs, dtype=dtype, device=codes.device)
+        raise ValueError(f"{batch} images of {out_height} x {out_width} are too many pixels at once; make the batch smaller")
+    out = torch.empty(batch, out_height, out_width, outputs, dtype=dtype, device=operand.codes.device)
     if out.numel() == 0:
         return out
-    rank = 0 if branch_up is None else branch_up.shape[1]
-    if rank:
-        branch_up = branch_up.flatten(2)  # (N, r, taps): a view, for a pixel-fastest and for a rank-fastest memory format
-    weights, aligned = readable(weight_packed, bits, channels)
-    with torch.cuda.device_of(codes):
-        _conv_kernel[lambda chosen: (triton.cdiv(rows, chosen["BLOCK_M"]) * triton.cdiv(outputs, chosen["BLOCK_N"]),)](
-            codes,
-            weights,
-            weight_zero_point,
-            weight_scale,
-            input_scale,
-            input_zero_point,
-            code_sums,
-            hidden,
-            branch_up,
-            bias,
-            residual,
-            out,
+    up = product_constants(layer).branch_up
+    # (N, r, taps): a view, for a pixel-fastest and for a rank-fastest memory format
+    up_strides = (0, 0) if up is None else up.flatten(2).stride()[1:]
+    tensors, constants = product_arguments(operand, layer, residual, out)
+    with torch.cuda.device_of(out):
+        _conv_kernel[product_grid(rows, outputs)](
+            *tensors,
             rows,
             height,
             width,
             out_height,
             out_width,
-            branch_up.stride(1) if rank else 0,
-            branch_up.stride(2) if rank else 0,
+            *up_strides,
             size_class(rows),
-            OUTPUTS=outputs,
-            CHANNELS=channels,
-            RANK=rank,
-            KERNEL_H=kernel_size[0],
-            KERNEL_W=kernel_size[1],
-            STRIDE_H=stride[0],
-            STRIDE_W=stride[1],
-            PADDING_H=padding[0],
-            PADDING_W=padding[1],
-            BITS=bits,
-            ACTIVATION_BITS=activation_bits,
-            ROW_BYTES=weight_packed.shape[1],
-            ALIGNED=aligned,
-            BLOCK_R=rank_block(rank),
+            KERNEL_H=spec.kernel_size[0],
+            KERNEL_W=spec.kernel_size[1],
+            STRIDE_H=spec.stride[0],
+            STRIDE_W=spec.stride[1],
+            PADDING_H=spec.padding[0],
+            PADDING_W=spec.padding[1],
+            **constants,
         )
     return out

@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from qartsr_pipeline.kernels.triton.epilogue import scaled, write_output
+from qartsr_pipeline.kernels.stored_layer import StoredLayer
 from qartsr_pipeline.kernels.triton.numbers import convert, dot_float
-from qartsr_pipeline.kernels.triton.tuning import autotune_product, rank_block, size_class
-from qartsr_pipeline.kernels.triton.weights import readable, weight_tile
+from qartsr_pipeline.kernels.triton.product import product_arguments, product_grid, scaled, write_output
+from qartsr_pipeline.kernels.triton.quantize import QuantizedInput
+from qartsr_pipeline.kernels.triton.tuning import autotune_product, size_class
+from qartsr_pipeline.kernels.triton.weights import weight_tile
 
 
 @autotune_product(["size_class", "OUTPUTS", "CHANNELS", "RANK", "BITS", "ACTIVATION_BITS"])
@@ -36,7 +38,6 @@ def _linear_kernel(
     residual_ptr,
     out_ptr,
     rows_count,
-    hidden_stride,
     size_class,
     OUTPUTS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -75,68 +76,25 @@ def _linear_kernel(
     for first in tl.static_range(0, RANK, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
         inside = (ranks < RANK)[None, :]
-        hidden = tl.load(hidden_ptr + (row_offsets * hidden_stride)[:, None] + ranks[None, :], mask=inside, other=0.0)
+        hidden = tl.load(hidden_ptr + (row_offsets * RANK)[:, None] + ranks[None, :], mask=inside, other=0.0)
         up = tl.load(up_ptr + outputs[:, None] * RANK + ranks[None, :], mask=inside, other=0.0)
         values = dot_float(hidden, tl.trans(convert(up.to(tl.float32), hidden.dtype)), values)
     write_output(values, rows, columns, outputs, bias_ptr, residual_ptr, out_ptr, rows_count, OUTPUTS)
 
 
 def linear_product(
-    codes: torch.Tensor,
-    hidden: torch.Tensor | None,
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero_point: torch.Tensor | None,
-    input_scale: torch.Tensor,
-    input_zero_point: torch.Tensor,
-    code_sums: torch.Tensor | None,
-    branch_up: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    bits: int,
-    activation_bits: int,
-    dtype: torch.dtype,
+    operand: QuantizedInput, layer: StoredLayer, residual: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The layer's output from quantized input: (M, C) -> (M, N) in ``dtype``.
+    """The layer's output from its quantized input: (B, H, W, C) -> (B H W, N) in ``dtype``.
 
     Args:
-        codes: int8 (M, C), contiguous, of `quantize.quantize`.
-        hidden: the branch's hidden values, ``dtype`` (M, r), last stride 1; None without a branch.
-        code_sums: int32 (N,), sums of centred weight codes; None unless activations have 8 bits.
-        residual: ``dtype`` (M, N), contiguous, added to the output; None for nothing.
-        others: as stored (`docs/stored_format.md`, section 3).
+        residual: ``dtype`` (B H W, N), contiguous, added to the output; None for nothing.
     """
-    rows, channels = codes.shape
-    outputs = weight_packed.shape[0]
-    out = torch.empty(rows, outputs, dtype=dtype, device=codes.device)
+    outputs, rows = layer.spec.out_channels, operand.codes.shape[:3].numel()
+    out = torch.empty(rows, outputs, dtype=dtype, device=operand.codes.device)
     if out.numel() == 0:
         return out
-    rank = 0 if branch_up is None else branch_up.shape[1]
-    weights, aligned = readable(weight_packed, bits, channels)
-    with torch.cuda.device_of(codes):
-        _linear_kernel[lambda chosen: (triton.cdiv(rows, chosen["BLOCK_M"]) * triton.cdiv(outputs, chosen["BLOCK_N"]),)](
-            codes,
-            weights,
-            weight_zero_point,
-            weight_scale,
-            input_scale,
-            input_zero_point,
-            code_sums,
-            hidden,
-            branch_up,
-            bias,
-            residual,
-            out,
-            rows,
-            hidden.stride(0) if rank else 0,
-            size_class(rows),
-            OUTPUTS=outputs,
-            CHANNELS=channels,
-            RANK=rank,
-            BITS=bits,
-            ACTIVATION_BITS=activation_bits,
-            ROW_BYTES=weight_packed.shape[1],
-            ALIGNED=aligned,
-            BLOCK_R=rank_block(rank),
-        )
+    tensors, constants = product_arguments(operand, layer, residual, out)
+    with torch.cuda.device_of(out):
+        _linear_kernel[product_grid(rows, outputs)](*tensors, rows, size_class(rows), **constants)
     return out

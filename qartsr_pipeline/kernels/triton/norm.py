@@ -1,4 +1,4 @@
-"""Statistics of a GroupNorm, as one factor and one summand per picture and channel, which `quantize` applies as it
+"""Statistics of a GroupNorm, as one factor and one summand per image and channel, which `quantize` applies as it
 quantizes.
 
 Two kernels. The first takes mean and sum of squared deviations of every channel over a block of pixels, which stays in registers
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qartsr_pipeline.kernels.triton.interpreter import interpreted
+from qartsr_pipeline.kernels.triton import interpreted
 
 PIXEL_BLOCK, CHANNEL_BLOCK = (16, 16) if interpreted() else (128, 32)
 
@@ -32,7 +32,7 @@ def _block_kernel(
     deviations_ptr,
     pixels_count,
     width,
-    picture_stride,
+    image_stride,
     row_stride,
     column_stride,
     channel_stride,
@@ -40,17 +40,17 @@ def _block_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    picture = tl.program_id(2).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
     pixels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (pixels < pixels_count)[:, None] & (channels < CHANNELS)[None, :]
     places = (pixels // width).to(tl.int64) * row_stride + (pixels % width).to(tl.int64) * column_stride
-    offsets = (picture * picture_stride + places)[:, None] + (channels.to(tl.int64) * channel_stride)[None, :]
+    offsets = (image * image_stride + places)[:, None] + (channels.to(tl.int64) * channel_stride)[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     count = tl.minimum(pixels_count - tl.program_id(0) * BLOCK_M, BLOCK_M).to(tl.float32)
     means = tl.reduce(x, 0, _add) / count
     deviations = tl.where(mask, x - means[None, :], 0.0)
-    out = (picture * tl.num_programs(0) + tl.program_id(0)) * CHANNELS + channels
+    out = (image * tl.num_programs(0) + tl.program_id(0)) * CHANNELS + channels
     tl.store(means_ptr + out, means, mask=channels < CHANNELS)
     tl.store(deviations_ptr + out, tl.reduce(deviations * deviations, 0, _add), mask=channels < CHANNELS)
 
@@ -72,7 +72,7 @@ def _group_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One group of one picture; GROUP is its channels, PIXELS the pixels of a whole block of `_block_kernel`."""
+    """One group of one image; GROUP is its channels, PIXELS the pixels of a whole block of `_block_kernel`."""
     inner = tl.arange(0, BLOCK_C)
     channels = tl.program_id(0) * GROUP + inner
     first = tl.program_id(1).to(tl.int64) * blocks_count
@@ -109,7 +109,7 @@ def _group_kernel(
 def group_scale_shift(
     x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, groups: int, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a GroupNorm multiplies every channel of every picture by, and what it then adds.
+    """What a GroupNorm multiplies every channel of every image by, and what it then adds.
 
     Args:
         x: (B, H, W, C), float32, float16 or bfloat16, any strides.

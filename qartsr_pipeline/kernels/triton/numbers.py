@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qartsr_pipeline.kernels.triton.interpreter import interpreted
+from qartsr_pipeline.kernels.triton import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: float32 numbers of this size are whole, so adding it rounds half to even

@@ -1,30 +1,53 @@
 """Quantization of a layer's input in one pass over it: codes, the branch's hidden values and, if asked for, the norm before both.
 
-The input is a picture (B, H, W, C) of any strides, so pictures in channels-first, channels-last or sliced memory are read where
-they are; rows are a picture of height 1. Codes and hidden values are written with the channel fastest.
+The input is (B, H, W, C) of any strides, so feature maps in channels-first, channels-last or sliced memory are read where they
+are; rows are a map of height 1. Codes and hidden values are written with the channel fastest.
 
-What is written for 2 to 6 bits is the centred code; for 8 bits it is code - 128 (see `triton_epilogue`).
-
-Assumed of the GPU: the contiguous one of pixels and channels is found by the compiler from strides of 1, which are compiled in,
-so that reads are coalesced in both memory formats. With a branch a program goes through all channels of its pixels, without it
+Assumed of the GPU: of pixels and channels, the compiler finds the contiguous one from strides of 1, which are compiled in, so
+that reads are coalesced in both memory formats. With a branch a program goes through all channels of its pixels, without it
 through one block of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from qartsr_pipeline.arithmetic.affine import code_range
+from qartsr_pipeline.kernels.stored_layer import StoredLayer
 from qartsr_pipeline.kernels.triton.numbers import convert, dot_float, round_into
 from qartsr_pipeline.kernels.triton.tuning import autotune_quantize, size_class
 
 
+@dataclass(frozen=True)
+class QuantizedInput:
+    """A layer's input as the products read it.
+
+    Attributes:
+        codes: int8 (B, H, W, C), contiguous: centred for 2 to 6 bits, code - 128 for 8 bits (see `product`).
+        hidden: the branch's hidden values in the input's dtype, (B, H, W, r), contiguous; r = 0 without a branch.
+    """
+
+    codes: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ChannelNorm:
+    """x times scale plus shift, float32 (B, C) each and contiguous, then SiLU if asked for."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    silu: bool
+
+
 @triton.jit
-def _normalized(values, scale_ptr, shift_ptr, picture, channels, valid, CHANNELS: tl.constexpr, SILU: tl.constexpr):
-    """values * scale + shift per channel of this picture, then SiLU if asked for, in float32."""
-    offsets = picture * CHANNELS + channels
+def _normalized(values, scale_ptr, shift_ptr, image, channels, valid, CHANNELS: tl.constexpr, SILU: tl.constexpr):
+    """values * scale + shift per channel of this image, then SiLU if asked for, in float32."""
+    offsets = image * CHANNELS + channels
     scale = tl.load(scale_ptr + offsets, mask=valid, other=0.0)
     shift = tl.load(shift_ptr + offsets, mask=valid, other=0.0)
     values = values * scale[None, :] + shift[None, :]
@@ -47,7 +70,7 @@ def _quantize_kernel(
     hidden_ptr,
     pixels_count,
     width,
-    picture_stride,
+    image_stride,
     row_stride,
     column_stride,
     channel_stride,
@@ -60,11 +83,11 @@ def _quantize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    picture = tl.program_id(2).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
     pixels = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = pixels < pixels_count
     places = (pixels // width).to(tl.int64) * row_stride + (pixels % width).to(tl.int64) * column_stride
-    written = picture * pixels_count + pixels
+    written = image * pixels_count + pixels
     scale = tl.load(scale_ptr)
     zero_point = tl.load(zero_point_ptr).to(tl.float32)
     ranks = tl.arange(0, BLOCK_R)
@@ -80,12 +103,12 @@ def _quantize_kernel(
         channels = block * BLOCK_C + tl.arange(0, BLOCK_C)
         valid = channels < CHANNELS
         mask = exists[:, None] & valid[None, :]
-        offsets = (picture * picture_stride + places)[:, None] + (channels.to(tl.int64) * channel_stride)[None, :]
+        offsets = (image * image_stride + places)[:, None] + (channels.to(tl.int64) * channel_stride)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         values = x.to(tl.float32)
         smooth = tl.load(smooth_ptr + channels, mask=valid, other=1.0)
         if norm_scale_ptr is not None:
-            values = _normalized(values, norm_scale_ptr, norm_shift_ptr, picture, channels, valid, CHANNELS, SILU)
+            values = _normalized(values, norm_scale_ptr, norm_shift_ptr, image, channels, valid, CHANNELS, SILU)
         codes = round_into(values * tl.div_rn(smooth, scale)[None, :], -zero_point, HIGHEST - zero_point)
         if HIGHEST == 255:
             codes += zero_point - 128.0
@@ -102,38 +125,27 @@ def _quantize_kernel(
         tl.store(places_out, convert(hidden, hidden_ptr.dtype.element_ty), mask=hidden_mask)
 
 
-def quantize(
-    x: torch.Tensor,
-    smooth: torch.Tensor,
-    input_scale: torch.Tensor,
-    input_zero_point: torch.Tensor,
-    bits: int,
-    branch_down: torch.Tensor | None = None,
-    norm_scale: torch.Tensor | None = None,
-    norm_shift: torch.Tensor | None = None,
-    silu: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and hidden values of one input.
+def quantize(x: torch.Tensor, layer: StoredLayer, norm: ChannelNorm | None = None) -> QuantizedInput:
+    """Codes and hidden values of a layer's input.
 
     The integers are those of `arithmetic.affine.centred_codes` with the multiplier smooth / input_scale; a NaN becomes the zero
     point, so its centred code is 0, and infinities are clipped.
 
     Args:
         x: (B, H, W, C), float32, float16 or bfloat16, any strides.
-        smooth, input_scale, input_zero_point, branch_down: as stored (`docs/stored_format.md`, section 3); several layers that
-            share the first three may stack their ``branch_down``, (sum of ranks, C).
-        norm_scale, norm_shift: float32 (B, C), contiguous: x * norm_scale + norm_shift is what is quantized, in float32.
-        silu: SiLU after that.
+        norm: applied to x first, in float32.
 
-    Returns:
-        int8 (B, H, W, C), and x's dtype (B, H, W, r), r = 0 without a branch.
+    Raises:
+        ValueError: if x has another number of channels than the layer.
     """
     batch, height, width, channels = x.shape
-    rank = 0 if branch_down is None else branch_down.shape[0]
+    rank, bits = layer.spec.rank, layer.spec.activation_bits
+    if channels != layer.spec.in_channels:
+        raise ValueError(f"the input has {channels} channels, but the layer takes {layer.spec.in_channels}")
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     hidden = torch.empty(batch, height, width, rank, dtype=x.dtype, device=x.device)
     if codes.numel() == 0:
-        return codes, hidden
+        return QuantizedInput(codes, hidden)
 
     def grid(chosen: dict[str, int]) -> tuple[int, int, int]:
         blocks = 1 if rank else triton.cdiv(channels, chosen["BLOCK_C"])
@@ -142,12 +154,12 @@ def quantize(
     with torch.cuda.device_of(x):
         _quantize_kernel[grid](
             x,
-            smooth,
-            input_scale,
-            input_zero_point,
-            branch_down,
-            norm_scale,
-            norm_shift,
+            layer.smooth,
+            layer.input_scale,
+            layer.input_zero_point,
+            layer.branch_down if rank else None,
+            norm.scale if norm else None,
+            norm.shift if norm else None,
             codes,
             hidden if rank else None,
             height * width,
@@ -157,7 +169,7 @@ def quantize(
             CHANNELS=channels,
             RANK=rank,
             HIGHEST=code_range(bits)[1],
-            SILU=silu,
+            SILU=norm is not None and norm.silu,
             BLOCK_R=max(16, triton.next_power_of_2(rank)),
         )
-    return codes, hidden
+    return QuantizedInput(codes, hidden)

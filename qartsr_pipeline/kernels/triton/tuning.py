@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 
-from qartsr_pipeline.kernels.triton.interpreter import interpreted
+from qartsr_pipeline.kernels.triton import interpreted
 
 
 def _product(rows: int, outputs: int, inputs: int, warps: int, stages: int) -> triton.Config:
@@ -41,7 +41,7 @@ def _whole_blocks(configs: list[triton.Config], named_args: dict, **arguments: o
 
 
 def size_class(rows: int) -> int:
-    """Rows rounded up to a power of two: pictures of similar size share one choice."""
+    """Rows rounded up to a power of two: images of similar size share one choice."""
     return triton.next_power_of_2(rows)
 
 

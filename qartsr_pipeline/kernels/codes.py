@@ -1,9 +1,10 @@
-"""The quantize step: a layer's input to bytes, the same integers as `arithmetic.affine.centred_codes`, in few passes.
+"""The integers that backends multiply: weights as centred codes, and the quantize step that makes codes of a layer's input.
 
-An input as large as a feature map is worked through in blocks that stay in the processor's cache: multiply, round, clamp and
-convert each touch the block only. On other devices blocks are larger, and only bound the memory. `torch.quantize_per_channel`
-does the same in one pass without vector instructions, ten times slower (and `quantize_per_tensor` plus `int_repr` is no faster
-than this, warns that it will be removed, and turns NaN and large values into whatever the processor makes of them).
+The quantize step gives the same integers as `arithmetic.affine.centred_codes`, in few passes. An input as large as a feature map
+is worked through in blocks that stay in the processor's cache: multiply, round, clamp and convert each touch the block only. On
+other devices blocks are larger, and only bound the memory. `torch.quantize_per_channel` does the same in one pass without vector
+instructions, ten times slower (and `quantize_per_tensor` plus `int_repr` is no faster than this, warns that it will be removed,
+and turns NaN and large values into whatever the processor makes of them).
 
 NaN becomes the zero point, the code of 0, as in the reference: a float NaN converts to the integer 0 on all supported hardware.
 """
@@ -14,8 +15,22 @@ from collections.abc import Iterator
 
 import torch
 
+from qartsr_pipeline.arithmetic.packing import unpack
+from qartsr_pipeline.kernels.stored_layer import StoredLayer
+
 BLOCK_ELEMENTS = 1 << 16  # 256 KiB in float32: fits the second-level cache of one core
 DEVICE_BLOCK_ELEMENTS = 1 << 24
+
+
+def weight_bytes(layer: StoredLayer) -> torch.Tensor:
+    """Centred weight codes as int8: (N, C) of a linear layer, (N, C, kh, kw) of a convolution, channels-last."""
+    spec = layer.spec
+    codes = unpack(layer.weight_packed, spec.weight_bits, spec.taps * spec.in_channels).contiguous().view(torch.int8)
+    if spec.weight_bits < 8:
+        codes = codes - layer.weight_zero_point.view(torch.int8)[:, None]  # both below 64
+    if spec.kind == "linear":
+        return codes
+    return codes.view(-1, *spec.kernel_size, spec.in_channels).permute(0, 3, 1, 2)  # stored (N, kh, kw, C)
 
 
 def blocks(rows: int, columns: int, device: str = "cpu") -> Iterator[slice]:
@@ -39,7 +54,7 @@ def quantized_rows(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int, b
     """
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     low, high = -zero_point, 2**bits - 1 - zero_point
-    parts = list(blocks(*x.shape, x.device.type))
+    parts = list(blocks(x.shape[0], x.shape[1], x.device.type))
     if parts:
         scratch = torch.empty((parts[0].stop, x.shape[1]), dtype=torch.float32, device=x.device)
     for part in parts:
