@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests" / "comfyui"))  # the server that the tests
 from server import Server, upscale_graph  # noqa: E402
 
 from qartsr_pipeline.calibration.data.fingerprint import processor  # noqa: E402
-from qartsr_pipeline.calibration.training.training_state import write_whole  # noqa: E402
+from qartsr_pipeline.calibration.saving import write_whole  # noqa: E402
 
 SAMPLE = ROOT / "qartsr_pipeline" / "samples" / "rider.jpg"
 

@@ -28,9 +28,9 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.recipe import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import folder_sizes
+from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.branches import branch_from_weight
 from qartsr_pipeline.calibration.start.schemes import fold_and_make_schemes
-from qartsr_pipeline.calibration.training.training_state import write_whole
 from qartsr_pipeline.quantization.calibrating import calibrating_layers, prepare
 from qartsr_pipeline.quantization.freeze import freeze
 

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.footprint import in_own_process
 from qartsr_pipeline.calibration.data.fingerprint import processor, versions
 from qartsr_pipeline.calibration.report.figures import png_of
-from qartsr_pipeline.calibration.training.training_state import write_whole
+from qartsr_pipeline.calibration.saving import write_whole
 
 
 def measure(model: str, size: int, scale: int, rounds: int, threads: int, tile_size: int) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from torch import nn
 
 from qartsr_pipeline.calibration.data.fingerprint import versions
 from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds, quantize_groups
-from qartsr_pipeline.calibration.training.training_state import write_whole
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.scheme import LayerScheme
 

@@ -24,7 +24,7 @@ from calibration.comparison.setting import Comparison, load_model, write_json
 from calibration.comparison.table import COLOR_FIX
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.report.figures import png_of
-from qartsr_pipeline.calibration.training.training_state import write_whole
+from qartsr_pipeline.calibration.saving import write_whole
 
 
 def read_candidates(search: Path) -> dict[str, dict[str, Any]]:

@@ -24,10 +24,10 @@ from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import EXTRA_BITS, MAIN, Cell, Method, make_method, method_names
 from calibration.comparison.setting import Comparison, load_model
 from calibration.comparison.table import read_cells, write_tables
-from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint
-from qartsr_pipeline.calibration.data.overlap import check_no_overlap, file_digests, overlap
+from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, data_fingerprint, file_digests, overlap
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
-from qartsr_pipeline.calibration.data.photographs import PhotographPatches, list_photographs
+from qartsr_pipeline.calibration.data.patches import PhotographPatches
+from qartsr_pipeline.calibration.data.photographs import list_photographs
 from qartsr_pipeline.calibration.evaluation.perceptual_metrics import NAMES, load_metrics
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
 from qartsr_pipeline.checkpoint_files import fetch

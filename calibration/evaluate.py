@@ -27,15 +27,14 @@ from tqdm import tqdm
 
 from calibration.comparison.reported_results import reproduce
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
-from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, versions
-from qartsr_pipeline.calibration.data.overlap import check_no_overlap
+from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, data_fingerprint, hardware, versions
 from qartsr_pipeline.calibration.data.paired_folders import HR_ONLY, find_pairs
 from qartsr_pipeline.calibration.data.photographs import as_pixels
 from qartsr_pipeline.calibration.evaluation.evaluation import evaluate_pipelines, load_candidates, row_names
 from qartsr_pipeline.calibration.evaluation.evaluation_report import markdown, summarize
 from qartsr_pipeline.calibration.evaluation.perceptual_metrics import NAMES, load_metrics
+from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.warm_start import record_of_folder
-from qartsr_pipeline.calibration.training.training_state import write_whole
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.image.comparison import compare

@@ -24,29 +24,31 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from calibration.teacher.export import RECORD_NAME as TRAINING_NAME
-from calibration.teacher.train import pictures as training_pictures
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration import trq
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
-from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
-from qartsr_pipeline.calibration.data.overlap import (
+from qartsr_pipeline.calibration.data.fingerprint import (
     BEFORE,
     check_no_overlap,
+    hardware,
     overlap,
     photographs_record,
     recorded_files,
+    versions,
     without_files,
 )
 from qartsr_pipeline.calibration.data.pairs import Patches
-from qartsr_pipeline.calibration.data.photographs import PhotographPatches, list_photographs
+from qartsr_pipeline.calibration.data.patches import PhotographPatches
+from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, load_recipe, parse_bits, recipe_names, with_values
 from qartsr_pipeline.calibration.report.model_card import model_card
-from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
+from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import make_report
-from qartsr_pipeline.calibration.retraining.settings import parse_phase
+from qartsr_pipeline.calibration.retraining.settings import Settings
+from qartsr_pipeline.calibration.saving import SavingError, write_whole
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
+from qartsr_pipeline.calibration.stopping import Stopped
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
 from qartsr_pipeline.calibration.training.engine import check_start, quantize
 from qartsr_pipeline.calibration.training.losses import PERCEPTUAL, Perceptual, load_perceptual
@@ -54,11 +56,13 @@ from qartsr_pipeline.calibration.training.preparation import Told
 from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
 from qartsr_pipeline.calibration.training.stages import Calibrated, Watch
 from qartsr_pipeline.calibration.training.tensor_store import PREFIX
-from qartsr_pipeline.calibration.training.training_state import write_whole
 from qartsr_pipeline.calibration.training.workers import ALONE, Workers
+from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.checkpoint_files import fetch, shipped_checkpoints
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.cli.processes import join_processes
+from qartsr_pipeline.cli.timestep_search import add_search_arguments, timestep_search
+from qartsr_pipeline.cli.training_bar import TrainingBar
 from qartsr_pipeline.quantization.freeze import freeze
 
 ARGUMENTS_NAME = "run.json"
@@ -77,7 +81,7 @@ def arguments() -> argparse.ArgumentParser:
         help="QArtSR's first stage: a timestep to retrain the model at before quantizing it, `search` to find one"
         " (calibration/trq.py), or `keep` (default)",
     )
-    trq.add_search_arguments(parser.add_argument_group("with --timestep"))
+    add_search_arguments(parser.add_argument_group("with --timestep"))
     parser.add_argument("--recipe", default="qartsr", help=f"{', '.join(recipe_names())}, or a YAML file")
     parser.add_argument(
         "--bits", default="w4a4", type=str.lower, help="of weights and activations: 2, 3, 4, 6, 8, or 16 for none"
@@ -168,26 +172,22 @@ def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | 
     """The full-precision pipeline folder, retrained at another timestep if asked for, and the sweep's rows if there was one.
 
     Raises:
-        ValueError: none fits the rule of the search. trq.Stopped: call it again to go on.
+        ValueError: none fits the rule of the search. Stopped: call it again to go on.
     """
     if args.timestep == "keep":
         return fetch(args.model), None
     searched = args.timestep == "search"
-    options = trq.Options(
-        timesteps=tuple(args.timesteps) if searched else (int(args.timestep),),
-        phases=tuple(map(parse_phase, args.phases)),
-        full_phases=tuple(map(parse_phase, args.full_phases)),
-        rule=trq.Rule(args.least_bypass_cost, args.quality_margin),
-        degradation=args.degradation,
-        seed=args.seed,
-    )
-    pictures = {"data": args.data, "procedural": 0.0 if args.data else 1.0, "degradation": args.degradation}
-    patches, held_out, record = training_pictures(argparse.Namespace(**pictures, held_out=args.held_out))
-    folder = args.output / "timestep"
-    search = trq.Search(args.model, patches, held_out, options, folder, record, device=choose_device(args.device)[0])
-    if not searched:
-        return search.retrain(args.model, options.timesteps[0], options.full_phases, folder), None
-    model = search.run()
+    rule = (args.least_bypass_cost, args.quality_margin)
+    timesteps = args.timesteps if searched else [int(args.timestep)]
+    search = timestep_search(timesteps, args.phases, args.full_phases, *rule, args.held_out)
+    data = TrainingData(args.data, 0.0 if args.data else 1.0, args.degradation, args.held_out).load()
+    settings = Settings(seed=args.seed, every=250, degradation=args.degradation)
+    folder, device = args.output / "timestep", choose_device(args.device)[0]
+    with TrainingBar() as bar:
+        stage = TRQ(args.model, data, folder, search, settings, device=device, progress=bar)
+        if not searched:
+            return stage.retrain(args.model, int(args.timestep), search.full_phases, folder), None
+        model = stage.run()
     sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     return model, [row | {"chosen": row["timestep"] == sweep["chosen"]} for row in sweep["rows"]]
 
@@ -228,7 +228,7 @@ def load_job(args: argparse.Namespace, workers: Workers = ALONE) -> Job:
     if args.timestep != "keep" and recipe.is_perceptual:  # what it lacks is said before the model is retrained, not after
         perceptual_of(args, QArtSRPipeline.from_pretrained(source))
     folder, sweep = at_timestep(args)
-    retrained = None if args.timestep == "keep" else json.loads((folder / TRAINING_NAME).read_text(encoding="utf-8"))
+    retrained = None if args.timestep == "keep" else json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
     without = {"text_encoder": None, "tokenizer": None}  # the fixed prompt is folded into the weights
     pipeline = QArtSRPipeline.from_pretrained(folder, **without).to(device)
     full_precision = on_the_same_weights(pipeline)
@@ -356,10 +356,12 @@ def main(argv: list[str] | None = None) -> None:
         args = workers.of_first(lambda: parse(argv))
         finished = run(args, workers=workers)
         workers.processes.gather(finished)
-    except trq.Stopped:
+    except Stopped:
         finished = False
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped at once; continue from what was saved last with --resume\n")
+    except SavingError as error:
+        parser.error(f"{' '.join(str(error).split())} Then continue with --resume.")
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         parser.error(" ".join(str(error).split()))
     if not finished:

@@ -12,10 +12,10 @@ import torch
 
 from calibration.comparison.methods import Cell
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.photographs import PhotographPatches
+from qartsr_pipeline.calibration.data.patches import PhotographPatches
+from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
 from qartsr_pipeline.calibration.training.stages import weights_digest
-from qartsr_pipeline.calibration.training.training_state import write_whole
 from qartsr_pipeline.checkpoint_files import fetch
 
 

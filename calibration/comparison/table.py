@@ -14,7 +14,7 @@ from PIL import Image
 
 from calibration.comparison.learning_rate import SWEEP_STEPS
 from calibration.comparison.methods import MAIN
-from qartsr_pipeline.calibration.training.training_state import write_whole
+from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.image.comparison import compare
 
 TABLE_NAME, JSON_NAME = "comparison.md", "comparison.json"

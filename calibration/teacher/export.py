@@ -1,34 +1,26 @@
 """Writes the trained small model as a full-precision QArtSRPipeline folder.
 
-    python calibration/teacher/export.py runs/teacher/state.pt tiny-fp --data PHOTOS
+    python -m calibration.teacher.export runs/teacher/state.pt tiny-fp --data PHOTOS
 
-The moving average of the weights is what is exported, in float16. `training.json` in the folder tells what it was trained with.
+The moving average of the weights is exported, in float16. `training.json` in the folder records what the model was trained with.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import torch
 
+from calibration.teacher.model import TIMESTEP, new_model
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.fingerprint import versions
-from qartsr_pipeline.calibration.data.overlap import photographs_record
+from qartsr_pipeline.calibration.data.fingerprint import photographs_record, versions
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
 from qartsr_pipeline.calibration.data.photographs import list_photographs
-from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
-from qartsr_pipeline.calibration.retraining.one_step_model import SCALE, TIMESTEP, Teacher
-from qartsr_pipeline.calibration.retraining.start import teacher_from_folder
-from qartsr_pipeline.calibration.training.training_state import load_state
-from qartsr_pipeline.prompt_embedding import PromptEmbedding
-
-RECORD_NAME = "training.json"
+from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, save_pipeline
+from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
+from qartsr_pipeline.calibration.retraining.trainer import load_state
 
 
 def export(
@@ -38,7 +30,7 @@ def export(
 
     Args:
         state_path: ``state.pt`` of a training run, finished or not.
-        folder: the pipeline folder; one that is there already is replaced but for its README.md, anything else is not.
+        folder: the pipeline folder. One that exists is replaced but for its README.md; anything else is left alone.
         record: what the state itself does not record: "seed", "timestep", and the entries of `data_record`.
         dtype: of the stored weights.
 
@@ -46,12 +38,12 @@ def export(
         Bytes of each component's files, by the component's name, and their sum as "total".
 
     Raises:
-        FileNotFoundError: no state there. FileExistsError: `folder` is something else than a pipeline folder.
+        FileNotFoundError: there is no state. FileExistsError: `folder` exists and is not a pipeline folder.
         ValueError: not a training state, or one of a model of another shape.
     """
     state = load_state(Path(state_path))
     pipeline = build_pipeline(state, dtype, record)
-    return save_pipeline(pipeline, folder, RECORD_NAME, training_record(state, record))
+    return save_pipeline(pipeline, folder, TRAINING_RECORD, training_record(state, record))
 
 
 def build_pipeline(
@@ -62,30 +54,16 @@ def build_pipeline(
     timestep = recorded.get("timestep", TIMESTEP)
     start = (recorded.get("arguments") or {}).get("start")
     with torch.random.fork_rng(devices=[]):
-        teacher = teacher_from_folder(start) if start else Teacher(seed=recorded.get("seed") or 0, timestep=timestep)
-    teacher.timestep = timestep
+        model = OneStepModel.from_pretrained(start) if start else new_model(recorded.get("seed") or 0, timestep)
+    model.set_timestep(timestep)
     try:
-        teacher.load_state_dict(state["average"])
+        model.load_state_dict(state["average"])
     except RuntimeError as error:
         raise ValueError(
-            f"the training state is of a model of another shape than {start or 'calibration/teacher_model.py builds'}:"
+            f"the training state is of a model of another shape than {start or 'calibration/teacher/model.py builds'}:"
             f" export it with the code that trained it. {' '.join(str(error).split())[:300]}"
         ) from error
-    return pipeline_of(teacher, dtype)
-
-
-def pipeline_of(teacher: Teacher, dtype: torch.dtype = torch.float16) -> QArtSRPipeline:
-    """A pipeline around the model's components, which are converted in place."""
-    teacher.requires_grad_(False).eval()
-    teacher.vae.register_to_config(scaling_factor=float(teacher.scaling_factor))
-    return QArtSRPipeline(
-        unet=torch.nn.Module.to(teacher.unet, dtype),  # diffusers' own `to` warns about layers kept in float32; there are none
-        vae=torch.nn.Module.to(teacher.vae, dtype),
-        scheduler=teacher.scheduler,
-        prompt_embedding=PromptEmbedding.from_tensor(teacher.prompt_embeds.to(dtype)),
-        timestep=teacher.timestep,
-        scale=SCALE,
-    )
+    return model.to_pipeline(dtype)
 
 
 def training_record(state: dict[str, Any], record: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -95,7 +73,7 @@ def training_record(state: dict[str, Any], record: dict[str, Any] | None = None)
         name: Path(value).name if name == "start" and value else value
         for name, value in (recorded.get("arguments") or {}).items()
         if name != "data"
-    }  # no paths of its own machine
+    }  # without paths of the machine
     return {
         "phases": state["phases"],
         "phases_finished": state["phase_index"],
@@ -124,7 +102,7 @@ def data_record(data: str | Path, held_out: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="calibration.teacher.export", description=__doc__.split("\n\n")[0])
     parser.add_argument("state", help="state.pt of a training run")
     parser.add_argument("folder", help="the pipeline folder to write")
     older = parser.add_argument_group("for states that do not record what they were trained with")
@@ -139,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             record |= data_record(args.data, args.held_out)
         sizes = export(args.state, args.folder, record)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))
     for name, size in sizes.items():
         print(f"{name:18s} {size / 1e6:7.2f} MB")
     print(f"written: {args.folder}")

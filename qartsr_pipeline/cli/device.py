@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
 import torch
 
 from qartsr_pipeline.cli.messages import UsageError
@@ -53,12 +50,3 @@ def choose_dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
 
 def _gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor without a name there
-        return platform.processor() or platform.machine()

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qartsr_pipeline.calibration.data.fingerprint import processor
 from qartsr_pipeline.checkpoint_files import fetch
-from qartsr_pipeline.cli.device import processor
 from qartsr_pipeline.cli.loading import load_quietly
 from qartsr_pipeline.kernels import BACKENDS, list_backends, use_backend
 from qartsr_pipeline.kernels.cpu.onednn import has_vnni

@@ -21,16 +21,16 @@ OPTIONS = ("--held-out", "1", "--every", "10", "--seed", "3", "--fp32", "--degra
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """Folder of four pictures of 206 x 203 pixels."""
+    """Folder of four images of 206 x 203 pixels."""
     folder = tmp_path_factory.mktemp("photographs")
-    for index, picture in enumerate(DeadLeaves().sample(4, 206, np.random.default_rng(5))):
-        pixels = (picture.permute(1, 2, 0).numpy()[:203] * 255).round().astype(np.uint8)
+    for index, image in enumerate(DeadLeaves().sample(4, 206, np.random.default_rng(5))):
+        pixels = (image.permute(1, 2, 0).numpy()[:203] * 255).round().astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"picture_{index}.png")
     return folder
 
 
 def build_tiny_models(seed: int):
-    """In the place of `one_step_model.build_models`: a few thousand weights instead of millions."""
+    """In the place of `calibration.teacher.model.build_models`: a few thousand weights instead of millions."""
     torch.manual_seed(seed)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     return build_tiny_vae(), build_tiny_unet(), scheduler, torch.randn(1, 4, 16)
@@ -47,7 +47,7 @@ def trained_once(photographs, training_arguments, tmp_path_factory):
     """The output folder of a finished run; not to be changed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qartsr_pipeline.calibration.retraining.one_step_model.build_models", build_tiny_models)
+        patch.setattr("calibration.teacher.model.build_models", build_tiny_models)
         teacher.main(["--data", str(photographs), "--output", str(folder), *training_arguments])
     return folder
 
@@ -55,5 +55,5 @@ def trained_once(photographs, training_arguments, tmp_path_factory):
 @pytest.fixture
 def trained(trained_once, tmp_path, monkeypatch):
     """A copy of that folder, for a test in which `calibration.teacher.train` builds tiny models."""
-    monkeypatch.setattr("qartsr_pipeline.calibration.retraining.one_step_model.build_models", build_tiny_models)
+    monkeypatch.setattr("calibration.teacher.model.build_models", build_tiny_models)
     return Path(shutil.copytree(trained_once, tmp_path / "run"))

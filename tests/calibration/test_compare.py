@@ -16,7 +16,7 @@ from calibration.comparison import learning_rate, methods, table
 from calibration.comparison.cells import CROP, most_restored, stored_size
 from calibration.comparison.methods import Cell, make_method, method_names
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.data.overlap import file_digests
+from qartsr_pipeline.calibration.data.fingerprint import file_digests
 from qartsr_pipeline.calibration.recipe import Layer, load_recipe
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.calibration.training.stages import Calibrated, all_layers

@@ -15,7 +15,7 @@ from PIL import Image
 
 from calibration import evaluate
 from calibration.comparison.reported_results import TABLES, method_and_bits
-from qartsr_pipeline.calibration.data.overlap import file_digests, overlap
+from qartsr_pipeline.calibration.data.fingerprint import file_digests, overlap
 from qartsr_pipeline.calibration.data.paired_folders import find_pairs, read_pair
 from qartsr_pipeline.calibration.evaluation.evaluation import Candidate, Row, evaluate_pipelines
 from qartsr_pipeline.calibration.evaluation.evaluation_report import markdown, summarize

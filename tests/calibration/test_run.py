@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from calibration import run as command
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.overlap import check_no_overlap, file_digests
+from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, file_digests
 from qartsr_pipeline.calibration.training.stages import Run
 
 TINY = ["--steps", "6", "--set", *SMALL]

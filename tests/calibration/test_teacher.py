@@ -13,11 +13,13 @@ import torch
 
 from calibration.teacher import export as export_teacher
 from calibration.teacher import train as teacher
+from calibration.teacher.model import TIMESTEP, build_models, new_model
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration import saving
 from qartsr_pipeline.calibration.retraining import plots as training_plots
-from qartsr_pipeline.calibration.retraining.one_step_model import TIMESTEP
+from qartsr_pipeline.calibration.retraining.losses import PhaseLoss
 from qartsr_pipeline.calibration.retraining.settings import parse_phase
-from qartsr_pipeline.calibration.training import training_state
+from qartsr_pipeline.calibration.retraining.trainer import Trainer, load_state
 
 BEGUN = ("--phases", "autoencoder:2:1e-3:32:4", "pixel:4:1e-3:32:4")  # the phases of `trained`
 
@@ -36,22 +38,22 @@ def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(
     trained, training_arguments, photographs, tmp_path, monkeypatch, capsys
 ):
     """Ctrl-C in the fourth step, which is in the second phase; the resumed run takes all its arguments from the state."""
-    output, steps, train_step = str(tmp_path / "stopped"), [], teacher.Trainer._train_step
+    output, steps, train_step = str(tmp_path / "stopped"), [], Trainer._train_step
 
-    def step_and_interrupt(self, phase):
+    def step_and_interrupt(self, phase, optimizer):
         steps.append(phase.name)
         if len(steps) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return train_step(self, phase)
+        return train_step(self, phase, optimizer)
 
-    monkeypatch.setattr(teacher.Trainer, "_train_step", step_and_interrupt)
+    monkeypatch.setattr(Trainer, "_train_step", step_and_interrupt)
     with pytest.raises(SystemExit) as stopped:
         teacher.main(["--data", str(photographs), "--output", output, *training_arguments])
     assert stopped.value.code == 130 and len(steps) == 4
     assert "saved at step 2 of phase 'pixel'" in (said := capsys.readouterr().err) and f"--resume --output {output}" in said
     teacher.main(["--resume", "--output", output])
     assert len(steps) == 6
-    once, twice = (training_state.load_state(folder / "state.pt") for folder in (trained, tmp_path / "stopped"))
+    once, twice = (load_state(folder / "state.pt") for folder in (trained, tmp_path / "stopped"))
     for state in (once, twice):
         for row in state["history"]:
             del row["seconds"]
@@ -97,8 +99,7 @@ def test_trouble_keeps_the_last_good_state(trained, trouble, monkeypatch, capsys
     if trouble == "diverged":
         losses = iter((1.0, float("nan")))
         monkeypatch.setattr(
-            "qartsr_pipeline.calibration.retraining.trainer.loss_of",
-            lambda name, model, *_: next(losses) * model.unet.conv_in.weight.square().sum(),
+            PhaseLoss, "__call__", lambda self, name, model, *_: next(losses) * model.unet.conv_in.weight.square().sum()
         )
         expected = ("training diverged at step 1 of phase 'joint': the loss is nan", "lower learning rate")
     else:
@@ -106,8 +107,8 @@ def test_trouble_keeps_the_last_good_state(trained, trouble, monkeypatch, capsys
         def full(_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(training_state.os, "fsync", full)
-        expected = ("cannot be written: No space left on device", "The one saved before is untouched", "--resume")
+        monkeypatch.setattr(saving.os, "fsync", full)
+        expected = ("No space left on device. The file that was saved before is untouched", "teacher.train --resume --output")
     with pytest.raises(SystemExit) as stopped:
         teacher.main(["--resume", "--output", str(trained), *BEGUN, "joint:3:1e-3:32:4"])
     said = capsys.readouterr().err
@@ -132,8 +133,8 @@ def test_exported_folder_is_the_averaged_model(trained, photographs, tmp_path, m
     folder = tmp_path / "exported"
     sizes = export_teacher.export(trained / "state.pt", folder)
     assert sizes["total"] >= sizes["unet"] + sizes["vae"] > 10_000
-    state = training_state.load_state(trained / "state.pt")
-    model = teacher.Teacher(0, TIMESTEP)
+    state = load_state(trained / "state.pt")
+    model = new_model(0, TIMESTEP)
     model.load_state_dict({key: value.half().float() for key, value in state["average"].items()})
     model.scaling_factor.copy_(state["average"]["scaling_factor"])
     pipeline = QArtSRPipeline.from_pretrained(folder, dtype=torch.float32)
@@ -172,7 +173,7 @@ def test_export_refuses_foreign_folders_and_states(trained, tmp_path, capsys):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
     for arguments, message in (
         ((trained / "state.pt", tmp_path / "precious"), "is no pipeline folder: it is left alone"),
-        ((tmp_path / "other.pt", tmp_path / "new"), "is no state of calibration/teacher/train.py"),
+        ((tmp_path / "other.pt", tmp_path / "new"), "is no training state"),
         ((tmp_path / "none.pt", tmp_path / "new"), "there is no training state"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -181,9 +182,9 @@ def test_export_refuses_foreign_folders_and_states(trained, tmp_path, capsys):
 
 
 def test_the_shipped_shape_keeps_its_keys_and_size():
-    model = teacher.Teacher(seed=0, timestep=TIMESTEP)
+    model = new_model(0, TIMESTEP)
     keys = model.state_dict().keys()
     assert {key.split(".")[0] for key in keys} == {"vae", "unet", "prompt_embeds", "scaling_factor"}
     assert sum(value.numel() for value in model.state_dict().values()) * 2 < 12e6
-    vae, unet, scheduler, prompt = teacher.build_models(0)
+    vae, unet, scheduler, prompt = build_models(0)
     assert prompt.shape == (1, 8, 64) and torch.equal(prompt, model.prompt_embeds)

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from calibration import trq as command
 from calibration.teacher import export as export_teacher
 from calibration.teacher import train as teacher
+from calibration.teacher.model import new_model
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration import trq
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.pairs import procedural_pairs
+from qartsr_pipeline.calibration.data.training_set import TrainingSet
 from qartsr_pipeline.calibration.retraining.adapters import LowRank, add_adapters, merge_adapters
-from qartsr_pipeline.calibration.retraining.settings import Settings, parse_phase
-from qartsr_pipeline.calibration.retraining.start import latents_for_fit, move_timestep, teacher_from_folder, teacher_of
+from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
+from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
+from qartsr_pipeline.calibration.retraining.settings import Rule, Settings, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.retraining.trainer import Trainer
 from tiny_models import build_tiny_pipeline
 
@@ -40,7 +44,7 @@ def few_small_pictures(monkeypatch):
 
 @pytest.fixture
 def model():
-    return teacher_of(build_tiny_pipeline(timestep=100)).requires_grad_(False)
+    return OneStepModel.from_pipeline(build_tiny_pipeline(timestep=100)).requires_grad_(False)
 
 
 def error_of(moved, exact, latents):
@@ -69,7 +73,7 @@ def time_embedding(model):
 
 def test_channels_are_given_to_the_latent_where_the_fit_needs_them(patches):
     """The shipped shape, whose output convolution has channels to spare: what T = 999 amplifies comes through nearly exactly."""
-    model = teacher.Teacher(0, 100).requires_grad_(False)
+    model = new_model(0, 100).requires_grad_(False)
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.01)
     latents = latents_for_fit(model, patches, count=2)
     before = copy.deepcopy(model)
@@ -81,15 +85,16 @@ def test_channels_are_given_to_the_latent_where_the_fit_needs_them(patches):
 
 def test_retraining_starts_at_a_folder_and_lowers_the_loss(tmp_path, monkeypatch, patches):
     build_tiny_pipeline(timestep=100).save_pretrained(tmp_path / "model")
-    model = teacher_from_folder(tmp_path / "model")
+    model = OneStepModel.from_pretrained(tmp_path / "model")
     assert model.timestep == 100 and float(model.scaling_factor) == 0.5
     move_timestep(model, 500, latents_for_fit(model, patches, count=4))
     frozen = copy.deepcopy(model.vae.state_dict())
-    settings = Settings(tmp_path, ema=0.5, every=40, bf16=False)
-    trainer = Trainer(model, [parse_phase("latent:40:3e-3:32:4")], patches, procedural_pairs(patches, 1, "bicubic"), settings)
+    data = TrainingSet(patches, procedural_pairs(patches, 1, "bicubic"), {})
+    settings = Settings(ema=0.5, every=40, bf16=False)
+    trainer = Trainer(model, [parse_phase("latent:40:3e-3:32:4")], data, settings, tmp_path)
     losses = []
     step = Trainer._train_step
-    monkeypatch.setattr(Trainer, "_train_step", lambda self, phase: losses.append(step(self, phase)) or losses[-1])
+    monkeypatch.setattr(Trainer, "_train_step", lambda *arguments: losses.append(step(*arguments)) or losses[-1])
     assert trainer.run()
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
     assert all(torch.equal(value, frozen[key]) for key, value in model.vae.state_dict().items()), "the VAE is frozen"
@@ -113,12 +118,12 @@ def test_started_run_resumes_and_exports(tmp_path, capsys):
 
 
 def test_empty_channels_stay_empty(patches):
-    model = teacher_of(build_tiny_pipeline())
+    model = OneStepModel.from_pipeline(build_tiny_pipeline())
     conv, norm = model.unet.conv_in, model.unet.conv_norm_out
     with torch.no_grad():
         for parameter in (conv.weight, norm.weight, norm.bias):
             parameter[0] = 0
-    model = teacher_of(pipeline_around(model))
+    model = OneStepModel.from_pipeline(pipeline_around(model))
     x = latents_for_fit(model, patches, count=1)[0]
     model.step(x).square().mean().backward()
     for parameter in (conv.weight, norm.weight, norm.bias):
@@ -161,25 +166,26 @@ def test_the_rule_picks_as_stated():
         row(250, 29.50, 27.5, 0.12),  # the best that works
         row(999, 28.0, 27.5, 0.9),
     ]
-    assert trq.choose(rows, trq.Rule()).timestep == 100
-    assert trq.choose(rows, trq.Rule(quality_margin=0.2)).timestep == 20
-    assert trq.choose(rows, trq.Rule(least_bypass_cost=0.5)).timestep == 1
+    assert trq.choose(rows, Rule()).timestep == 100
+    assert trq.choose(rows, Rule(quality_margin=0.2)).timestep == 20
+    assert trq.choose(rows, Rule(least_bypass_cost=0.5)).timestep == 1
     with pytest.raises(ValueError, match=r"at no timestep does bypassing the UNet cost 1 dB \(0.60 dB at 1, 0.50 dB at 999\)"):
-        trq.choose([rows[0], rows[-1]], trq.Rule())
+        trq.choose([rows[0], rows[-1]], Rule())
 
 
-def test_plain_quantization_errs_more_where_it_is_amplified(model, patches):
+def test_plain_quantization_errs_more_where_it_is_amplified(model, patches, tmp_path):
     """Of the same UNet eps errs the same at any timestep, z_H the more the larger the amplification."""
     held_out = procedural_pairs(patches, 1, "bicubic")
     model.unet.time_embedding.linear_2.weight.zero_()  # the timestep no longer reaches the UNet
-    search = trq.Search("", patches, held_out, trq.Options(), None)
+    data = TrainingSet(patches, held_out, {})
+    search = trq.TRQ("", data, tmp_path)
     low = search.measure(model)
     model.timestep, model.alpha_bar = 999, float(model.scheduler.alphas_cumprod[999])
     high = search.measure(model)
     assert low.amplification == pytest.approx(0.3443, abs=1e-3) and high.amplification == pytest.approx(14.6, abs=0.05)
     assert high.eps_error == pytest.approx(low.eps_error, rel=1e-3) and high.z_error > 1.2 * low.z_error > 0
     assert search.measure(copy.deepcopy(model)) == high
-    eight = trq.Search("", patches, held_out, trq.Options(bits=(8, 8)), None).measure(model)
+    eight = trq.TRQ("", data, tmp_path, TimestepSearch(bits=(8, 8))).measure(model)
     assert eight.z_error < high.z_error / 4 and eight.quantized_to_full_precision > high.quantized_to_full_precision + 10
 
 
@@ -190,13 +196,13 @@ def test_command_writes_table_plot_and_a_folder_that_loads(tmp_path, train, monk
     arguments = [str(tmp_path / "tiny"), "--timesteps", "100", "500", "--output", str(out), *SHORT, "--train", train]
     full = ["--full-phases", "pixel:2:1e-4:32:2"]
     with pytest.raises(SystemExit):
-        trq.main(arguments)  # an untrained UNet has learned nothing
+        command.main(arguments)  # an untrained UNet has learned nothing
     assert "at no timestep does bypassing the UNet cost 1 dB" in capsys.readouterr().err
     made = json.loads((out / "sweep.json").read_text())
     assert made["chosen"] is None and [row["timestep"] for row in made["rows"]] == [100, 500]
     stamp = (out / "t100" / "result.json").stat().st_mtime_ns
 
-    trq.main([*arguments, *full, "--least-bypass-cost", "-99"])
+    command.main([*arguments, *full, "--least-bypass-cost", "-99"])
     made = json.loads((out / "sweep.json").read_text())
     assert made["chosen"] in (100, 500) and (out / "t100" / "result.json").stat().st_mtime_ns == stamp, "made again"
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG") and "| yes |" in (out / "sweep.md").read_text()
@@ -211,32 +217,32 @@ def test_command_writes_table_plot_and_a_folder_that_loads(tmp_path, train, monk
     assert moved == (train == "adapters"), "adapters train the encoder too"
 
     with pytest.raises(SystemExit):
-        trq.main([*arguments, "--seed", "1"])
+        command.main([*arguments, "--seed", "1"])
     assert "was made with other settings or data" in capsys.readouterr().err
 
 
 def weight(folder, name):
-    return teacher_from_folder(folder).state_dict()[name]
+    return OneStepModel.from_pretrained(folder).state_dict()[name]
 
 
 def test_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     build_tiny_pipeline(timestep=100).save_pretrained(tmp_path / "tiny")
     arguments = [str(tmp_path / "tiny"), "--timesteps", "100", "250", "--sweep-only", "--least-bypass-cost", "-99", *SHORT]
-    trq.main([*arguments, "--output", str(tmp_path / "once")])
+    command.main([*arguments, "--output", str(tmp_path / "once")])
     steps, step = [], Trainer._train_step
 
-    def counted(self, phase):
+    def counted(self, phase, optimizer):
         steps.append(phase.name)
         if len(steps) == 6:
             signal.raise_signal(signal.SIGINT)
-        return step(self, phase)
+        return step(self, phase, optimizer)
 
     monkeypatch.setattr(Trainer, "_train_step", counted)
     output = ["--output", str(tmp_path / "twice")]
     with pytest.raises(SystemExit) as stopped:
-        trq.main([*arguments, *output])
+        command.main([*arguments, *output])
     assert stopped.value.code == 130 and "timestep 250" in capsys.readouterr().err and len(steps) == 6
-    trq.main([*arguments, *output])
+    command.main([*arguments, *output])
     assert len(steps) == 8, "four steps at each of two timesteps"
     once, twice = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("once", "twice"))
     assert once == twice

@@ -142,7 +142,7 @@ def test_what_cannot_be_made_is_explained_before_anything_runs(nodes, models, tm
         ({"recipe": "nonesuch"}, "no recipe 'nonesuch'; there are"),
         ({"recipe": "maxmin"}, "steps is 4, but the recipe has no stages"),
         ({"pictures": "no-such-folder"}, "There is no .*input.no-such-folder. Give the path"),
-        ({"pictures": str(models)}, "no picture .* was found below"),
+        ({"pictures": str(models)}, "no image .* was found below"),
     ):
         with pytest.raises((ValueError, OSError), match=said):
             quantize(nodes, **changes)

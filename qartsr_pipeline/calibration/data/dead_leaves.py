@@ -1,11 +1,11 @@
-"""Procedural pictures with the statistics of natural ones: leaves that cover each other.
+"""Procedural images with the statistics of photographs: leaves that cover each other.
 
 After Achddou, Gousseau and Ladjal, "Synthetic images as a regularity prior for image restoration neural networks" (2021): shapes
 with radii of density r^-3 occlude one another, which gives edges at every scale and the spectrum of photographs (power falling
 with the square of the frequency). Leaves have natural colours, shading, and some of them 1/f noise or stripes.
 
-Everything is drawn at twice the size: first a map that says which leaf is seen at each pixel, then all leaves are coloured
-at once.
+Everything is drawn at twice the size: first a map of the leaf that is visible at each pixel, then all leaves are coloured at
+once.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from PIL import Image, ImageDraw
 
 from qartsr_pipeline.calibration.data.filters import gaussian_blur
 
-SUPERSAMPLING = 2  # edges are antialiased by averaging so many pixels a side
+SUPERSAMPLING = 2  # drawn this many times larger and averaged, so that edges are antialiased
 FIELD_SIDE = 512  # of the noise fields, which repeat seamlessly
 MOST_LEAVES = 3000
-VERTICES = 20  # of polygons that stand for turned ellipses
+VERTICES = 20  # of the polygons that approximate rotated ellipses
 GREY, WARM, GREEN = np.array([[1, 1, 1], [1.0, 0.05, -1.05], [-0.45, 0.9, -0.45]], np.float32)  # axes of natural colours
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """The leaves of one picture; the first is the background. Lengths in pixels of the enlarged drawing.
+    """The leaves of one image; the first is the background. Lengths are in pixels of the enlarged drawing.
 
     Attributes:
-        seen: (side, side) int32, which leaf is seen.
+        seen: (side, side) int32, the number of the leaf that is visible.
         radius, x, y: (leaves,) float32.
     """
 
@@ -43,9 +43,9 @@ class Leaves:
 
 
 class DeadLeaves:
-    """Endless procedural patches, with the interface of `PhotographPatches`."""
+    """Endless procedural patches, with the interface of `patches.Patches`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         rng = np.random.default_rng(0)
         self.fields = [noise_field(FIELD_SIDE, exponent, rng) for exponent in (1.0, 1.5, 2.0, 2.5)]
 
@@ -55,14 +55,14 @@ class DeadLeaves:
 
     def _patch(self, size: int, rng: np.random.Generator) -> torch.Tensor:
         leaves = draw_leaves(size * SUPERSAMPLING, rng)
-        picture = self._paint(leaves, rng)
-        patch = F.avg_pool2d(torch.from_numpy(picture).permute(2, 0, 1)[None], SUPERSAMPLING)
+        image = self._paint(leaves, rng)
+        patch = F.avg_pool2d(torch.from_numpy(image).permute(2, 0, 1)[None], SUPERSAMPLING)
         # the lens: mostly sharp, now and then out of focus
         sigma = rng.uniform(0.8, 2.5) if rng.random() < 0.1 else rng.uniform(0.0, 0.5)
         return gaussian_blur(patch.contiguous(), sigma)[0].clamp_(0, 1)
 
     def _paint(self, leaves: Leaves, rng: np.random.Generator) -> np.ndarray:
-        """(side, side, 3) float32: colour, shading and texture of the leaf that is seen."""
+        """(side, side, 3) float32: colour, shading and texture of the visible leaves."""
         count, side = len(leaves.radius), leaves.seen.shape[0]
         colours, seen = leaf_colours(count, rng), leaves.seen
         slope = rng.normal(0, 0.2, (2, count)).astype(np.float32) / np.minimum(leaves.radius, side)
@@ -95,7 +95,7 @@ def power_law_radii(count: int, smallest: float, largest: float, rng: np.random.
 
 
 def draw_leaves(side: int, rng: np.random.Generator) -> Leaves:
-    """Places leaves until they would cover the picture about twice, later ones on top."""
+    """Places leaves until they would cover the image about twice, later ones on top."""
     smallest = SUPERSAMPLING * math.exp(rng.uniform(math.log(1.0), math.log(16.0)))
     largest = 1.0 * side
     mean_area = 2 * math.pi * smallest**2 * math.log(largest / smallest)
@@ -117,15 +117,15 @@ def draw_leaves(side: int, rng: np.random.Generator) -> Leaves:
 
 
 def polygons(radius: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> list[list[float]]:
-    """Outlines of turned ellipses, and of polygons with 3 to 6 corners: [x0, y0, x1, y1, ..] each."""
+    """Outlines of rotated ellipses, and of polygons with 3 to 6 corners: [x0, y0, x1, y1, ..] each."""
     count = len(radius)
     corners = np.where(rng.random(count) < 0.5, VERTICES, rng.integers(3, 7, count))
     aspect = np.exp(rng.uniform(math.log(0.04), 0, count)).astype(np.float32)  # from blades to disks
-    turn = rng.uniform(0, 2 * math.pi, count).astype(np.float32)
+    rotation = rng.uniform(0, 2 * math.pi, count).astype(np.float32)
     step = np.minimum(np.arange(VERTICES)[None], corners[:, None] - 1)  # the last corner repeats
     angle = 2 * math.pi * step / corners[:, None]
     a, b = radius[:, None] * np.cos(angle), (radius * aspect)[:, None] * np.sin(angle)
-    cosine, sine = np.cos(turn)[:, None], np.sin(turn)[:, None]
+    cosine, sine = np.cos(rotation)[:, None], np.sin(rotation)[:, None]
     points = np.stack([x[:, None] + a * cosine - b * sine, y[:, None] + a * sine + b * cosine], -1)
     return points.reshape(count, 2 * VERTICES).tolist()
 
@@ -151,7 +151,7 @@ def add_stripes(light: np.ndarray, leaves: Leaves, rng: np.random.Generator) -> 
     amplitude = np.where(rng.random(count) < 1 / 7, rng.uniform(0.03, 0.2, count), 0).astype(np.float32)
     wavelength = SUPERSAMPLING * np.exp(rng.uniform(math.log(3), math.log(24), count))
     direction = rng.uniform(0, math.pi, count)
-    kx, ky = (2 * math.pi * turn(direction) / wavelength for turn in (np.cos, np.sin))
+    kx, ky = (2 * math.pi * part(direction) / wavelength for part in (np.cos, np.sin))
     hardness = rng.uniform(0.5, 8, count)
     rows, columns = np.nonzero(amplitude[leaves.seen])
     leaf = leaves.seen[rows, columns]

@@ -1,13 +1,15 @@
 """How a high-resolution patch becomes the model's low-resolution input.
 
-Every degradation is a function of (high, scale, rng): high (B, 3, H, W) float32 in [0, 1] with sides divisible by scale; the
-result is (B, 3, H / scale, W / scale), multiples of 1/255 in [0, 1], and the same for the same state of ``rng``.
+A degradation is a function of (high, scale, rng): high is (B, 3, H, W) float32 in [0, 1] with sides divisible by scale. The
+result is (B, 3, H / scale, W / scale), multiples of 1/255 in [0, 1], and the same for the same state of ``rng``. To add one, enter
+the function in `DEGRADATIONS` and its name in `qartsr_pipeline.calibration.data.DEGRADATION_NAMES`.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from qartsr_pipeline.calibration.data import SCALE
 from qartsr_pipeline.calibration.data.filters import convolve, gaussian_kernel
-from qartsr_pipeline.calibration.data.photographs import as_pixels
+from qartsr_pipeline.calibration.data.photographs import as_pixels, as_tensor
 from qartsr_pipeline.image.resize import resize
+
+Size = tuple[int, int]
 
 
 def as_bytes(image: torch.Tensor) -> torch.Tensor:
@@ -25,15 +30,19 @@ def as_bytes(image: torch.Tensor) -> torch.Tensor:
     return (image.clamp(0, 1) * 255).round() / 255
 
 
-def bicubic_degradation(high: torch.Tensor, scale: int = 4, rng: np.random.Generator | None = None) -> torch.Tensor:
-    """The benchmark degradation: bicubic reduction. Nothing in it is random."""
-    height, width = high.shape[-2:]
-    return as_bytes(resize(high, (height // scale, width // scale)))
+def reduced_size(image: torch.Tensor, scale: int) -> Size:
+    """(H // scale, W // scale) of an image (B, C, H, W)."""
+    return image.shape[-2] // scale, image.shape[-1] // scale
+
+
+def bicubic_degradation(high: torch.Tensor, scale: int = SCALE, rng: np.random.Generator | None = None) -> torch.Tensor:
+    """The degradation of the benchmarks: bicubic reduction. Nothing in it is random."""
+    return as_bytes(resize(high, reduced_size(high, scale)))
 
 
 @dataclass(frozen=True)
 class Order:
-    """The ranges of one of the two rounds of degradation; the numbers are those of Real-ESRGAN.
+    """The ranges of one of the two rounds of degradation.
 
     Attributes:
         blur: probability of a blur. sigma: standard deviation in pixels.
@@ -52,35 +61,35 @@ class Order:
     jpeg: tuple[int, int]
 
 
+# Real-ESRGAN's numbers.
 FIRST = Order(1.0, (0.2, 3.0), 0.2, 0.7, (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95))
 SECOND = Order(0.8, (0.2, 1.5), 0.3, 0.4, (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95))
 
 
 def realesrgan_degradation(high: torch.Tensor, scale: int, rng: np.random.Generator) -> torch.Tensor:
-    """Real-world-like: blur, resampling, noise and JPEG, twice over, each with random parameters for every picture.
+    """As in the real world: blur, resampling, noise and JPEG, twice over, each with random parameters for every image.
 
     After Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data" (arXiv 2107.10833),
     without its sinc filters. The second resampling is relative to the final size.
     """
-    height, width = high.shape[-2:]
-    final = (height // scale, width // scale)
-    return torch.cat([_degrade_twice(picture[None], final, rng) for picture in high])
+    final = reduced_size(high, scale)
+    return torch.cat([_degrade_twice(image[None], final, rng) for image in high])
 
 
-def _degrade_twice(picture: torch.Tensor, final: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
+def _degrade_twice(image: torch.Tensor, final: Size, rng: np.random.Generator) -> torch.Tensor:
     """(1, 3, H, W) -> (1, 3, *final)."""
-    low = _blur(picture, FIRST, rng)
-    low = _resample(low, _random_size(picture.shape[-2:], FIRST, rng), rng)
-    low = _jpeg(_noise(low, FIRST, rng), FIRST, rng)
-    low = _blur(low, SECOND, rng)
-    low = _noise(_resample(low, _random_size(final, SECOND, rng), rng), SECOND, rng)
-    if rng.random() < 0.5:  # the last program reduces and saves, or the picture is reduced after it was saved
-        return _jpeg(_resample(low, final, rng), SECOND, rng)
-    return as_bytes(_resample(_jpeg(low, SECOND, rng), final, rng))
+    low = blur(image, FIRST, rng)
+    low = resample(low, random_size((image.shape[-2], image.shape[-1]), FIRST, rng), rng)
+    low = compress(add_noise(low, FIRST, rng), FIRST.jpeg, rng)
+    low = blur(low, SECOND, rng)
+    low = add_noise(resample(low, random_size(final, SECOND, rng), rng), SECOND, rng)
+    if rng.random() < 0.5:  # the image is reduced, then saved; or it is reduced after it was saved
+        return compress(resample(low, final, rng), SECOND.jpeg, rng)
+    return as_bytes(resample(compress(low, SECOND.jpeg, rng), final, rng))
 
 
-def _blur(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
-    """Round in two cases of three, else elongated in any direction."""
+def blur(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
+    """Gaussian: round in two cases of three, else elongated in any direction."""
     if rng.random() >= order.blur:
         return image
     sigma_x, sigma_y = rng.uniform(*order.sigma, 2)
@@ -89,17 +98,20 @@ def _blur(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.
     return convolve(image, gaussian_kernel(sigma_x, sigma_y, rng.uniform(0, math.pi)))
 
 
-def _random_size(size: tuple[int, int], order: Order, rng: np.random.Generator) -> tuple[int, int]:
+def random_size(size: Size, order: Order, rng: np.random.Generator) -> Size:
+    """The size enlarged, reduced or kept, with the probabilities of ``order``."""
     kind = rng.random()
     factor = 1.0
     if kind < order.up:
         factor = rng.uniform(1, order.factor[1])
     elif kind < order.up + order.down:
         factor = rng.uniform(order.factor[0], 1)
-    return tuple(max(1, round(side * factor)) for side in size)
+    height, width = (max(1, round(side * factor)) for side in size)
+    return height, width
 
 
-def _resample(image: torch.Tensor, size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
+def resample(image: torch.Tensor, size: Size, rng: np.random.Generator) -> torch.Tensor:
+    """To ``size`` by a random filter."""
     mode = ("area", "bilinear", "bicubic")[rng.integers(3)]
     if mode == "area":
         return F.interpolate(image, size=size, mode=mode)
@@ -107,7 +119,7 @@ def _resample(image: torch.Tensor, size: tuple[int, int], rng: np.random.Generat
     return F.interpolate(image, size=size, mode=mode, antialias=antialias, align_corners=False).clamp(0, 1)
 
 
-def _noise(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
+def add_noise(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
     """Gaussian or photon noise, grey in two cases of five."""
     grey, gaussian = rng.random() < 0.4, rng.random() < 0.5
     base = (image.mean(1, keepdim=True) if grey else image).clamp(0, 1).numpy()
@@ -118,13 +130,13 @@ def _noise(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch
     return (image + torch.from_numpy(noise.astype(np.float32))).clamp(0, 1)
 
 
-def _jpeg(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
-    """(1, 3, H, W) through a JPEG file in memory."""
-    pixels = as_pixels(image)
+def compress(image: torch.Tensor, quality: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
+    """(1, 3, H, W) through a JPEG file in memory, of a random quality in the range."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=int(rng.integers(order.jpeg[0], order.jpeg[1] + 1)))
+    Image.fromarray(as_pixels(image)).save(file, "JPEG", quality=int(rng.integers(quality[0], quality[1] + 1)))
     with Image.open(file) as decoded:
-        return torch.from_numpy(np.array(decoded)).permute(2, 0, 1)[None].float() / 255
+        return as_tensor(np.asarray(decoded))
 
 
-DEGRADATIONS = {"bicubic": bicubic_degradation, "realesrgan": realesrgan_degradation}
+Degradation = Callable[[torch.Tensor, int, np.random.Generator], torch.Tensor]
+DEGRADATIONS: dict[str, Degradation] = {"bicubic": bicubic_degradation, "realesrgan": realesrgan_degradation}

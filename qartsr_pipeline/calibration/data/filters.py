@@ -1,4 +1,4 @@
-"""Blur: Gaussian kernels, round or elongated, on batches of pictures."""
+"""Gaussian blur, round or elongated, of batches of images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def gaussian_kernel(sigma_x: float, sigma_y: float, angle: float = 0.0) -> torch.Tensor:
-    """A Gaussian of the two standard deviations in pixels, its first axis turned by ``angle`` radians.
+    """A Gaussian with the two standard deviations in pixels, its first axis rotated by ``angle`` radians.
 
     Returns:
         (k, k) float32 with sum 1; k is odd and reaches three deviations.

@@ -1,4 +1,4 @@
-"""Evaluation pictures from a folder: pairs of low and high resolution as benchmarks lay them out, or photographs alone.
+"""Evaluation images from a folder: pairs of low and high resolution as benchmarks lay them out, or photographs alone.
 
 Four layouts are told apart by their names:
 
@@ -6,21 +6,22 @@ Four layouts are told apart by their names:
 * RealSR: ``Canon_001_HR.png`` beside ``Canon_001_LR4.png``, at any depth (https://github.com/csjcai/RealSR);
 * two folders with equal names, ``HR/0001.png`` with ``LR/0001.png``; also ``test_HR`` with ``test_LR`` and ``gt`` with ``lq``, as
   the test sets of StableSR are packed (https://huggingface.co/datasets/Iceclear/StableSR-TestSets);
-* anything else: high-resolution photographs, to be degraded by whoever reads them.
+* anything else: high-resolution photographs, which the caller degrades.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
+from qartsr_pipeline.calibration.data import SCALE
+from qartsr_pipeline.calibration.data.photographs import as_tensor, list_photographs, read_photograph
 
-SCALE = 4
 EQUAL_NAMES = {"hr": "lr", "test_hr": "test_lr", "gt": "lq"}
 REALSR = re.compile(r"(?P<scene>.+)_(?P<kind>HR|LR\d)")
 
@@ -28,8 +29,8 @@ HR_ONLY = "HR only"  # the layout of photographs that come alone
 
 
 @dataclass(frozen=True)
-class PicturePair:
-    """An original and, unless it is to be made from the original, its low-resolution picture of a quarter of the size."""
+class ImagePair:
+    """An original and its low-resolution image of a quarter of the sides; None where that is made from the original."""
 
     high: Path
     low: Path | None = None
@@ -39,11 +40,11 @@ class PicturePair:
         return [self.high] if self.low is None else [self.high, self.low]
 
 
-def find_pairs(folder: str | Path) -> tuple[str, list[PicturePair]]:
+def find_pairs(folder: str | Path) -> tuple[str, list[ImagePair]]:
     """The pairs below a folder, sorted by the original's path, and the layout: "DIV2K", "RealSR", "HR and LR" or `HR_ONLY`.
 
     Raises:
-        FileNotFoundError: no such folder, no picture in it, or a picture without its partner.
+        FileNotFoundError: no such folder, no image in it, or an image without its partner.
         ValueError: the layout is ambiguous, or a pair's sizes do not fit.
     """
     folder = Path(folder)
@@ -54,11 +55,11 @@ def find_pairs(folder: str | Path) -> tuple[str, list[PicturePair]]:
             for pair in pairs:
                 check_sizes(pair)
             return layout, sorted(pairs, key=lambda pair: pair.high)
-    return HR_ONLY, [PicturePair(path) for path in paths]
+    return HR_ONLY, [ImagePair(path) for path in paths]
 
 
-def check_sizes(pair: PicturePair) -> None:
-    """Raises ValueError unless the low-resolution picture has the original's sides divided by 4, rounded down."""
+def check_sizes(pair: ImagePair) -> None:
+    """Raises ValueError unless the low-resolution image has the original's sides divided by 4, rounded down."""
     if pair.low is None:
         return
     sizes = []
@@ -70,25 +71,21 @@ def check_sizes(pair: PicturePair) -> None:
     if low != expected:
         raise ValueError(
             f"{pair.high} has {high[0]} x {high[1]} pixels and {pair.low} has {low[0]} x {low[1]}: a quarter would be"
-            f" {expected[0]} x {expected[1]}. Give a folder of pairs for x{SCALE}, or the high-resolution pictures alone."
+            f" {expected[0]} x {expected[1]}. Give a folder of pairs for x{SCALE}, or the high-resolution images alone."
         )
 
 
-def read_pair(pair: PicturePair) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Original and low-resolution picture, (1, 3, H, W) and (1, 3, H / 4, W / 4) float32 in [0, 1]; the latter None if not given.
+def read_pair(pair: ImagePair) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Original and low-resolution image, (1, 3, H, W) and (1, 3, H / 4, W / 4) float32 in [0, 1]; the latter None if not given.
 
     The original is cut at the right and bottom to multiples of 4.
     """
-    high = _tensor(pair.high)
+    high = as_tensor(read_photograph(pair.high))
     height, width = (side // SCALE * SCALE for side in high.shape[-2:])
-    return high[..., :height, :width], None if pair.low is None else _tensor(pair.low)
+    return high[..., :height, :width], None if pair.low is None else as_tensor(read_photograph(pair.low))
 
 
-def _tensor(path: Path) -> torch.Tensor:
-    return torch.from_numpy(read_photograph(path).copy()).permute(2, 0, 1)[None].float() / 255
-
-
-def _div2k(folder: Path, paths: list[Path]) -> list[PicturePair]:
+def _div2k(folder: Path, paths: list[Path]) -> list[ImagePair]:
     high_folders = [child for child in folder.iterdir() if child.is_dir() and child.name.endswith("_HR")]
     low_folders = {high: sorted(folder.glob(f"{high.name.removesuffix('_HR')}_LR_*")) for high in high_folders}
     found = [(high, low) for high, lows in low_folders.items() for low in lows]
@@ -99,7 +96,7 @@ def _div2k(folder: Path, paths: list[Path]) -> list[PicturePair]:
         raise ValueError(f"{folder} holds several sets of pairs ({names}): leave one high- and one low-resolution folder in it")
     high, low = found[0][0], found[0][1] / f"X{SCALE}"
     if not low.is_dir():
-        raise FileNotFoundError(f"{high} needs its low-resolution pictures in {low}, which is no folder")
+        raise FileNotFoundError(f"{high} needs its low-resolution images in {low}, which is no folder")
     originals = {path.relative_to(high).with_suffix(""): path for path in paths if path.is_relative_to(high)}
     suffix = f"x{SCALE}"
     reduced = {}
@@ -110,20 +107,20 @@ def _div2k(folder: Path, paths: list[Path]) -> list[PicturePair]:
     return _matched(originals, reduced, high, low, lambda name: f"{name}{suffix}")
 
 
-def _realsr(folder: Path, paths: list[Path]) -> list[PicturePair]:
+def _realsr(folder: Path, paths: list[Path]) -> list[ImagePair]:
     named = {path: REALSR.fullmatch(path.stem) for path in paths}
     if not any(match and match["kind"] != "HR" for match in named.values()):
         return []
     scenes: dict[Path, dict[str, Path]] = {}
     for path, match in named.items():
         if match is None:
-            raise ValueError(f"{path} is named neither .._HR nor .._LR{SCALE} as the others in {folder} are: remove or rename it")
+            raise ValueError(f"{path} is named neither .._HR nor .._LR{SCALE} like the rest of {folder}: remove or rename it")
         scenes.setdefault(path.with_name(match["scene"]), {})[match["kind"]] = path
     pairs = []
     for scene, files in scenes.items():
         low = files.get(f"LR{SCALE}")
         if low and "HR" in files:
-            pairs.append(PicturePair(files["HR"], low))
+            pairs.append(ImagePair(files["HR"], low))
         elif low or set(files) == {"HR"}:  # pairs for other scales are left out
             there, missing = (low, "HR") if low else (files["HR"], f"LR{SCALE}")
             raise FileNotFoundError(f"{there} has no partner: {scene.name}_{missing}{there.suffix} is not beside it")
@@ -132,7 +129,7 @@ def _realsr(folder: Path, paths: list[Path]) -> list[PicturePair]:
     return pairs
 
 
-def _equal_names(folder: Path, paths: list[Path]) -> list[PicturePair]:
+def _equal_names(folder: Path, paths: list[Path]) -> list[ImagePair]:
     children = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
     found = [(children[high], children[low]) for high, low in EQUAL_NAMES.items() if high in children and low in children]
     if not found:
@@ -145,12 +142,14 @@ def _equal_names(folder: Path, paths: list[Path]) -> list[PicturePair]:
     return _matched(*inside, high, low, str)
 
 
-def _matched(originals: dict[Path, Path], reduced: dict[Path, Path], high: Path, low: Path, low_name) -> list[PicturePair]:
-    """Pairs by name, once it is certain that none lacks its partner."""
+def _matched(
+    originals: dict[Path, Path], reduced: dict[Path, Path], high: Path, low: Path, low_name: Callable[[Path], str]
+) -> list[ImagePair]:
+    """Pairs by name, after checking that none lacks its partner."""
     for name, path in originals.items():
         if name not in reduced:
             raise FileNotFoundError(f"{path} has no partner: there is no {low / low_name(name)}{path.suffix}")
     for name, path in reduced.items():
         if name not in originals:
             raise FileNotFoundError(f"{path} has no partner: there is no {high / name}{path.suffix}")
-    return [PicturePair(path, reduced[name]) for name, path in originals.items()]
+    return [ImagePair(path, reduced[name]) for name, path in originals.items()]

@@ -19,7 +19,7 @@ import torch
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS, as_bytes
-from qartsr_pipeline.calibration.data.paired_folders import SCALE, PicturePair, read_pair
+from qartsr_pipeline.calibration.data.paired_folders import SCALE, ImagePair, read_pair
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.image.metrics import psnr_y, ssim_y
 from qartsr_pipeline.image.picture import Picture
@@ -112,7 +112,7 @@ def load_candidates(models: list[str], dtype: torch.dtype, device: str) -> list[
 
 def read_original(path: Path) -> torch.Tensor:
     """A photograph as (1, 3, H, W) float32 in [0, 1], cut at the right and bottom to multiples of the scale."""
-    return read_pair(PicturePair(path))[0]
+    return read_pair(ImagePair(path))[0]
 
 
 def degraded(path: Path, high: torch.Tensor, degradation: str) -> torch.Tensor:
@@ -253,7 +253,7 @@ class Evaluation:
 
 def evaluate_pipelines(
     candidates: list[Candidate],
-    pairs: Sequence[PicturePair | Path],
+    pairs: Sequence[ImagePair | Path],
     color_fixes: Sequence[str | None] = ("wavelet", None),
     tile_size: int | None = None,
     bypass: bool = False,
@@ -278,7 +278,7 @@ def evaluate_pipelines(
         ValueError: a picture that a model or a metric cannot take, by its path, or one that `references` lacks.
     """
     evaluation = Evaluation(candidates, color_fixes, tile_size, bypass, metrics or {})
-    for pair in (pair if isinstance(pair, PicturePair) else PicturePair(pair) for pair in pairs):
+    for pair in (pair if isinstance(pair, ImagePair) else ImagePair(pair) for pair in pairs):
         high, low = read_pair(pair)
         low = degraded(pair.high, high, degradation) if low is None else low
         known = _kept_outputs(references, pair.high) if references and evaluation.reference is None else None

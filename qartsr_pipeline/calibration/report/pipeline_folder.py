@@ -12,13 +12,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.training.training_state import SavingError
+from qartsr_pipeline.calibration.saving import SavingError
 
+TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
 CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced
 
 
 def check_target(folder: Path) -> None:
-    """Raises FileExistsError if ``folder`` is there and something else than a pipeline folder."""
+    """Raises FileExistsError if ``folder`` exists and is not a pipeline folder."""
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise FileExistsError(f"{folder} exists and is no pipeline folder: it is left alone. Choose another name or remove it.")
 
@@ -52,8 +53,8 @@ def save_pipeline(
         replace_folder(temporary, folder)
     except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
         raise SavingError(
-            f"{folder} cannot be written ({error}). What was saved before is untouched. Make room or mend the folder, then"
-            " continue with --resume, where that is possible, or call it again."
+            f"{folder} cannot be written ({error}). What was saved before is untouched. Free some space or check the folder's"
+            " permissions."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,7 +62,7 @@ def save_pipeline(
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Puts the folder `new` in the place of `target`, which is removed only once `new` stands there."""
+    """Puts the folder `new` in the place of `target`, which is removed only after that."""
     if not target.exists():
         os.replace(new, target)
         return

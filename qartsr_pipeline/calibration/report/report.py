@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from qartsr_pipeline.calibration.evaluation.evaluation_report import further_metrics, table
 from qartsr_pipeline.calibration.report import report_plots as plots
-from qartsr_pipeline.calibration.training.training_state import write_whole
+from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.image.comparison import compare
 
 PICTURE_SIDE = 512  # larger pictures are cut to this around their detail

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qartsr_pipeline.calibration.data.overlap import without_files
+from qartsr_pipeline.calibration.data.fingerprint import without_files
 from qartsr_pipeline.calibration.data.photographs import as_pixels
 from qartsr_pipeline.calibration.evaluation.evaluation import Candidate, degraded, evaluate_pipelines, read_original
 from qartsr_pipeline.calibration.evaluation.evaluation_report import markdown, summarize

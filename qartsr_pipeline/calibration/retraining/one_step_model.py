@@ -1,84 +1,134 @@
-"""The small full-precision model: which stock diffusers classes, how wide, and the one step as it is trained."""
+"""The full-precision one-step model as it is trained: encode, one step of the UNet, decode."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
 
-from calibration.teacher.anchored_init import start_near_linear
-
-TIMESTEP = 250  # the default T
-SCALE = 4  # enlargement
-Models = tuple[AutoencoderKL, UNet2DConditionModel, DDPMScheduler, torch.Tensor]
-
-
-def build_models(seed: int) -> Models:
-    """Fresh models and the fixed prompt embedding, shape (1, 8, 64), standard normal."""
-    torch.manual_seed(seed)
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    prompt = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(seed))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=24,
-        norm_num_groups=1,
-        mid_block_add_attention=False,
-        sample_size=512,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=128,
-        in_channels=24,
-        out_channels=24,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 64, 96),
-        layers_per_block=2,
-        norm_num_groups=1,
-        cross_attention_dim=64,
-        attention_head_dim=4,
-    )
-    picture, latent = torch.randn(1, 3, 64, 64), torch.randn(1, 24, 16, 16)
-    start_near_linear(vae.encoder, lambda: vae.encoder(picture))
-    start_near_linear(vae.decoder, lambda: vae.decoder(latent))
-    start_near_linear(unet, lambda: unet(latent, 0, encoder_hidden_states=prompt))
-    with torch.no_grad():  # a posterior as wide as the latent would drown the picture for the first thousand steps
-        vae.quant_conv.bias[vae.config.latent_channels :] = -8
-    torch.nn.init.zeros_(unet.conv_out.weight)
-    return vae, unet, scheduler, prompt
+from qartsr_pipeline.calibration.data import SCALE
+from qartsr_pipeline.checkpoint_files import fetch, is_quantized
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.prompt_embedding import PromptEmbedding
 
 
-class Teacher(torch.nn.Module):
-    """The one-step model as trained: latents are scaled, pictures are in [-1, 1].
+class OneStepModel(nn.Module):
+    """OSEDiff's structure. Latents are scaled to unit variance, images are (B, 3, H, W) in [-1, 1].
 
     Args:
-        seed: of fresh weights.
-        timestep: T.
-        models: what `build_models` returns, in its place.
+        prompt_embeds: the fixed prompt, (1, tokens, channels).
+        timestep: T, 0 to 999.
+
+    Attributes:
+        scaling_factor: of the latents, a scalar; 1 until it is set.
+        alpha_bar: the scheduler's cumulative product of alphas at T.
     """
 
-    def __init__(self, seed: int, timestep: int, models: Models | None = None):
+    prompt_embeds: torch.Tensor
+    scaling_factor: torch.Tensor
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: DDPMScheduler,
+        prompt_embeds: torch.Tensor,
+        timestep: int,
+    ) -> None:
         super().__init__()
-        self.vae, self.unet, self.scheduler, prompt = models or build_models(seed)
-        self.register_buffer("prompt_embeds", prompt)
+        self.vae, self.unet, self.scheduler = vae, unet, scheduler
+        self.register_buffer("prompt_embeds", prompt_embeds)
         self.register_buffer("scaling_factor", torch.ones(()))
+        self.set_timestep(timestep)
+
+    @classmethod
+    def from_pipeline(cls, pipeline: QArtSRPipeline) -> OneStepModel:
+        """Around the components of a float32 pipeline, which are shared, not copied.
+
+        Channels that are zero stay zero in training, see `keep_empty_channels`.
+        """
+        prompt = pipeline.prompt_embedding(1).detach().clone()
+        model = cls(pipeline.vae, pipeline.unet, pipeline.scheduler, prompt, pipeline.config.timestep)
+        model.scaling_factor.fill_(pipeline.vae.config.scaling_factor)
+        model.requires_grad_(True)
+        keep_empty_channels(model)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path) -> OneStepModel:
+        """The model of a full-precision pipeline folder, shipped name or Hub id in float32, at the folder's timestep.
+
+        Raises:
+            ValueError: it is quantized. CheckpointError: see `QArtSRPipeline.from_pretrained`.
+        """
+        folder = fetch(str(model))
+        if is_quantized(folder):
+            raise ValueError(f"{model} is quantized: training starts from the full-precision model it was made from")
+        return cls.from_pipeline(QArtSRPipeline.from_pretrained(folder, dtype=torch.float32))
+
+    def to_pipeline(self, dtype: torch.dtype = torch.float16) -> QArtSRPipeline:
+        """A pipeline around the components, which are converted to ``dtype`` in place."""
+        self.requires_grad_(False).eval()
+        self.vae.register_to_config(scaling_factor=float(self.scaling_factor))
+        return QArtSRPipeline(
+            unet=nn.Module.to(self.unet, dtype),  # diffusers' own `to` warns about layers kept in float32; there are none
+            vae=nn.Module.to(self.vae, dtype),
+            scheduler=self.scheduler,
+            prompt_embedding=PromptEmbedding.from_tensor(self.prompt_embeds.to(dtype)),
+            timestep=self.timestep,
+            scale=SCALE,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.scaling_factor.device
+
+    def set_timestep(self, timestep: int) -> None:
+        """Takes the step at another T, with the same weights; see `move_timestep` for keeping the function."""
         self.timestep = timestep
         self.alpha_bar = float(self.scheduler.alphas_cumprod[timestep])
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, 3, H, W) -> latent z_L (B, C, h, w)."""
         return self.vae.encode(x).latent_dist.mode() * self.scaling_factor
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latent (B, C, h, w) -> image (B, 3, H, W)."""
         return self.vae.decode(z / self.scaling_factor).sample
 
     def step(self, z: torch.Tensor) -> torch.Tensor:
-        """z_H = (z_L - sqrt(1 - abar) eps) / sqrt(abar), OSEDiff eq. 4."""
+        """z_H = (z_L - sqrt(1 - abar) eps) / sqrt(abar), OSEDiff eq. 4; both latents (B, C, h, w)."""
         prompt = self.prompt_embeds.expand(z.shape[0], -1, -1)
         eps = self.unet(z, self.timestep, encoder_hidden_states=prompt).sample
         return (z - math.sqrt(1 - self.alpha_bar) * eps) / math.sqrt(self.alpha_bar)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Low-resolution image enlarged to the final size -> high-resolution image, both (B, 3, H, W)."""
         return self.decode(self.step(self.encode(x)))
+
+
+def keep_empty_channels(model: nn.Module) -> None:
+    """Masks gradients where convolutions and normalizations have channels of zeros, so that these stay zero in training.
+
+    The small model has such channels: `calibration/teacher/anchored_init.py` calls them anchors. A convolution's input or output
+    channel without any weight gets none; nor does a normalization's channel whose weight and bias are zero. In a model without
+    such channels nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            used = module.weight.detach() != 0
+            outputs, inputs = used.any(dim=(1, 2, 3)), used.any(dim=(0, 2, 3))
+            _mask_gradient(module.weight, outputs[:, None, None, None] & inputs[None, :, None, None])
+        elif isinstance(module, nn.GroupNorm) and module.affine:
+            used = (module.weight.detach() != 0) | (module.bias.detach() != 0)
+            _mask_gradient(module.weight, used)
+            _mask_gradient(module.bias, used)
+
+
+def _mask_gradient(parameter: nn.Parameter, used: torch.Tensor) -> None:
+    if not used.all() and used.any():
+        parameter.register_hook(lambda gradient: gradient * used.to(gradient))

@@ -1,19 +1,30 @@
-"""What a training run is a function of: its phases and settings."""
+"""What retraining is a function of, beside model and images: phases, settings, and the search for a timestep.
+
+Nothing heavy is imported here, so that command lines can show the defaults quickly.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from qartsr_pipeline.calibration.data.pairs import MULTIPLE
+from qartsr_pipeline.calibration.data import MULTIPLE
 
 PHASES = ("autoencoder", "latent", "pixel", "joint")
+DISTANCE_NAMES = ("l1", "l2")  # the keys of `losses.DISTANCES`
+TIMESTEPS = (20, 100, 250, 500, 999)
+SHORT = ("latent:100:1e-4:96:8", "pixel:200:1e-4:96:8")  # larger rates lose more in so few steps than they gain
+FULL = ("latent:1000:2e-4:96:8", "pixel:3000:2e-4:96:8")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training. ``patch`` is the side of the high-resolution patches in pixels."""
+    """One stretch of training.
+
+    Attributes:
+        name: one of `PHASES`.
+        patch: side of the high-resolution patches in pixels.
+    """
 
     name: str
     steps: int
@@ -43,17 +54,19 @@ def parse_phase(text: str) -> Phase:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is a function of, beside phases and pictures.
+    """How a model is trained, whatever the phase.
 
     Attributes:
         train_encoder: train the VAE's encoder in the pixel phase.
         ema: decay of the moving average of the weights.
-        every: validate and save every so many steps.
-        bf16: compute in bfloat16 where PyTorch holds it to be safe.
-        loss: the distance, "l1" or "l2"; see `teacher_losses.loss_of`.
+        every: validate and save each time this many steps are done.
+        bf16: compute in bfloat16 where PyTorch considers it safe.
+        degradation: of training patches, a name in `DEGRADATIONS`.
+        loss: distance of latents and of images, one of `DISTANCE_NAMES`; see `losses.PhaseLoss`.
+        adapters: train low-rank adapters on UNet and VAE encoder instead of all UNet weights; None for models above
+            `adapters.LARGE` only. Used by TRQ.
     """
 
-    output: Path
     seed: int = 0
     train_encoder: bool = False
     ema: float = 0.998
@@ -61,3 +74,42 @@ class Settings:
     bf16: bool = True
     degradation: str = "bicubic"
     loss: str = "l1"
+    adapters: bool | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The limits of the rule that picks a timestep, in dB of PSNR-Y; see `qartsr_pipeline.calibration.trq`.
+
+    Attributes:
+        least_bypass_cost: what leaving the UNet out must cost at a timestep that may be chosen.
+        quality_margin: a full-precision quality this little below the best one counts as equal to it.
+    """
+
+    least_bypass_cost: float = 1.0
+    quality_margin: float = 0.1
+
+
+@dataclass(frozen=True)
+class TimestepSearch:
+    """The search for the timestep at which a model bears quantization best; see `qartsr_pipeline.calibration.trq`.
+
+    Attributes:
+        timesteps: candidates, 0 to 999.
+        phases, full_phases: of the short retraining at each candidate, and of the one at the chosen timestep.
+        held_out: how many images are kept for measuring.
+        bits: of weights and activations in the plain quantization that candidates are measured under.
+    """
+
+    timesteps: tuple[int, ...] = TIMESTEPS
+    phases: tuple[Phase, ...] = tuple(map(parse_phase, SHORT))
+    full_phases: tuple[Phase, ...] = tuple(map(parse_phase, FULL))
+    rule: Rule = field(default_factory=Rule)
+    held_out: int = 8
+    bits: tuple[int, int] = (4, 4)
+
+    def __post_init__(self) -> None:
+        if not self.timesteps or len(set(self.timesteps)) < len(self.timesteps) or not all(0 <= t < 1000 for t in self.timesteps):
+            raise ValueError(f"timesteps {list(self.timesteps)}: expected different whole numbers from 0 to 999")
+        if self.held_out < 1:
+            raise ValueError(f"{self.held_out} images held out: candidates are measured on at least one")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qartsr_pipeline.calibration.training.training_state import load_tensors, save_state
+from qartsr_pipeline.calibration.saving import load_tensors, save_tensors
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 STATE_NAME = "state.pt"
@@ -26,7 +26,7 @@ def quantization_parameters(layers: dict[str, CalibratingMixin]) -> dict[str, to
 
 def save_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: dict[str, Any], entries: dict[str, Any]) -> None:
     """Writes the state, whole or not at all. Raises SavingError when the disk is full; the one before is then untouched."""
-    save_state(path, {"identity": identity, "parameters": quantization_parameters(layers), **entries})
+    save_tensors(path, {"identity": identity, "parameters": quantization_parameters(layers), **entries})
 
 
 def _read(path: Path) -> dict[str, Any]:

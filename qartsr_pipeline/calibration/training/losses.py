@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from qartsr_pipeline.calibration.training.training_state import load_tensors
+from qartsr_pipeline.calibration.saving import load_tensors
 
 PERCEPTUAL = ("encoder", "lpips")
 

@@ -24,6 +24,7 @@ from qartsr_pipeline.calibration.recipe import Recipe, Stage
 from qartsr_pipeline.calibration.start.initialise import relative_output_error
 from qartsr_pipeline.calibration.start.observers import InputSample
 from qartsr_pipeline.calibration.start.schemes import COMPONENTS
+from qartsr_pipeline.calibration.stopping import Stopped, StopSignals
 from qartsr_pipeline.calibration.training.blocks import Block, Turn, find_blocks, turns
 from qartsr_pipeline.calibration.training.calibration_state import load_calibration, quantization_parameters, save_calibration
 from qartsr_pipeline.calibration.training.extended import end_to_end_loss
@@ -32,17 +33,12 @@ from qartsr_pipeline.calibration.training.optimization import has_any, keep_zero
 from qartsr_pipeline.calibration.training.rpq import module_loss, record, start_turn
 from qartsr_pipeline.calibration.training.sharing import recomputed
 from qartsr_pipeline.calibration.training.tensor_store import TensorStore
-from qartsr_pipeline.calibration.training.training_state import StopSignals
 from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
 from qartsr_pipeline.quantization.scheme import QuantizationScheme
 
 Watch = Callable[[int, int], bool]
 MEMORY_FOR_ACTIVATIONS = 2 * 2**30  # bytes of recorded block outputs that stay in memory; more go to disk
-
-
-class Stopped(Exception):
-    """Training was asked to stop; the state is saved."""
 
 
 @dataclass

@@ -1,16 +1,16 @@
-"""Begins training at a full-precision pipeline folder instead of at nothing, also at another timestep than the folder's.
+"""Moves a one-step model to another timestep before it is retrained there.
 
-`move_timestep` changes T and keeps the function z_L -> z_H as far as it goes without training. The UNet then has to give
+`move_timestep` changes T and keeps the function z_L -> z_H as far as that is possible without training. The UNet then has to give
 
     eps_new = factor eps_old + share z_L        factor = sqrt(abar_new (1 - abar_old) / (abar_old (1 - abar_new)))
                                                 share = (1 - sqrt(abar_new / abar_old)) / sqrt(1 - abar_new)
 
-1. The time embedding is one vector, since T is: its last bias is shifted so that the UNet goes on seeing the old one. Exact.
-2. The output convolution is refitted to eps_new by least squares on a few latents. The factor is exact; the share of z_L has to
-   be read from features that were not made for it, and what the fit misses is amplified by sqrt(1 - abar) / sqrt(abar).
+1. The time embedding is one vector, since T is: its last bias is shifted so that the UNet still sees the old one. Exact.
+2. The output convolution is fitted to eps_new by least squares on a few latents. The factor is exact; the share of z_L has to be
+   read from features that were not trained for it, and what the fit misses is amplified by sqrt(1 - abar) / sqrt(abar).
 3. Where that misses more than giving some of these features to z_L does (`_carry_latent`), they are given to it.
 
-Measured with the small model moved from T = 100 to 999 (PSNR-Y of held-out pictures, before any training): 14.3 dB with step 2
+Measured with the small model moved from T = 100 to 999 (PSNR-Y of held-out images, before any training): 14.3 dB with step 2
 alone (of 32.7 dB at T = 100), and with step 3 1.2 dB less than at T = 100.
 """
 
@@ -19,79 +19,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.pairs import Patches, sample_pair
-from qartsr_pipeline.calibration.retraining.one_step_model import Teacher
-from qartsr_pipeline.checkpoint_files import fetch, is_quantized
+from qartsr_pipeline.calibration.data.pairs import sample_pair
+from qartsr_pipeline.calibration.data.patches import Patches
+from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 
 RIDGE = 1e-9  # of the fit, relative to the features' mean square
-LINEAR = (4.0, 0.5)  # mean and deviation of what goes through SiLU and shall come out nearly as it was
+LINEAR = (4.0, 0.5)  # mean and deviation at which SiLU is nearly linear
 
 
-def teacher_from_folder(model: str | Path) -> Teacher:
-    """The model of a full-precision pipeline folder (or shipped name, or Hub id) in float32, at the folder's timestep.
-
-    What is zero by whole channels stays zero in training: see `keep_empty_channels`.
-
-    Raises:
-        ValueError: it is quantized. CheckpointError: see `QArtSRPipeline.from_pretrained`.
-    """
-    folder = fetch(str(model))
-    if is_quantized(folder):
-        raise ValueError(f"{model} is quantized: training starts from the full-precision model it was made from")
-    return teacher_of(QArtSRPipeline.from_pretrained(folder, dtype=torch.float32))
-
-
-def teacher_of(pipeline: QArtSRPipeline) -> Teacher:
-    """As `teacher_from_folder`, around the components of a float32 pipeline, which are shared."""
-    prompt = pipeline.prompt_embedding(1).detach().clone()
-    teacher = Teacher(0, pipeline.config.timestep, (pipeline.vae, pipeline.unet, pipeline.scheduler, prompt))
-    teacher.scaling_factor.fill_(pipeline.vae.config.scaling_factor)
-    teacher.requires_grad_(True)
-    keep_empty_channels(teacher)
-    return teacher
-
-
-def keep_empty_channels(model: nn.Module) -> None:
-    """Masks gradients where convolutions and normalizations have channels of zeros: so `anchored_init`'s anchors survive.
-
-    A convolution's input or output channel without any weight gets none; so does a normalization's channel whose weight and bias
-    are zero. In a model without such channels nothing changes.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            used = module.weight.detach() != 0
-            _mask_gradient(
-                module.weight, used.any(dim=(1, 2, 3))[:, None, None, None] & used.any(dim=(0, 2, 3))[None, :, None, None]
-            )
-        elif isinstance(module, nn.GroupNorm) and module.affine:
-            used = (module.weight.detach() != 0) | (module.bias.detach() != 0)
-            _mask_gradient(module.weight, used)
-            _mask_gradient(module.bias, used)
-
-
-def _mask_gradient(parameter: nn.Parameter, used: torch.Tensor) -> None:
-    if not used.all() and used.any():
-        parameter.register_hook(lambda gradient: gradient * used.to(gradient))
-
-
-def latents_for_fit(model: Teacher, patches: Patches, degradation: str = "bicubic", count: int = 16) -> list[torch.Tensor]:
+def latents_for_fit(model: OneStepModel, patches: Patches, degradation: str = "bicubic", count: int = 16) -> list[torch.Tensor]:
     """z_L of ``count`` patches of 128 pixels, one at a time."""
-    rng = np.random.default_rng([2**31, count, 1])  # no training step's
+    rng = np.random.default_rng([2**31, count, 1])  # no training step has this seed
     up, _ = sample_pair(patches, count, 128, rng, degradation)
     with torch.no_grad():
-        return [model.encode(picture[None].to(model.scaling_factor.device)) for picture in up]
+        return [model.encode(image[None].to(model.device)) for image in up]
 
 
 @torch.no_grad()
-def move_timestep(model: Teacher, timestep: int, latents: list[torch.Tensor]) -> None:
+def move_timestep(model: OneStepModel, timestep: int, latents: list[torch.Tensor]) -> None:
     """Moves the model to another timestep in place; see the head of this file.
 
     Args:
@@ -103,7 +54,7 @@ def move_timestep(model: Teacher, timestep: int, latents: list[torch.Tensor]) ->
     targets = [model.step(latent) for latent in latents]
     before, after = (_time_embedding(model.unet, t) for t in (model.timestep, timestep))
     model.unet.time_embedding.linear_2.bias += (before - after)[0]
-    model.timestep, model.alpha_bar = timestep, float(model.scheduler.alphas_cumprod[timestep])
+    model.set_timestep(timestep)
     start = copy.deepcopy(model.unet.state_dict())
     _fit_output(model, latents, targets)
     fitted, error = copy.deepcopy(model.unet.state_dict()), _error(model, latents, targets)
@@ -120,7 +71,7 @@ def _time_embedding(unet: nn.Module, timestep: int) -> torch.Tensor:
     return unet.time_embedding(unet.time_proj(torch.tensor([timestep], device=weight.device)).to(weight.dtype))
 
 
-def _error(model: Teacher, latents: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
+def _error(model: OneStepModel, latents: list[torch.Tensor], targets: list[torch.Tensor]) -> float:
     pairs = zip(latents, targets, strict=True)
     return sum(float((model.step(latent) - target).square().mean()) for latent, target in pairs)
 
@@ -142,7 +93,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.double().movedim(1, -1).flatten(0, -2)
 
 
-def _fit_output(model: Teacher, latents: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+def _fit_output(model: OneStepModel, latents: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
     """Sets the output convolution so that z_H is as near to the targets as it can be, by ridge regression."""
     conv, alpha_bar = model.unet.conv_out, model.alpha_bar
     gram, products = 0.0, 0.0

@@ -11,7 +11,8 @@ from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves, power_law_r
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS, bicubic_degradation
 from qartsr_pipeline.calibration.data.filters import convolve, gaussian_kernel
 from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint
-from qartsr_pipeline.calibration.data.pairs import MARGIN, MixedPatches, degraded_pair, held_out_pairs
+from qartsr_pipeline.calibration.data.pairs import MARGIN, degraded_pair, held_out_pairs
+from qartsr_pipeline.calibration.data.patches import MixedPatches
 from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
 from qartsr_pipeline.image_files import PictureError
 
