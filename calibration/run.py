@@ -24,6 +24,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from calibration.trq import add_search_arguments
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
@@ -45,7 +46,7 @@ from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, load_rec
 from qartsr_pipeline.calibration.report.model_card import model_card
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import make_report
-from qartsr_pipeline.calibration.retraining.settings import Settings
+from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
 from qartsr_pipeline.calibration.saving import SavingError, write_whole
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
 from qartsr_pipeline.calibration.stopping import Stopped
@@ -61,7 +62,6 @@ from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.checkpoint_files import fetch, shipped_checkpoints
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.cli.processes import join_processes
-from qartsr_pipeline.cli.timestep_search import add_search_arguments, timestep_search
 from qartsr_pipeline.cli.training_bar import TrainingBar
 from qartsr_pipeline.quantization.freeze import freeze
 
@@ -179,7 +179,7 @@ def at_timestep(args: argparse.Namespace) -> tuple[Path, list[dict[str, Any]] | 
     searched = args.timestep == "search"
     rule = (args.least_bypass_cost, args.quality_margin)
     timesteps = args.timesteps if searched else [int(args.timestep)]
-    search = timestep_search(timesteps, args.phases, args.full_phases, *rule, args.held_out)
+    search = TimestepSearch.parse(timesteps, args.phases, args.full_phases, *rule, args.held_out)
     data = TrainingData(args.data, 0.0 if args.data else 1.0, args.degradation, args.held_out).load()
     settings = Settings(seed=args.seed, every=250, degradation=args.degradation)
     folder, device = args.output / "timestep", choose_device(args.device)[0]

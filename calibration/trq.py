@@ -15,15 +15,43 @@ from pathlib import Path
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.calibration.recipe import parse_bits
-from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, Settings
+from qartsr_pipeline.calibration.retraining.settings import (
+    DISTANCE_NAMES,
+    FULL,
+    SHORT,
+    TIMESTEPS,
+    Rule,
+    Settings,
+    TimestepSearch,
+)
 from qartsr_pipeline.calibration.saving import SavingError
 from qartsr_pipeline.calibration.stopping import Stopped
 from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.calibration.trq import TRQ
-from qartsr_pipeline.cli.timestep_search import add_search_arguments, timestep_search
 from qartsr_pipeline.cli.training_bar import TrainingBar
 
+PHASE = "NAME:STEPS:LR:PATCH:BATCH"
 ADAPTERS = {"auto": None, "all": False, "adapters": True}
+
+
+def add_search_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds the arguments of `TimestepSearch.parse`, under the same names."""
+    parser.add_argument("--timesteps", type=int, nargs="+", default=list(TIMESTEPS), metavar="T", help="candidates")
+    parser.add_argument(
+        "--phases", nargs="+", default=list(SHORT), metavar=PHASE, help=f"at each candidate (default: {' '.join(SHORT)})"
+    )
+    parser.add_argument(
+        "--full-phases", nargs="+", default=list(FULL), metavar=PHASE, help=f"at the chosen one (default: {' '.join(FULL)})"
+    )
+    parser.add_argument(
+        "--least-bypass-cost", type=float, default=Rule.least_bypass_cost, metavar="DB",
+        help="what leaving the UNet out must cost at a timestep that may be chosen (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality-margin", type=float, default=Rule.quality_margin, metavar="DB",
+        help="a full-precision quality this little below the best one counts as equal (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--held-out", type=int, default=8, metavar="N", help="images kept for measuring (default: %(default)s)")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -52,7 +80,7 @@ def stage_of(args: argparse.Namespace, progress: Progress) -> TRQ:
     if args.held_out < 1 or args.every < 1:
         raise ValueError("--held-out and --every must be above 0")
     rule = (args.least_bypass_cost, args.quality_margin)
-    search = timestep_search(args.timesteps, args.phases, args.full_phases, *rule, args.held_out)
+    search = TimestepSearch.parse(args.timesteps, args.phases, args.full_phases, *rule, args.held_out)
     search = replace(search, bits=parse_bits(args.bits))
     settings = Settings(
         seed=args.seed,

@@ -21,7 +21,7 @@ validation. Everything is a function of the seed and of the step number: a stopp
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from qartsr_pipeline.calibration.data.patches import Patches
 from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
-from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, Phase, Settings, parse_phase
+from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, Phase, Settings, parse_phase, phase_text
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
 from qartsr_pipeline.calibration.saving import SavingError
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
@@ -144,8 +144,7 @@ def parse(argv: list[str] | None) -> TeacherRun:
     if args.resume:
         state = load_state(path)
         parser.set_defaults(**(state.get("record") or {}).get("arguments", {}))
-        recorded = [":".join(str(phase[part.name]) for part in fields(Phase)) for phase in state["phases"]]
-        parser.set_defaults(phases=recorded)
+        parser.set_defaults(phases=[phase_text(Phase(**phase)) for phase in state["phases"]])
         args = parser.parse_args(argv)
     elif path.exists():
         raise ValueError(f"{path} is there already: continue that run with --resume, or choose another --output")

@@ -48,12 +48,15 @@ def trained_once(photographs, training_arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibration.teacher.model.build_models", build_tiny_models)
+        patch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
         teacher.main(["--data", str(photographs), "--output", str(folder), *training_arguments])
     return folder
 
 
 @pytest.fixture
 def trained(trained_once, tmp_path, monkeypatch):
-    """A copy of that folder, for a test in which `calibration.teacher.train` builds tiny models."""
+    """A copy of that folder, for a test in which `calibration.teacher.train` builds tiny models and draws no curves."""
+    monkeypatch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
+    monkeypatch.setattr("qartsr_pipeline.calibration.retraining.trainer.plot_if_possible", lambda *_: False)
     monkeypatch.setattr("calibration.teacher.model.build_models", build_tiny_models)
     return Path(shutil.copytree(trained_once, tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Procedural pictures, degradations, pairs."""
+"""Training data: procedural images, degradations, patches, pairs, and what records say of them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import pytest
 import torch
 from PIL import Image
 
+from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves, power_law_radii
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS, bicubic_degradation
 from qartsr_pipeline.calibration.data.filters import convolve, gaussian_kernel
 from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint
 from qartsr_pipeline.calibration.data.pairs import MARGIN, degraded_pair, held_out_pairs
-from qartsr_pipeline.calibration.data.patches import MixedPatches
+from qartsr_pipeline.calibration.data.patches import ImagePatches, MixedPatches, PhotographPatches, images_record
 from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
+from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.image_files import PictureError
 
 
-def spectral_slope(pictures: np.ndarray) -> float:
-    """Slope of log power over log frequency, mean over pictures (N, S, S)."""
-    side = pictures.shape[-1]
+def spectral_slope(images: np.ndarray) -> float:
+    """Slope of log power over log frequency, mean over images (N, S, S)."""
+    side = images.shape[-1]
     window = np.hanning(side)[:, None] * np.hanning(side)[None]
-    centred = (pictures - pictures.mean((-1, -2), keepdims=True)) * window
+    centred = (images - images.mean((-1, -2), keepdims=True)) * window
     power = (np.abs(np.fft.rfft2(centred)) ** 2).mean(0)
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     edges = np.geomspace(3 / side, 0.25, 10)
@@ -65,6 +67,10 @@ def test_degradations_keep_their_contract(name, size):
     assert low.shape == (3, 3, size[0] // 4, size[1] // 4) and low.dtype == torch.float32
     assert torch.equal(low, again)
     assert torch.equal((low * 255).round() / 255, low) and low.min() >= 0 and low.max() <= 1
+
+
+def test_command_lines_know_every_degradation():
+    assert tuple(DEGRADATIONS) == DEGRADATION_NAMES
 
 
 def test_real_world_degradation_is_worse_than_bicubic_but_in_place():
@@ -123,6 +129,61 @@ def test_pairs_are_aligned_and_reproducible(photographs, tmp_path):
     Image.new("RGB", (47, 300)).save(tmp_path / "small.png")
     with pytest.raises(ValueError, match=r"small\.png has 47 x 300 pixels; validation needs 48 x 48"):
         held_out_pairs([tmp_path / "small.png"], "bicubic")
+
+
+def in_memory(paths):
+    """Four images, of three kinds."""
+    pixels = [read_photograph(path) for path in paths]
+    tensor = torch.from_numpy(pixels[1].copy()).permute(2, 0, 1).float() / 255
+    return [Image.fromarray(pixels[0]), tensor, *pixels[2:]]
+
+
+def test_images_in_memory_give_the_patches_of_their_files(photographs):
+    paths = list_photographs(photographs)
+    source = ImagePatches(in_memory(paths))
+    patches = source.sample(6, 48, np.random.default_rng(0))
+    assert patches.shape == (6, 3, 48, 48) and patches.dtype == torch.float32
+    assert torch.equal(patches, PhotographPatches(paths).sample(6, 48, np.random.default_rng(0)))
+    assert not torch.equal(patches, source.sample(6, 48, np.random.default_rng(1)))
+    with pytest.raises(ValueError, match="no image is at least 300 pixels high and wide"):
+        source.sample(1, 300, np.random.default_rng(0))
+
+
+def test_large_images_are_also_used_at_half_size():
+    large = np.zeros((40, 1024, 3), np.uint8)
+    assert [image.shape[:2] for image in ImagePatches([large, large[:, :1000]]).images] == [(40, 1024), (20, 512), (40, 1000)]
+
+
+def test_record_of_images_knows_pixels_sizes_and_order(photographs):
+    images = in_memory(list_photographs(photographs))
+    record = images_record(images)
+    assert record["count"] == 4 and record == images_record(read_photograph(path) for path in list_photographs(photographs))
+    changed = images[3].copy()
+    changed[0, 0, 0] ^= 1
+    reshaped = images[3].reshape(images[3].shape[1], images[3].shape[0], 3)
+    others = [images[::-1], [*images[:3], changed], [*images[:3], reshaped]]
+    assert len({record["sha256"], *(images_record(other)["sha256"] for other in others)}) == 4
+
+
+@pytest.mark.parametrize("kind", ["files", "memory"])
+def test_training_data_hold_images_out(photographs, kind):
+    paths = list_photographs(photographs)
+    loaded = TrainingData(photographs if kind == "files" else in_memory(paths), held_out=1).load()
+    assert len(loaded.patches.images) == 3, "the one held out is not trained on"
+    assert not any(np.array_equal(image, read_photograph(paths[0])) for image in loaded.patches.images)
+    assert torch.equal(loaded.held_out[0][1], held_out_pairs(paths[:1], "bicubic")[0][1])
+    assert loaded.record["held_out"] == (["picture_0.png"] if kind == "files" else [0])
+    assert loaded.record["data"]["count"] == 4 and ("files" in loaded.record["data"]) == (kind == "files")
+
+
+def test_training_data_of_every_share(photographs):
+    procedural = TrainingData(held_out=2).load()
+    assert isinstance(procedural.patches, DeadLeaves) and len(procedural.held_out) == 2 and procedural.record["data"] is None
+    assert isinstance(TrainingData(photographs, 1.0, held_out=4).load().patches, DeadLeaves)
+    mixed = TrainingData(photographs, 0.5, held_out=1).load().patches
+    assert isinstance(mixed, MixedPatches) and mixed.share == 0.5
+    with pytest.raises(ValueError, match="all 4 images are kept for validation"):
+        TrainingData(photographs, held_out=4).load()
 
 
 def test_fingerprint_knows_contents_and_names(photographs, tmp_path):

@@ -36,9 +36,10 @@ def patches():
 
 
 @pytest.fixture(autouse=True)
-def few_small_pictures(monkeypatch):
-    """The tiny model has two levels: its attention would see 128 x 128 positions of a picture of 256 pixels."""
+def quick(monkeypatch):
+    """Few and small images, no training curves. The tiny model's attention would see 128 x 128 positions of 256 pixels."""
     monkeypatch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
+    monkeypatch.setattr("qartsr_pipeline.calibration.retraining.trainer.plot_if_possible", lambda *_: False)
     monkeypatch.setattr(trq, "latents_for_fit", lambda *arguments: latents_for_fit(*arguments[:3], count=2))
 
 

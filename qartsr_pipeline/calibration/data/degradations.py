@@ -1,8 +1,9 @@
 """How a high-resolution patch becomes the model's low-resolution input.
 
 A degradation is a function of (high, scale, rng): high is (B, 3, H, W) float32 in [0, 1] with sides divisible by scale. The
-result is (B, 3, H / scale, W / scale), multiples of 1/255 in [0, 1], and the same for the same state of ``rng``. To add one, enter
-the function in `DEGRADATIONS` and its name in `qartsr_pipeline.calibration.data.DEGRADATION_NAMES`.
+result is (B, 3, H / scale, W / scale), multiples of 1/255 in [0, 1], and the same for the same state of ``rng``.
+
+To add one, enter the function in `DEGRADATIONS` and its name in `qartsr_pipeline.calibration.data.DEGRADATION_NAMES`.
 """
 
 from __future__ import annotations

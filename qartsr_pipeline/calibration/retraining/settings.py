@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that command lines can show the defaults quic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qartsr_pipeline.calibration.data import MULTIPLE
@@ -50,6 +51,11 @@ def parse_phase(text: str) -> Phase:
     if phase.patch < MULTIPLE or phase.patch % MULTIPLE:
         raise ValueError(f"the phase {text!r}: the patch's side must be a multiple of {MULTIPLE}; {example}")
     return phase
+
+
+def phase_text(phase: Phase) -> str:
+    """NAME:STEPS:LR:PATCH:BATCH, which `parse_phase` reads."""
+    return f"{phase.name}:{phase.steps}:{phase.lr}:{phase.patch}:{phase.batch}"
 
 
 @dataclass(frozen=True)
@@ -113,3 +119,17 @@ class TimestepSearch:
             raise ValueError(f"timesteps {list(self.timesteps)}: expected different whole numbers from 0 to 999")
         if self.held_out < 1:
             raise ValueError(f"{self.held_out} images held out: candidates are measured on at least one")
+
+    @classmethod
+    def parse(
+        cls,
+        timesteps: Sequence[int],
+        phases: Sequence[str],
+        full_phases: Sequence[str],
+        least_bypass_cost: float,
+        quality_margin: float,
+        held_out: int,
+    ) -> TimestepSearch:
+        """From the arguments of a command line, phases as texts; raises ValueError that says what is wrong with them."""
+        rule = Rule(least_bypass_cost, quality_margin)
+        return cls(tuple(timesteps), tuple(map(parse_phase, phases)), tuple(map(parse_phase, full_phases)), rule, held_out)
