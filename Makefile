@@ -1,26 +1,29 @@
-# `make demo` and `make test` are all that a fresh machine needs: each sets everything up first, once.
+# `make demo` and `make test` are all that a fresh machine needs: the first call sets everything up.
 PYTHON ?= python3
 VENV ?= .venv
-# The PyTorch release that was tested last; where it cannot be had, pip takes what pyproject.toml allows.
+# The PyTorch release that was tested last. If it is not available, pip takes what pyproject.toml allows.
 TORCH ?= torch==2.13.0
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINIMUM := .venv-minimum
+# One worker per core. Each computes with one thread, so that the workers do not compete for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow test-minimum test-comfyui lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/qartsr demo -o demo_output
 
-# One worker a core; each computes with one thread, so that they do not compete for the cores.
+# The fast tests: at most six minutes on two cores.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	$(PYTEST)
 
+# The long tests: at most 25 minutes on two cores.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
-# The lowest versions that pyproject.toml declares, exactly, in an environment of their own.
+# The fast tests on exactly the lowest versions that pyproject.toml declares, in an environment of their own.
 test-minimum: $(MINIMUM)/.installed
 	$(MINIMUM)/bin/python -m pytest
 
@@ -32,22 +35,23 @@ test-comfyui: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) $(MINIMUM) build *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MINIMUM) build *.egg-info demo_output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch and the packages that QArtSR needs (several minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet '$(TORCH)' >/dev/null 2>&1 || true
-	$(BIN)/python -m pip install --quiet -e '.[test,calibration]'
-	@# in its interpreter the GPU kernels are tested on any processor; where there is no wheel those tests are skipped
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@# Triton's interpreter tests the GPU kernels on any processor. Where there is no wheel, those tests are skipped.
 	@$(BIN)/python -m pip install --quiet triton >/dev/null 2>&1 || true
 	@touch $@
 
 $(MINIMUM)/.installed: pyproject.toml tools/minimum_requirements.py
 	$(PYTHON) -m venv $(MINIMUM)
-	$(MINIMUM)/bin/python tools/minimum_requirements.py test calibration > $(MINIMUM)/requirements.txt
+	$(MINIMUM)/bin/python tools/minimum_requirements.py test > $(MINIMUM)/requirements.txt
 	$(MINIMUM)/bin/python -m pip install --quiet -r $(MINIMUM)/requirements.txt
 	$(MINIMUM)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@

@@ -1,0 +1,220 @@
+"""The documentation holds: its Python runs, its commands parse, its links lead somewhere, its numbers are those that were measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.recipe import load_recipe, with_values
+from tiny_models import build_tiny_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = sorted(ROOT.glob("qartsr_pipeline/checkpoints/*/README.md"))
+GUIDES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
+DOCUMENTS = [*GUIDES, *CARDS, *sorted(ROOT.glob("comfy_nodes/web/docs/*.md")), *sorted(ROOT.glob("benchmarks/results/*.md"))]
+RUN = ("README.md", "docs/getting-started.md", "docs/python.md", "docs/quantize-your-own-model.md")
+# The recipe of the examples, for a model with a few thousand weights: the same stages, smaller images and ranks.
+SMALL = [
+    "images=2",
+    "image_size=64",
+    "cached_batches=1",
+    "layer.branch_rank=2",
+    "layer.branch_budget=0",
+    "layer.adapter_rank=2",
+    *(f"stages.{stage}.{key}" for stage in (0, 1) for key in ("patch=32", "batch=1")),
+]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def example_folder(tmp_path_factory):
+    """What the examples expect to find in the working folder; a random model of a few thousand weights stands in for tiny-fp."""
+    folder = tmp_path_factory.mktemp("examples")
+    build_tiny_pipeline(seed=0).save_pretrained(folder / "tiny-fp")
+    for name, seed in {"photographs": 1, "other-photographs": 2}.items():
+        (folder / name).mkdir()
+        for index, image in enumerate(DeadLeaves().sample(2, 64, np.random.default_rng(seed))):
+            pixels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    Image.fromarray(pixels[:24, :32]).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture
+def small_recipe_folder(tmp_path, monkeypatch):
+    """`qartsr` is the small form of itself."""
+    import yaml
+
+    from qartsr_pipeline.calibration import recipe
+
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    small = with_values(load_recipe("qartsr"), SMALL)
+    (folder / "qartsr.yaml").write_text(yaml.safe_dump(small.to_dict()), encoding="utf-8")
+    monkeypatch.setattr(recipe, "FOLDER", folder)
+
+
+@pytest.mark.parametrize("document", RUN)
+def test_the_python_of_a_document_runs(document, example_folder, small_recipe_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "work"
+    shutil.copytree(example_folder, folder)
+    monkeypatch.chdir(folder)
+    code = blocks((ROOT / document).read_text(encoding="utf-8"), "python")
+    assert code
+    namespace: dict[str, object] = {"__name__": "example"}
+    for block in code:
+        exec(compile(re.sub(r"steps=\d+", "steps=2", block), document, "exec"), namespace)
+
+
+@pytest.mark.parametrize("document", GUIDES, ids=name_of)
+def test_what_examples_import_exists(document):
+    for block in blocks(document.read_text(encoding="utf-8"), "python"):
+        for module, names in re.findall(r"^from ([\w.]+) import ([\w, ]+)$", block, re.M):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.strip()), f"{module}.{name.strip()}"
+
+
+class Parsed(BaseException):
+    """Raised in place of running a command whose arguments are valid."""
+
+
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Commands end once their own argument parser has accepted what they were given."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, args=None, namespace=None):
+        parse_args(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command in the shell blocks, and in the lines of benchmarks.md that name one."""
+    lines = [line for block in blocks(text, "sh") for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    for item in re.findall(r"^- Command: (.*(?:\n  .*)*)", text, re.M):
+        lines += re.findall(r"`((?:qartsr|python) [^`]+)`", item.replace("\n  ", " "))
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def entry_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """The module and the arguments of a command of this repository, None for a command of somebody else."""
+    if words[0] == "qartsr":
+        return "qartsr_pipeline.cli.main", words[1:]
+    if words[0] == "python" or words[:2] == ["accelerate", "launch"]:
+        for index, word in enumerate(words):
+            if word == "-m" and words[index + 1].split(".")[0] in ("qartsr_pipeline", "calibration", "benchmarks"):
+                module = words[index + 1]
+                return "qartsr_pipeline.cli.main" if module == "qartsr_pipeline.cli" else module, words[index + 2 :]
+            if re.fullmatch(r"(calibration|benchmarks)/\w+\.py", word):
+                return word.removesuffix(".py").replace("/", "."), words[index + 1 :]
+    return None
+
+
+@pytest.mark.parametrize("document", [*GUIDES, *CARDS], ids=name_of)
+def test_commands_parse(document, parse_only, monkeypatch):
+    for words in commands(document.read_text(encoding="utf-8")):
+        entry = entry_of(words)
+        if entry:
+            module, arguments = entry
+            monkeypatch.setattr(sys, "argv", [module, *arguments])
+            try:
+                with pytest.raises(Parsed):
+                    importlib.import_module(module).main()
+            except SystemExit:
+                pytest.fail(f"{' '.join(words)}: refused by its own parser")
+        elif words[0] == "make":
+            targets = [word for word in words[1:] if "=" not in word]
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets), words
+        else:
+            assert words[0] in ("pip", "npm", "export"), f"{words[0]}: nothing checks this command"
+
+
+def test_every_command_of_qartsr_is_documented():
+    from qartsr_pipeline.cli.main import _parser
+
+    (choices,) = [action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    page = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    assert {words[1] for words in commands(page) if words[0] == "qartsr"} | {"demo"} == set(choices)
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(<?([^)>]+)>?\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = document.parent / path if path else document
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M)
+            assert anchor in map(slug, headings), target
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    assert [page.name for page in sorted(ROOT.glob("docs/*.md")) if f"({page.name})" not in index] == ["index.md"]
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def measured(data_set: str) -> dict[tuple[str, str | None], dict[str, float]]:
+    """(model, colour alignment) -> metrics, from the raw results."""
+    report = json.loads((ROOT / f"benchmarks/results/quality_{data_set}.json").read_text(encoding="utf-8"))
+    return {(row["name"], row["color_fix"]): row for row in report["rows"] if row["kind"] in ("bicubic", "model")}
+
+
+def quality(row: dict[str, float]) -> str:
+    return f"{row['psnr_y']:.2f} / {row['ssim_y']:.4f}"
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """First cell -> the other cells, of the rows of all tables; of rows with the same first cell, the first one counts."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in reversed(rows)}
+
+
+def folder_size(model: str) -> str:
+    """Of all files but the card."""
+    files = [file for file in (ROOT / "qartsr_pipeline/checkpoints" / model).rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files if file.name != 'README.md') / 1e6:.2f} MB"
+
+
+@pytest.mark.parametrize("model", [card.parent.name for card in CARDS])
+def test_the_numbers_of_the_models_are_those_measured(model):
+    cid22, set5 = measured("cid22_val"), measured("set5")
+    values = [quality(results[model, fix]) for results in (cid22, set5) for fix in ("wavelet", None)]
+    card = table((ROOT / f"qartsr_pipeline/checkpoints/{model}/README.md").read_text(encoding="utf-8"))
+    assert card[model] == [folder_size(model), *values]
+    row = table((ROOT / "README.md").read_text(encoding="utf-8"))[model]
+    share = cid22[model, "wavelet"].get("share_of_gain", 1.0)
+    assert row[1:] == [card[model][0], values[0], f"{share:.0%}".replace("%", " %")]
+    assert values[0] in table((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"))[model]
