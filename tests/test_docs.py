@@ -1,4 +1,4 @@
-"""The documentation holds: its Python runs, its commands parse, its links lead somewhere, its numbers are those that were measured."""
+"""The documentation is true: its Python runs, its commands parse, its links lead somewhere, its numbers were measured."""
 
 from __future__ import annotations
 
