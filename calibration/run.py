@@ -42,10 +42,11 @@ from qartsr_pipeline.calibration.data.pairs import Patches
 from qartsr_pipeline.calibration.data.patches import PhotographPatches
 from qartsr_pipeline.calibration.data.photographs import list_photographs
 from qartsr_pipeline.calibration.data.training_set import TrainingData
+from qartsr_pipeline.calibration.evaluation.rows import markdown
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, load_recipe, parse_bits, recipe_names, with_values
 from qartsr_pipeline.calibration.report.model_card import model_card
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, save_pipeline
-from qartsr_pipeline.calibration.report.run_report import make_report
+from qartsr_pipeline.calibration.report.run_report import FinishedRun, make_report
 from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
 from qartsr_pipeline.calibration.saving import SavingError, write_whole
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
@@ -344,8 +345,24 @@ def _run(args: argparse.Namespace, watch: Watch | None, preparing: Told | None, 
         print(f"written: {args.output / 'model'}, {sizes['total'] / 1e6:.2f} MB")
     else:
         print(f"{job.recipe.method} is on a grid that exists in simulation only: no model is written, the report is")
-    report = make_report(job, calibrated, record, args.output / "report", time.perf_counter() - start)
-    print(f"written: {report}")
+    finished = FinishedRun(
+        model_name=job.model,
+        bits=args.bits,
+        recipe=job.recipe,
+        seed=args.seed,
+        degradation=args.degradation,
+        data=job.data,
+        full_precision=job.full_precision,
+        quantized=job.pipeline,
+        evaluation=job.evaluation,
+        calibrated=calibrated,
+        record=record,
+        seconds=time.perf_counter() - start,
+        sweep=job.sweep,
+    )
+    report = make_report(finished, args.output / "report")
+    print(markdown(report.rows))
+    print(f"written: {report.page}")
     return True
 
 

@@ -5,30 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qartsr_pipeline.convert.model_card import PIPELINE_TAG, license_of
+from qartsr_pipeline.convert.model_card import PIPELINE_TAG, license_of, markdown_text, yaml_text
 
 
 def model_card(record: dict[str, Any], source: Path, hub_id: str | None) -> str:
-    """The file's content.
+    """The file's content. Names that people chose are escaped.
 
     Args:
-        record: what `quantization.json` says.
+        record: the content of `quantization.json`.
         source: the full-precision folder, whose card names the licence.
         hub_id: of the full-precision model, where it came from the Hub.
     """
-    bits, recipe, data = record["bits"].upper(), record["recipe"], record["data"]
-    pictures = f"{data['count']} photographs" if "count" in data else "procedural pictures"
-    base = f"base_model: {hub_id}\n" if hub_id else ""
+    bits, recipe, data = markdown_text(record["bits"].upper()), record["recipe"], record["data"]
+    images = f"{data['count']} photographs" if "count" in data else "procedural images"
+    base = f"base_model: {yaml_text(hub_id)}\n" if hub_id else ""
     trained = f"{recipe['steps']} steps, seed {record['seed']}, " if recipe["stages"] else ""
     return f"""---
-license: {license_of(source / "README.md") or "other"}
+license: {yaml_text(license_of(source / "README.md") or "other")}
 library_name: diffusers
 {base}pipeline_tag: {PIPELINE_TAG}
 tags: [super-resolution, one-step-diffusion, quantized, qartsr]
 ---
-# {record["model"]}, {bits}
+# {markdown_text(record["model"])}, {bits}
 
-`{record["model"]}`, quantized to {bits} (bits of weights and activations; each component's `config.json` says which layers have
+{_code(record["model"])}, quantized to {bits} (bits of weights and activations; each component's `config.json` says which layers have
 others), constants of timestep and prompt folded: it takes no other prompt.
 
 ```python
@@ -38,6 +38,11 @@ pipeline = QArtSRPipeline.from_pretrained("FOLDER")
 pipeline(image).images[0]
 ```
 
-Recipe {recipe["method"]} ({recipe["source"]}), {trained}on {pictures}. `quantization.json` has the whole record: recipe,
-versions, data, losses, every layer's error. The licence is that of the full-precision model.
+Recipe {markdown_text(recipe["method"])} ({markdown_text(recipe["source"])}), {trained}on {images}. `quantization.json` has the whole record:
+recipe, versions, data, losses, every layer's error. The licence is that of the full-precision model.
 """
+
+
+def _code(text: str) -> str:
+    """A code span of one line."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"

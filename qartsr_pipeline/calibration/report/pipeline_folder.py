@@ -30,14 +30,15 @@ def save_pipeline(
     """Saves the pipeline and, as ``record_name``, the record.
 
     Args:
-        folder: a pipeline folder that is there already is replaced but for its README.md, anything else is not.
+        folder: an existing pipeline folder is replaced, except for its README.md.
         card: content of README.md where there is none.
 
     Returns:
         Bytes of each component's files, by the component's name, and their sum as "total".
 
     Raises:
-        FileExistsError: `folder` is something else than a pipeline folder. SavingError: the disk is full.
+        FileExistsError: `folder` exists and is not a pipeline folder.
+        SavingError: it cannot be written, for instance because the disk is full.
     """
     folder = Path(folder)
     check_target(folder)

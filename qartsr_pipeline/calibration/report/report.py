@@ -1,4 +1,4 @@
-"""The report of a calibration run: one HTML file that needs nothing else, and its plots and pictures as PNG files beside it."""
+"""The report of a calibration run: one HTML file that needs nothing else, and its plots and images as PNG files beside it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qartsr_pipeline.calibration.evaluation.evaluation_report import further_metrics, table
+from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.image.comparison import compare
 
-PICTURE_SIDE = 512  # larger pictures are cut to this around their detail
+PICTURE_SIDE = 512  # larger images are cut to this around their detail
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1e; --soft: #5a5a60; --back: #ffffff; --line: #d4d4da; --stripe: #f4f4f7; }
 @media (prefers-color-scheme: dark) {
@@ -50,8 +50,8 @@ class ReportData:
         layer_errors: layer -> relative squared error of its output.
         bounds: layer -> {"counts": n numbers, "edges": n + 1, "lower": .., "upper": ..}: its input's histogram and bounds.
         sweep: rows of the timestep sweep, each with "timestep" and numbers; "chosen": true marks one.
-        metrics: rows as `qartsr_pipeline.calibration.evaluation.evaluation_report.summarize` gives them.
-        pictures: each name -> (H, W, 3) uint8, of one size, in the order in which they are shown.
+        metrics: rows of an evaluation.
+        pictures: for each image name -> (H, W, 3) uint8, of one size, in the order in which they are shown.
     """
 
     title: str
@@ -61,15 +61,18 @@ class ReportData:
     layer_errors: dict[str, float] = field(default_factory=dict)
     bounds: dict[str, dict[str, Any]] = field(default_factory=dict)
     sweep: list[dict[str, Any]] | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[EvaluationRow] = field(default_factory=list)
     pictures: list[dict[str, np.ndarray]] = field(default_factory=list)
 
 
 def write_report(folder: str | Path, data: ReportData) -> Path:
-    """Writes ``folder``/index.html and the PNG files; returns the former. Without matplotlib it says that plots lack.
+    """Writes ``folder``/index.html and the PNG files; returns the path of the page.
+
+    Without matplotlib there are no plots, and the page says so. Every text is escaped: names may come from users.
 
     Raises:
-        ValueError: data that do not fit together, by name. SavingError: a file cannot be written.
+        ValueError: data that do not fit together; the message names them.
+        SavingError: a file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +153,8 @@ def _facts(data: ReportData) -> str:
 def _metrics(data: ReportData) -> str:
     if not data.metrics:
         return ""
-    header, rows = table(data.metrics, further_metrics(data.metrics))
-    return _section("Picture quality", _table(rows, header), "<p>PSNR in dB. Means over the pictures.</p>")
+    header, rows = table(data.metrics)
+    return _section("Image quality", _table(rows, header), "<p>PSNR in dB. Means over the images.</p>")
 
 
 def _pictures(data: ReportData, page: Page) -> list[str]:
@@ -162,14 +165,14 @@ def _pictures(data: ReportData, page: Page) -> list[str]:
         figures.append(
             page.image(f"pictures-{number}.png", _encoded(sheet), f"{names}; below, the framed part of each enlarged.")
         )
-    return [_section("Pictures", *figures)] if figures else []
+    return [_section("Images", *figures)] if figures else []
 
 
 def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
-    """Pictures of one size side by side, and the most detailed part of the last one below each, (H', W', 3) uint8.
+    """Images of one size side by side, and the most detailed part of the last one below each, (H', W', 3) uint8.
 
     Args:
-        number: for the message.
+        number: of the image, for the message.
 
     Raises:
         ValueError: sizes or types differ.
@@ -177,7 +180,7 @@ def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarra
     shapes = {name: (picture.shape, str(picture.dtype)) for name, picture in pictures.items()}
     shape, dtype = next(iter(shapes.values()))
     if len(set(shapes.values())) > 1 or len(shape) != 3 or shape[2] != 3 or dtype != "uint8":
-        raise ValueError(f"pictures {number}: all must be uint8 of one shape (H, W, 3), got {shapes}")
+        raise ValueError(f"image {number}: all must be uint8 of one shape (H, W, 3), got {shapes}")
     left, top, right, bottom = most_detailed(list(pictures.values())[-1])
     x, y = (_window(low, high, side) for low, high, side in ((left, right, shape[1]), (top, bottom, shape[0])))
     detail = (left - x, top - y, right - x, bottom - y)
@@ -194,12 +197,12 @@ def _marked(picture: np.ndarray, detail: tuple[int, int, int, int]) -> np.ndarra
 
 
 def _window(low: int, high: int, side: int) -> int:
-    """Where a cut of `PICTURE_SIDE` begins that has the range in its middle as far as the picture allows."""
+    """Where a cut of `PICTURE_SIDE` begins that has the range in its middle as far as the image allows."""
     return max(0, min((low + high - PICTURE_SIDE) // 2, side - PICTURE_SIDE))
 
 
 def most_detailed(picture: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a third of the shown picture, where the brightness changes most from pixel to pixel."""
+    """Left, top, right, bottom of a third of the shown image, where the brightness changes most from pixel to pixel."""
     height, width = picture.shape[:2]
     grey = picture.astype(np.float64).mean(axis=2)
     change = np.zeros((height, width))

@@ -1,83 +1,123 @@
-"""What a calibration run shows in its report: metrics and pictures of the quantized model, and how its training went."""
+"""The report of a finished calibration run: metrics and images of the quantized model, and how its training went."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from qartsr_pipeline.calibration.data.fingerprint import without_files
 from qartsr_pipeline.calibration.data.photographs import as_pixels
-from qartsr_pipeline.calibration.evaluation.evaluation import Candidate, degraded, evaluate_pipelines, read_original
-from qartsr_pipeline.calibration.evaluation.evaluation_report import markdown, summarize
+from qartsr_pipeline.calibration.evaluation.measurement import Candidate, Evaluation, ImageOutputs
+from qartsr_pipeline.calibration.evaluation.originals import originals_of
+from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
+from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.report.report import ReportData, write_report
 from qartsr_pipeline.calibration.training.stages import Calibrated
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
-if TYPE_CHECKING:
-    from calibration.run import Job
-
-PICTURES = 4  # that are shown; all are measured
+SHOWN = 4  # images that are shown; all are measured
 
 
-def nearest(picture: torch.Tensor, scale: int) -> torch.Tensor:
-    """Every pixel as a square of ``scale`` pixels."""
-    return picture.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+@dataclass(frozen=True)
+class FinishedRun:
+    """A calibration run that is through, and what is to be reported of it.
 
-
-def measure(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]]:
-    """Rows of the metrics table, and the pictures to show."""
-    candidates = [
-        Candidate(job.model, job.full_precision, True),
-        Candidate(f"{job.recipe.method} {job.args.bits}", job.pipeline, False),
-    ]
-    shown: dict[Path, dict[str, np.ndarray]] = {}
-
-    def keep(path: Path, name: str, picture: torch.Tensor) -> None:
-        if path in shown or len(shown) < PICTURES:
-            shown.setdefault(path, {})[name] = as_pixels(picture)
-
-    rows = evaluate_pipelines(candidates, job.evaluation, made=keep, degradation=job.args.degradation)
-    sheets = []
-    for path, pictures in shown.items():
-        low = degraded(path, read_original(path), job.args.degradation)
-        sheets.append({"low resolution": as_pixels(nearest(low, 4))} | pictures)
-    return summarize(rows), sheets
-
-
-def make_report(job: Job, calibrated: Calibrated, record: dict[str, Any], folder: Path, seconds: float) -> Path:
-    """Measures the quantized pipeline, prints the table, writes the report and returns its page.
-
-    Args:
+    Attributes:
+        model_name: of the full-precision model, as it is called in the report.
+        bits: such as "w4a4".
+        degradation: of the calibration images, and of the evaluation images that come alone.
+        data: what the record says of the calibration images.
+        evaluation: files or images to measure on; see `evaluate`.
+        record: the content of `quantization.json`.
         seconds: that the run took, since it was started or resumed.
+        sweep: rows of the timestep search, if there was one.
     """
-    metrics, pictures = measure(job)
-    print(markdown(metrics))
-    data = without_files(job.data)
-    facts = {
-        "model": f"{job.model}, timestep {job.pipeline.config.timestep}",
-        "method": f"{job.recipe.method} ({job.recipe.source})",
-        "our reading": job.recipe.reading,
-        "bits": job.args.bits,
-        "steps": str(sum(map(len, calibrated.losses.values()))),
-        "calibration data": ", ".join(f"{name} {value}" for name, value in data.items()) + f"; {job.args.degradation}",
-        "perceptual loss": record["perceptual"] or "none",
-        "seed": str(job.args.seed),
-        "seconds": f"{seconds:.0f}",
-        "hardware": record["hardware"],
-        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        "weights": "the original weights are unchanged: SHA-256 " + calibrated.weights[:16],
-    }
+
+    model_name: str
+    bits: str
+    recipe: Recipe
+    seed: int
+    degradation: str
+    data: dict[str, Any]
+    full_precision: QArtSRPipeline
+    quantized: QArtSRPipeline
+    evaluation: list
+    calibrated: Calibrated
+    record: dict[str, Any]
+    seconds: float
+    sweep: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The path of the report's page, and the rows of its table of image quality."""
+
+    page: Path
+    rows: list[EvaluationRow]
+
+
+def make_report(run: FinishedRun, folder: Path) -> RunReport:
+    """Measures the quantized pipeline beside the full-precision one and writes the report.
+
+    Raises:
+        ValueError: an image cannot be measured. OSError: one cannot be read, or the report cannot be written.
+    """
+    rows, images = _measure(run)
+    calibrated = run.calibrated
     report = ReportData(
-        title=f"{job.model}, {job.recipe.method} {job.args.bits}",
-        facts={name: fact for name, fact in facts.items() if fact},
+        title=f"{run.model_name}, {run.recipe.method} {run.bits}",
+        facts={name: fact for name, fact in _facts(run).items() if fact},
         losses=calibrated.losses,
         module_losses=[(turn["module"], turn["first"], turn["last"]) for turn in calibrated.turns],
         layer_errors=calibrated.layer_errors,
         bounds=calibrated.histograms,
-        sweep=job.sweep,
-        metrics=metrics,
-        pictures=pictures,
+        sweep=run.sweep,
+        metrics=rows,
+        pictures=images,
     )
-    return write_report(folder, report)
+    return RunReport(write_report(folder, report), rows)
+
+
+def _measure(run: FinishedRun) -> tuple[list[EvaluationRow], list[dict[str, np.ndarray]]]:
+    """Rows of the metrics table, and the images to show: name -> (H, W, 3) uint8."""
+    candidates = [
+        Candidate(run.model_name, run.full_precision, True),
+        Candidate(f"{run.recipe.method} {run.bits}", run.quantized, False),
+    ]
+    shown: list[dict[str, np.ndarray]] = []
+
+    def keep(image: ImageOutputs) -> None:
+        if len(shown) < SHOWN:
+            images = {"low resolution": _enlarged(image.low, 4), **image.outputs}
+            shown.append({name: as_pixels(each) for name, each in images.items()})
+
+    evaluation = Evaluation(candidates, degradation=run.degradation, on_image=keep)
+    return evaluation.run(originals_of(run.evaluation)), shown
+
+
+def _enlarged(image: torch.Tensor, scale: int) -> torch.Tensor:
+    """Every pixel as a square of ``scale`` pixels."""
+    return image.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def _facts(run: FinishedRun) -> dict[str, str]:
+    """What was run, as lines of text; those that do not apply are empty."""
+    record, data = run.record, without_files(run.data)
+    return {
+        "model": f"{run.model_name}, timestep {run.quantized.config.timestep}",
+        "method": f"{run.recipe.method} ({run.recipe.source})",
+        "our reading": run.recipe.reading,
+        "bits": run.bits,
+        "steps": str(sum(map(len, run.calibrated.losses.values()))),
+        "calibration data": ", ".join(f"{name} {value}" for name, value in data.items()) + f"; {run.degradation}",
+        "perceptual loss": record["perceptual"] or "none",
+        "seed": str(run.seed),
+        "seconds": f"{run.seconds:.0f}",
+        "hardware": record["hardware"],
+        "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "weights": "the original weights are unchanged: SHA-256 " + run.calibrated.weights[:16],
+    }

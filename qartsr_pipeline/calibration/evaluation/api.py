@@ -1,0 +1,137 @@
+"""`evaluate`: models measured on images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
+from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap
+from qartsr_pipeline.calibration.evaluation.measurement import COLOR_FIXES, Candidate, Evaluation, ImageOutputs, Progress
+from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, load_metrics
+from qartsr_pipeline.calibration.evaluation.originals import Data, Original, originals_of
+from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
+from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.cli.loading import load_quietly
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+Model: TypeAlias = QArtSRPipeline | str | os.PathLike
+ALIGNMENTS = ("wavelet", "adain", None)
+
+
+def evaluate(
+    models: Model | Sequence[Model] | Mapping[str, Model],
+    data: Data,
+    *,
+    metrics: Sequence[str] = tuple(BUILT_IN),
+    degradation: str = "bicubic",
+    color_fixes: Sequence[str | None] = COLOR_FIXES,
+    tile_size: int | None = None,
+    bypass: bool = False,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    on_image: Callable[[ImageOutputs], None] | None = None,
+) -> list[EvaluationRow]:
+    """Measures models on images, beside bicubic enlargement. Prints nothing.
+
+    An original is cut to multiples of 4, reduced 4 times, rounded to 8 bits, and enlarged again by every model; outputs are
+    rounded to 8 bits and compared with the original. If the first model is in full precision, the others' outputs are compared
+    with its outputs as well.
+
+    Args:
+        models: a pipeline, a checkpoint folder, the name of a shipped model or a Hub id; several of them; or a name for the rows
+            -> one of them.
+        data: a folder of high-resolution images, or of pairs as DIV2K and RealSR lay them out, which bring their low-resolution
+            images; or a list of originals: PIL images, arrays, tensors (see `QArtSRPipeline.__call__`) or files.
+        metrics: "psnr_y" and "ssim_y" (of the BT.601 luma, without a border of 4 pixels), or names of the package pyiqa, which
+            is optional: "lpips", "dists", "musiq", ..
+        degradation: how an original is reduced: "bicubic", or "realesrgan" with blur, noise and JPEG.
+        color_fixes: colour alignments to measure: "wavelet", "adain", None for the network's own colours. A row for each.
+        tile_size: side of the tiles in pixels of the output; None for whole images.
+        bypass: also measure models in full precision without their UNet, and their autoencoder on the original.
+        device, dtype: for models that are loaded here; None for the CPU and what the folder stores. A pipeline stays as it is.
+        progress: called with the image's name, and how many of how many enlargements are done.
+        on_image: called with each image's outputs.
+
+    Returns:
+        A row for bicubic, then a row for each model and colour alignment.
+
+    Raises:
+        ValueError: an argument that is not among those listed; an image that a model was made with, by its record; an image that
+            a model or metric cannot take.
+        OSError: no such folder or image.
+        CheckpointError: a model that is damaged or unavailable.
+        ImportError: a metric needs pyiqa, which is not installed.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> from PIL import Image
+        >>> from qartsr_pipeline.calibration.evaluation import evaluate
+        >>> photograph = Image.open(files("qartsr_pipeline") / "samples" / "rider.jpg").crop((160, 80, 256, 176))
+        >>> bicubic, full, quantized = evaluate(["tiny-fp", "tiny-w4a4"], [photograph], color_fixes=["wavelet"])
+        >>> quantized.name, quantized.images
+        ('tiny-w4a4', 1)
+        >>> quantized.values["psnr_y"] > bicubic.values["psnr_y"]
+        True
+        >>> quantized.closer_than_bicubic > 0  # dB to the outputs of tiny-fp
+        True
+    """
+    if degradation not in DEGRADATIONS:
+        raise ValueError(f"there is no degradation {degradation!r}; expected {' or '.join(DEGRADATIONS)}")
+    for color_fix in color_fixes:
+        if color_fix not in ALIGNMENTS:
+            raise ValueError(f"there is no colour alignment {color_fix!r}; expected 'wavelet', 'adain' or None")
+    if not color_fixes:
+        raise ValueError("`color_fixes` is empty: give at least one alignment, such as None for the network's own colours")
+    originals = originals_of(data)
+    loaded = load_metrics(metrics, "cpu" if device is None else str(device))
+    named = _named(models)
+    folders = {name: model if isinstance(model, QArtSRPipeline) else fetch(model) for name, model in named.items()}
+    check_unseen([folder for folder in folders.values() if isinstance(folder, Path)], originals)
+    candidates = [
+        Candidate.of(name, each if isinstance(each, QArtSRPipeline) else _load(each, dtype, device))
+        for name, each in folders.items()
+    ]
+    evaluation = Evaluation(candidates, loaded, color_fixes, tile_size, bypass, degradation)
+    evaluation.progress, evaluation.on_image = progress, on_image
+    return evaluation.run(originals)
+
+
+def check_unseen(folders: Sequence[Path], originals: Sequence[Original]) -> None:
+    """Raises ValueError if a model's record lists one of the originals' files as one that the model was made with."""
+    files = [path for original in originals for path in original.files]
+    for folder in folders:
+        check_no_overlap(files, folder)
+
+
+def row_names(models: Sequence[str]) -> dict[str, str]:
+    """Model -> name of its rows: the last part, or the whole where two end alike. Raises ValueError if one is given twice."""
+    if len(set(models)) < len(models):
+        raise ValueError("a model is given twice: name each one once")
+    short = [Path(model).name for model in models]
+    return {model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)}
+
+
+def _named(models: Model | Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
+    if isinstance(models, Mapping):
+        named = dict(models)
+    else:
+        given = [models] if isinstance(models, (QArtSRPipeline, str, os.PathLike)) else list(models)
+        texts = row_names([os.fspath(model) for model in given if not isinstance(model, QArtSRPipeline)])
+        named = {
+            f"model {number}" if isinstance(model, QArtSRPipeline) else texts[os.fspath(model)]: model
+            for number, model in enumerate(given, 1)
+        }
+    if not named:
+        raise ValueError("`models` is empty: give at least one model")
+    return named
+
+
+def _load(folder: Path, dtype: torch.dtype | None, device: str | torch.device | None) -> QArtSRPipeline:
+    pipeline = load_quietly(folder, **({} if dtype is None else {"dtype": dtype}))
+    return pipeline if device is None else pipeline.to(device)

@@ -1,0 +1,73 @@
+"""`qartsr evaluate`: its arguments. What it does stands in `evaluate_models`.
+
+    qartsr evaluate tiny-fp tiny-w8a8 tiny-w4a4 --data PHOTOS --output report.json
+    qartsr evaluate reproduce --ours report.json
+
+The folder holds high-resolution photographs, or pairs as DIV2K and RealSR lay them out (see calibration/data/paired_folders.py).
+`reproduce` prints what the papers report, beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from qartsr_pipeline.cli.arguments import add_debug
+from qartsr_pipeline.cli.messages import UsageError
+
+REPRODUCE = "reproduce"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        description="Measures models on a folder of photographs, against bicubic enlargement and full precision.",
+        epilog="`reproduce [--ours REPORT.json ..]` instead of models prints what the papers report, beside ours.",
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="checkpoint folder, shipped name or Hub id; full precision first")
+    add("--data", type=Path, help="folder of high-resolution photographs, or of pairs")
+    add("--color-fix", choices=("wavelet", "adain"), default="wavelet", help="colour alignment (default: wavelet)")
+    add(
+        "--degradation",
+        choices=("bicubic", "realesrgan"),
+        default="bicubic",
+        help="of photographs that come alone (default: bicubic)",
+    )
+    add("--no-color-fix", action="store_true", help="only the networks' own colours (default: both)")
+    add("--tile-size", type=count, help="side of the tiles in enlarged pixels (default: no tiles)")
+    add("--limit", type=count, help="only so many photographs, the first by name")
+    add("--bypass", action="store_true", help="also full-precision models without UNet, and their autoencoder")
+    add("--metrics", nargs="+", default=[], metavar="NAME", help="further ones, by pyiqa: lpips, dists, niqe, musiq, ..")
+    add("--output", type=Path, help="the JSON report; the table is written beside it as .md")
+    add("--pictures", type=Path, metavar="FOLDER", help="write comparison images there")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
+    add("--ours", nargs="+", default=[], metavar="REPORT.json", help="with reproduce: written by --output")
+    add_debug(parser)
+    parser.set_defaults(run=run)
+
+
+def count(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the table, and writes it with its report where that is asked for; returns 0."""
+    papers = options.models == [REPRODUCE]
+    if not papers and options.data is None:
+        raise UsageError("--data is needed: a folder of high-resolution photographs, or of pairs")
+    if not papers and options.ours:
+        raise UsageError(f"--ours goes with `{REPRODUCE}` alone: leave it out")
+    from qartsr_pipeline.cli.evaluate_models import Request, compare_with_papers, evaluate_and_write
+
+    if papers:
+        compare_with_papers(options.ours)
+    else:
+        evaluate_and_write(Request(**{field.name: getattr(options, field.name) for field in fields(Request)}))
+    return 0

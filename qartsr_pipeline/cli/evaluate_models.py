@@ -1,0 +1,148 @@
+"""What `qartsr evaluate` does once its arguments are parsed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, versions
+from qartsr_pipeline.calibration.data.fingerprint import recorded_files
+from qartsr_pipeline.calibration.data.paired_folders import HR_ONLY, find_pairs
+from qartsr_pipeline.calibration.data.photographs import as_pixels
+from qartsr_pipeline.calibration.evaluation.api import evaluate, row_names
+from qartsr_pipeline.calibration.evaluation.measurement import ImageOutputs
+from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN
+from qartsr_pipeline.calibration.evaluation.reported_results import reproduce
+from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, markdown
+from qartsr_pipeline.calibration.evaluation.written_report import made_by, read_report, report_text, write_report
+from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.cli.device import choose_device
+from qartsr_pipeline.cli.messages import UsageError
+from qartsr_pipeline.image.comparison import compare
+from qartsr_pipeline.image_files import PictureFile, make_folder, write_picture
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; see `qartsr_pipeline.cli.evaluate.add_parser`."""
+
+    models: list[str]
+    data: Path
+    color_fix: str
+    degradation: str
+    no_color_fix: bool
+    tile_size: int | None
+    limit: int | None
+    bypass: bool
+    metrics: list[str]
+    output: Path | None
+    pictures: Path | None
+    device: str
+    dtype: str
+
+
+def compare_with_papers(reports: list[str]) -> None:
+    """Prints what the papers report, beside the reports in these files."""
+    print(reproduce([read_report(path) for path in reports]))
+
+
+def evaluate_and_write(request: Request) -> None:
+    """Measures, prints the table, and writes what is asked for."""
+    if request.output:
+        check_output(request.output)
+    try:
+        rows, report = measure(request)
+    except ImportError as error:  # pyiqa's, whose message says how to install it
+        raise UsageError(str(error)) from error
+    table = markdown(rows)
+    if request.output:
+        write_report(request.output, report, report_text(report, table, request.pictures, request.output.parent))
+    print(report_text(report, table), end="")
+    for written in filter(None, (request.output, request.output and request.output.with_suffix(".md"), request.pictures)):
+        print(f"\nwritten: {written}")
+
+
+def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
+    """Runs the evaluation with a progress bar; the rows, and the report that is written as JSON."""
+    device, _ = choose_device(request.device)
+    layout, pairs = find_pairs(request.data)
+    pairs = pairs[: request.limit]
+    originals, files = [pair.high for pair in pairs], [path for pair in pairs for path in pair.files]
+    names = row_names(request.models)
+    checkpoints = {names[model]: fetch(model) for model in request.models}
+    if request.pictures:
+        make_folder(request.pictures)
+    with tqdm(unit="image", mininterval=1) as bar:
+
+        def show(label: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(Path(label).name, refresh=False)
+            bar.update(done - bar.n)
+
+        def keep(image: ImageOutputs) -> None:
+            if request.pictures:
+                write_comparison(comparison_path(request.pictures, request.data, Path(image.label)), image)
+
+        rows = evaluate(
+            checkpoints,
+            pairs,
+            metrics=list(dict.fromkeys([*BUILT_IN, *request.metrics])),
+            degradation=request.degradation,
+            color_fixes=[None] if request.no_color_fix else [request.color_fix, None],
+            tile_size=request.tile_size,
+            bypass=request.bypass,
+            device=device,
+            dtype=getattr(torch, request.dtype),
+            progress=show,
+            on_image=keep,
+        )
+    comparisons = [comparison_path(request.pictures, request.data, path).name for path in originals] if request.pictures else []
+    return rows, {
+        "data": {
+            "folder": request.data.resolve().name,
+            "layout": layout,
+            **data_fingerprint(files),
+            "count": len(pairs),
+            "pictures": [path.name for path in originals],
+            "comparisons": comparisons,
+            "unseen_by_record": {name: recorded_files(checkpoint) is not None for name, checkpoint in checkpoints.items()},
+        },
+        "made_by": {name: made_by(checkpoint) for name, checkpoint in checkpoints.items()},
+        "settings": {
+            "scale": 4,
+            "degradation": f"{request.degradation}, 8 bits" if layout == HR_ONLY else f"as the {layout} folder gives it",
+            "border": 4,
+            "tile_size": request.tile_size,
+            "dtype": request.dtype,
+        },
+        "hardware": hardware(device),
+        "versions": versions(),
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def check_output(path: Path) -> None:
+    """Says at the start, not after an hour, that the report cannot be written."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"--output {path}: not a file name in a folder that can be written to")
+    if path.suffix == ".md":
+        raise UsageError(f"--output {path}: name the JSON file; the Markdown one is written beside it")
+
+
+def comparison_path(pictures: Path, folder: Path, original: Path) -> Path:
+    """Where the comparison of an original goes; sub-folders of the data may hold the same name."""
+    return pictures / "_".join(original.relative_to(folder).with_suffix(".png").parts)
+
+
+def write_comparison(path: Path, image: ImageOutputs) -> None:
+    """All outputs side by side under their names, with the middle third of each enlarged below."""
+    height, width = next(iter(image.outputs.values())).shape[-2:]
+    detail = (width // 3, height // 3, width // 3 + max(1, width // 3), height // 3 + max(1, height // 3))
+    sheet = compare({name: as_pixels(output) for name, output in image.outputs.items()}, detail)
+    write_picture(path, sheet.astype(np.float32) / 255, PictureFile(sheet))
