@@ -9,11 +9,11 @@ ComfyUI's own messages tell them: first with the model to be loaded, then again 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,13 +21,16 @@ from typing import Any
 
 from PIL import Image
 
+from qartsr_pipeline.calibration.data.fingerprint import processor
+from qartsr_pipeline.calibration.saving import write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "comfyui"))  # the server that the tests start
 
-from server import Server, upscale_graph  # noqa: E402
-
-from qartsr_pipeline.calibration.data.fingerprint import processor  # noqa: E402
-from qartsr_pipeline.calibration.saving import write_whole  # noqa: E402
+# The server that the tests start. They are no package, so it is loaded from its file.
+_spec = importlib.util.spec_from_file_location("comfyui_server", ROOT / "tests" / "comfyui" / "server.py")
+server = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(server)
+Server, upscale_graph = server.Server, server.upscale_graph
 
 SAMPLE = ROOT / "qartsr_pipeline" / "samples" / "rider.jpg"
 

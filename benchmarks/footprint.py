@@ -1,6 +1,6 @@
 """Seconds and peak memory of whole calls, model against model.
 
-    python benchmarks/footprint.py tiny-fp tiny-w8a8 tiny-w4a4 --sizes 128 512 --output benchmarks/results/footprint_NAME.json
+    python -m benchmarks.footprint tiny-fp tiny-w8a8 tiny-w4a4 --sizes 128 512 --output benchmarks/results/footprint_NAME.json
 
 Every model and size runs in a process of its own, so that the peak is its own; the processes take turns over the rounds, and the
 median over all calls is what counts. Ratios are against the first model.
@@ -16,9 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-if __package__ in (None, ""):  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.machine import peak_megabytes
 from qartsr_pipeline.calibration.data.fingerprint import processor
@@ -53,7 +50,7 @@ def in_own_process(
     model: str, size: int, calls: int, warm_up: int, threads: int, tile_size: int | None = None
 ) -> dict[str, object]:
     """`measure` in a fresh process; ends the program with the process's own message when that fails."""
-    command = [sys.executable, __file__, model, "--sizes", str(size), "--calls", str(calls)]
+    command = [sys.executable, "-m", "benchmarks.footprint", model, "--sizes", str(size), "--calls", str(calls)]
     command += ["--warm-up", str(warm_up), "--threads", str(threads), "--one"]
     command += [] if tile_size is None else ["--tile-size", str(tile_size)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})

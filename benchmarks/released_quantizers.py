@@ -1,6 +1,6 @@
 """One convolution layer of a baseline, computed by its released program and by ours, from the same numbers.
 
-    python benchmarks/released_quantizers.py --lsq lsq-net --efficientdm EfficientDM --passionsr PassionSR \\
+    python -m benchmarks.released_quantizers --lsq lsq-net --efficientdm EfficientDM --passionsr PassionSR \\
         --deepcompressor deepcompressor --output benchmarks/results/released_quantizers.json
 
 Every argument is a checkout: github.com/zhutmost/lsq-net (the reimplementation that is used most, LSQ's authors released none),
@@ -11,16 +11,12 @@ number is the largest difference of what it is named after, relative to the larg
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import sys
 import types
 from pathlib import Path
 from types import ModuleType
-
-if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import nn
@@ -70,9 +66,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def compare_lsq(folder: Path, bits: int) -> dict[str, float]:
     """A weight's quantizer with a step for each output channel: values, and the gradient of the step."""
-    sys.path.insert(0, str(folder))
-    quantizer = importlib.import_module("quan.quantizer.lsq").LsqQuan(bits, per_channel=True)
-    sys.path.pop(0)
+    quantizer = load(folder, "quan.quantizer.lsq", "lsq_net.").LsqQuan(bits, per_channel=True)
     layer, _ = example()
     weight = layer.weight.detach()
     quantizer.init_from(weight)

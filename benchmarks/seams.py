@@ -1,6 +1,6 @@
 """How much does tiling change a picture, and can its tile borders be seen? Prints one line per way of tiling.
 
-    python benchmarks/seams.py CHECKPOINT PICTURES --tile-size 256 512 --limit 8
+    python -m benchmarks.seams CHECKPOINT PICTURES --tile-size 256 512 --limit 8
 
 Every picture is reduced by the model's scale (bicubic), enlarged once as a whole and then in tiles, without colour alignment,
 which would hide differences in tone (and once more with it). Columns, averaged over the pictures, in 8-bit steps (0 to 255):

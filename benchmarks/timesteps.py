@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calibration.compare import prepare
 from calibration.comparison.cells import full_precision, run_cell
 from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import Cell, make_method
-from calibration.comparison.setting import Comparison, load_model, write_json
+from calibration.comparison.setting import Comparison, Sources, prepare, write_json
 from calibration.comparison.table import COLOR_FIX
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.report.figures import png_of
@@ -87,8 +85,7 @@ def plot(rows: list[dict[str, Any]], widths: list[str], path: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     candidates = read_candidates(args.search)
     folders = {name: str(args.search / name / "model") for name in candidates}
-    args.model, args.model_t999, args.metrics, args.device = next(iter(folders.values())), None, [], "cpu"
-    comparison = replace(prepare(args), models={name: load_model(folder, "cpu") for name, folder in folders.items()})
+    comparison = prepare(Sources(folders, args.data, args.evaluate, args.output, args.limit, device="cpu"))
     rows = [line_of(comparison, name, candidates[name], args.steps, args.bits) for name in candidates]
     options = json.loads((args.search / next(iter(candidates)) / "result.json").read_text())["made_with"]
     retrained = " + ".join(f"{phase['steps']} {phase['name']}" for phase in options["phases"])

@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: are they right, and how fast are they against cuDNN and cuBLAS in bfloat16?
 
-    python benchmarks/triton_gpu_check.py --output benchmarks/results/triton_NAME.json
+    python -m benchmarks.triton_gpu_check --output benchmarks/results/triton_NAME.json
 
 Needs torch and triton alone, neither diffusers nor optimum-quanto. First every check of equality (`--checks-only` stops there;
 with TRITON_INTERPRET=1 these run without a GPU, at tiny sizes), then times at the layer shapes of Stable Diffusion 2.1 for a
@@ -21,12 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
-
-from qartsr_pipeline.arithmetic.affine import BITS, centred_codes  # noqa: E402
-from qartsr_pipeline.arithmetic.packing import pack  # noqa: E402
-from qartsr_pipeline.kernels import BACKENDS, LayerSpec, PreparedWeights  # noqa: E402
-from qartsr_pipeline.kernels.triton import interpreted  # noqa: E402
+from qartsr_pipeline.arithmetic.affine import BITS, centred_codes
+from qartsr_pipeline.arithmetic.packing import pack
+from qartsr_pipeline.kernels import BACKENDS, LayerSpec, PreparedWeights
+from qartsr_pipeline.kernels.triton import interpreted
 
 TRITON, REFERENCE = BACKENDS["triton"], BACKENDS["reference"]
 LEAST_DECIBELS = {torch.float32: 100.0, torch.bfloat16: 40.0, torch.float16: 40.0}

@@ -1,41 +1,41 @@
 """Compares quantization methods on one model: the same data and number of steps, each on its own grid, learning rates swept.
 
-    python calibration/compare.py tiny-fp --data PHOTOS --evaluate OTHERS --steps 60 --bits w4a4 w2a2 --output FOLDER
+    python -m calibration.compare tiny-fp --data PHOTOS --evaluate OTHERS --steps 60 --bits w4a4 w2a2 --output FOLDER
 
-A cell is one method at one bit width with one seed. Finished cells are JSON files in FOLDER/cells, and are not made again: call
+A cell is one method at one bit width with one seed. Finished cells are JSON files in FOLDER/cells and are not made again: give
 the same command again after Ctrl-C or a crash. At the end, or with --table-only, FOLDER gets comparison.md, comparison.json and a
-sheet of pictures for each bit width. Nothing is ever chosen on the photographs of --evaluate but which cells get more seeds.
+sheet of images for each bit width. The photographs of --evaluate decide nothing but which cells get more seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):  # run as a script: its own folder must not shadow the packages beside it
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from calibration.comparison.cells import full_precision, run_cell
 from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import EXTRA_BITS, MAIN, Cell, Method, make_method, method_names
-from calibration.comparison.setting import Comparison, load_model
+from calibration.comparison.setting import Comparison, Sources, prepare
 from calibration.comparison.table import read_cells, write_tables
-from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, data_fingerprint, file_digests, overlap
-from qartsr_pipeline.calibration.data.pairs import choose_held_out
-from qartsr_pipeline.calibration.data.patches import PhotographPatches
-from qartsr_pipeline.calibration.data.photographs import list_photographs
-from qartsr_pipeline.calibration.evaluation.perceptual_metrics import NAMES, load_metrics
+from qartsr_pipeline.calibration.evaluation.metrics import NAMES
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
-from qartsr_pipeline.checkpoint_files import fetch
-from qartsr_pipeline.cli.device import choose_device
 
-HELD_OUT = 8  # photographs of --data that are not calibrated on: they choose the learning rate
 REPEATED = 3  # so many of the best methods are repeated with further seeds
 BESIDE_MAIN = 2  # so many of the best other methods are also measured on the model before TRQ
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; see `arguments`."""
+
+    sources: Sources
+    methods: list[str]
+    bits: list[str]
+    steps: int
+    seeds: int
 
 
 def first_cells(methods: list[Method], bits: list[str]) -> list[Cell]:
@@ -61,41 +61,16 @@ def further_cells(done: dict[Cell, dict[str, Any]], seeds: int, before_trq: bool
     return cells
 
 
-def prepare(args: argparse.Namespace) -> Comparison:
-    """Checks the arguments and loads models and data.
-
-    Raises:
-        ValueError, OSError, ImportError: the message says which argument is wrong.
-    """
-    device, _ = choose_device(args.device)
-    paths, evaluation = list_photographs(args.data), list_photographs(args.evaluate)[: args.limit]
-    seen = overlap(evaluation, file_digests(paths))
-    if seen:
-        raise ValueError(f"{seen[0]} is among the photographs of --data: evaluate on others")
-    if len(paths) <= HELD_OUT:
-        raise ValueError(f"{args.data} has {len(paths)} photographs; more than {HELD_OUT} are needed, which are held out")
-    load_metrics(args.metrics, device)
-    held_out = choose_held_out(paths, HELD_OUT)
-    names = {"": args.model} | ({"t999": args.model_t999} if args.model_t999 else {})
-    for name in names.values():
-        check_no_overlap(evaluation, fetch(name))
-    models = {name: load_model(folder, device) for name, folder in names.items()}
-    data = {"calibration": data_fingerprint(paths), "evaluation": data_fingerprint(evaluation), "degradation": "bicubic"}
-    patches = PhotographPatches([path for path in paths if path not in set(held_out)])
-    return Comparison(args.output, models, patches, held_out, evaluation, data, args.metrics, device)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Makes what is missing, then the tables."""
-    if not args.table_only:
-        methods = [make_method(name, args.steps) for name in args.methods]
-        comparison = prepare(args)
-        for name in comparison.models:
-            full_precision(comparison, name)
-        done = run_cells(comparison, first_cells(methods, args.bits))
-        run_cells(comparison, further_cells(done, args.seeds, "t999" in comparison.models))
-        shutil.rmtree(comparison.output / "states", ignore_errors=True)
-    print(write_tables(args.output))
+def run(request: Request) -> str:
+    """Makes the cells that are missing, then the tables; returns their text."""
+    methods = [make_method(name, request.steps) for name in request.methods]
+    comparison = prepare(request.sources)
+    for name in comparison.models:
+        full_precision(comparison, name)
+    done = run_cells(comparison, first_cells(methods, request.bits))
+    run_cells(comparison, further_cells(done, request.seeds, "t999" in comparison.models))
+    shutil.rmtree(comparison.output / "states", ignore_errors=True)
+    return write_tables(comparison.output)
 
 
 def run_cells(comparison: Comparison, cells: list[Cell]) -> dict[Cell, dict[str, Any]]:
@@ -118,7 +93,8 @@ def run_cells(comparison: Comparison, cells: list[Cell]) -> dict[Cell, dict[str,
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    description = "Compares quantization methods on one model: the same data and number of steps, each on its own grid."
+    parser = argparse.ArgumentParser(prog="python -m calibration.compare", description=description)
     parser.add_argument("model", nargs="?", default="tiny-fp", help="full-precision checkpoint: folder, shipped name or Hub id")
     parser.add_argument("--data", help="folder of photographs to calibrate on")
     parser.add_argument("--evaluate", help="folder of other photographs to measure on")
@@ -158,12 +134,20 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--bits: {error}")
 
 
+def request_of(args: argparse.Namespace) -> Request:
+    """Checked arguments as a request."""
+    models = {"": args.model} | ({"t999": args.model_t999} if args.model_t999 else {})
+    sources = Sources(models, args.data, args.evaluate, args.output, args.limit, tuple(args.metrics), args.device)
+    return Request(sources, args.methods, args.bits, args.steps, args.seeds)
+
+
 def main(argv: list[str] | None = None) -> None:
+    """Runs the command; exits with 2 and one line for errors, with 130 when interrupted."""
     parser = arguments()
     args = parser.parse_args(argv)
     try:
         check(parser, args)
-        run(args)
+        print(write_tables(args.output) if args.table_only else run(request_of(args)))
     except (StoppedError, KeyboardInterrupt):
         parser.exit(130, "\nstopped; what is finished is kept. Continue with the same command.\n")
     except (OSError, ValueError, ImportError, FloatingPointError) as error:

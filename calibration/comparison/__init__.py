@@ -1,1 +1,1 @@
-"""What `calibration/compare.py` is made of: methods, cells and how they are made and measured, tables."""
+"""What `calibration.compare` is made of: methods, cells and how they are made and measured, tables."""

@@ -16,42 +16,22 @@ from tqdm import tqdm
 from calibration.comparison.learning_rate import Trials, sweep, with_rate
 from calibration.comparison.methods import Cell
 from calibration.comparison.setting import Comparison, Model, write_json
+from calibration.comparison.stored_size import stored_size
 from calibration.comparison.table import full_precision_name
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.data.photographs import as_pixels
-from qartsr_pipeline.calibration.evaluation.evaluation import Candidate, evaluate_pipelines
-from qartsr_pipeline.calibration.evaluation.evaluation_report import mean, summarize
-from qartsr_pipeline.calibration.evaluation.perceptual_metrics import load_metrics
-from qartsr_pipeline.calibration.training.stages import all_layers
+from qartsr_pipeline.calibration.evaluation.measurement import BICUBIC, Candidate, Evaluation, ImageOutputs
+from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, load_metrics
+from qartsr_pipeline.calibration.evaluation.originals import originals_of
+from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 
-COLOR_FIXES = ("wavelet", None)  # the pipeline's default, and the network's own colours
 FULL_PRECISION = "full precision"
-CROP = 192  # pixels, of the sheet's pictures
+CROP = 192  # pixels, of the images on the sheet
 
 
-def stored_size(pipeline: QArtSRPipeline) -> dict[str, float]:
-    """What the quantized layers take: codes, 16-bit branches and one 16-bit number a weight scale.
-
-    Returns:
-        "megabytes" (10^6 bytes) and "bits_a_weight".
-    """
-    bits = weights = 0
-    for layer in all_layers(pipeline).values():
-        weight, scheme = layer.weight, layer.layer_scheme
-        channels = weight.shape[1]
-        size = getattr(layer, "group_size", 0)
-        scales = weight.numel() // channels * -(-channels // size) if size else weight.shape[0]
-        weights += weight.numel()
-        bits += weight.numel() * scheme.weight_bits + (16 * scales if scheme.weight_bits < 16 else 0)
-        if layer.has_branch:
-            bits += 16 * (layer.branch_up.numel() + layer.branch_down.numel())
-    return {"megabytes": round(bits / 8e6, 4), "bits_a_weight": round(bits / weights, 3)}
-
-
-def measured(rows: list, name: str) -> dict[str, dict[str, Any]]:
-    """Colour alignment ("none" without) -> metrics of the model ``name``, means and picture by picture."""
-    lines = {line["color_fix"] or "none": line for line in summarize(rows) if line["kind"] == "model" and line["name"] == name}
+def metrics_of(rows: list[EvaluationRow], name: str) -> dict[str, dict[str, Any]]:
+    """Colour alignment ("none" without) -> metrics of the model ``name``, means and image by image, rounded."""
+    lines = {row.color_fix or "none": row.to_json() for row in rows if row.kind == "model" and row.name == name}
     return {color_fix: {k: _rounded(v) for k, v in line.items() if k not in _NO_METRICS} for color_fix, line in lines.items()}
 
 
@@ -66,30 +46,31 @@ def _rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-def evaluate(comparison: Comparison, model: Model, candidate: Candidate, made: Callable[..., None]) -> list:
-    """Rows of one pipeline on the evaluation pictures, compared with the model's full-precision outputs."""
-    metrics = load_metrics(comparison.metrics, comparison.device)
-    with tqdm(total=len(comparison.evaluation), desc=f"measure {candidate.name}", unit="picture", leave=False) as bar:
+def measure(
+    comparison: Comparison, model: Model, candidate: Candidate, on_image: Callable[[ImageOutputs], None]
+) -> list[EvaluationRow]:
+    """Rows of one pipeline on the evaluation images, compared with the model's full-precision outputs."""
+    metrics = load_metrics([*BUILT_IN, *comparison.metrics], comparison.device)
+    with tqdm(desc=f"measure {candidate.name}", unit="image", leave=False) as bar:
 
-        def seen(path: Path, name: str, picture: torch.Tensor) -> None:
-            bar.update(name == "original")
-            made(path, name, picture)
+        def show(_: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-        return evaluate_pipelines(
-            [candidate], comparison.evaluation, COLOR_FIXES, metrics=metrics, references=model.references, made=seen
-        )
+        evaluation = Evaluation([candidate], metrics, references=model.references, progress=show, on_image=on_image)
+        return evaluation.run(originals_of(comparison.evaluation))
 
 
-def save_crop(path: Path, picture: torch.Tensor, box: list[int]) -> None:
-    """Writes a part of (1, 3, H, W) in [0, 1] as PNG; ``box`` is left, top and side."""
+def save_crop(path: Path, image: torch.Tensor, box: list[int]) -> None:
+    """Writes a part of an image (1, 3, H, W) in [0, 1] as PNG; ``box`` is left, top and side."""
     left, top, side = box
-    pixels = as_pixels(picture[..., top : top + side, left : left + side])
+    pixels = as_pixels(image[..., top : top + side, left : left + side])
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 
 
 def most_restored(bicubic: torch.Tensor, restored: torch.Tensor) -> tuple[float, list[int]]:
-    """Where two pictures (1, 3, H, W) differ most: mean absolute difference there, and left, top and side of the square."""
+    """Where two images (1, 3, H, W) differ most: mean absolute difference there, and left, top and side of the square."""
     changed = (restored - bicubic).abs().mean(1, keepdim=True)
     side = min(CROP, *changed.shape[-2:])
     means = F.avg_pool2d(changed, side, stride=8)[0, 0]
@@ -98,7 +79,7 @@ def most_restored(bicubic: torch.Tensor, restored: torch.Tensor) -> tuple[float,
 
 
 def full_precision(comparison: Comparison, name: str, again: bool = False) -> dict[str, Any]:
-    """How a full-precision model does, and which part of which picture the sheet shows: measured, or read where it was.
+    """Metrics of a full-precision model, and which part of which image the sheet shows: read if measured before, else measured.
 
     Args:
         again: measure anyway, so that its outputs are at hand for cells to be compared with.
@@ -110,26 +91,23 @@ def full_precision(comparison: Comparison, name: str, again: bool = False) -> di
     if known and not again:
         return known
     best: dict[str, Any] = {"difference": -1.0}
-    pictures: dict[str, torch.Tensor] = {}
 
-    def made(where: Path, what: str, picture: torch.Tensor) -> None:
-        pictures[what] = picture
-        if what == "original":
-            changed, box = most_restored(pictures["bicubic"], pictures[FULL_PRECISION])
-            if changed > best["difference"]:
-                best.update(difference=changed, picture=where.name, box=box, shown=dict(pictures))
+    def choose(image: ImageOutputs) -> None:
+        changed, box = most_restored(image.outputs[BICUBIC], image.outputs[FULL_PRECISION])
+        if changed > best["difference"]:
+            best.update(difference=changed, picture=Path(image.label).name, box=box, shown=dict(image.outputs))
 
-    rows = evaluate(comparison, model, Candidate(FULL_PRECISION, model.pipeline, True), made)
+    rows = measure(comparison, model, Candidate(FULL_PRECISION, model.pipeline, True), choose)
     if not name:
-        for what, picture in best["shown"].items():
-            save_crop(comparison.output / "crops" / f"{what.replace(' ', '-')}.png", picture, best["box"])
+        for what, image in best["shown"].items():
+            save_crop(comparison.output / "crops" / f"{what.replace(' ', '-')}.png", image, best["box"])
     bicubic = next(row for row in rows if row.kind == "bicubic")
     content = {
         "settings": settings,
         "timestep": model.pipeline.config.timestep,
         "sheet": {"picture": best["picture"], "box": best["box"]},
-        "bicubic": {metric: mean(values) for metric, values in bicubic.values.items()},
-        "metrics": measured(rows, FULL_PRECISION),
+        "bicubic": dict(bicubic.values),
+        "metrics": metrics_of(rows, FULL_PRECISION),
         "environment": {"versions": versions(), "hardware": hardware(comparison.device)},
     }
     write_json(path, content)
@@ -137,11 +115,12 @@ def full_precision(comparison: Comparison, name: str, again: bool = False) -> di
 
 
 def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
-    """Makes and measures a cell, or reads it where it is finished.
+    """Makes and measures a cell, or reads it if it is finished.
 
     Raises:
-        FloatingPointError: training diverges. ValueError: it is there, of other settings. StoppedError: by Ctrl-C; what is
-            done of it is saved.
+        FloatingPointError: training diverges.
+        ValueError: there is a file of it with other settings.
+        StoppedError: by Ctrl-C; what is done of it is saved.
     """
     settings = comparison.settings(cell)
     path = comparison.output / "cells" / f"{cell.key}.json"
@@ -158,11 +137,11 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     pipeline, calibrated = trials.calibrate(recipe, cell.key)
     sheet = None if cell.model else full_precision(comparison, "")["sheet"]
 
-    def made(where: Path, what: str, picture: torch.Tensor) -> None:
-        if sheet and where.name == sheet["picture"] and what == cell.method.label:
-            save_crop(comparison.output / "crops" / f"{cell.key}.png", picture, sheet["box"])
+    def keep(image: ImageOutputs) -> None:
+        if sheet and Path(image.label).name == sheet["picture"]:
+            save_crop(comparison.output / "crops" / f"{cell.key}.png", image.outputs[cell.method.label], sheet["box"])
 
-    rows = evaluate(comparison, model, Candidate(cell.method.label, pipeline, False), made)
+    rows = measure(comparison, model, Candidate(cell.method.label, pipeline, False), keep)
     content = {
         "method": cell.method.name,
         "label": cell.method.label,
@@ -175,7 +154,7 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
         "perceptual": model.perceptual.name if recipe.is_perceptual else None,
         "losses": {stage: [float(f"{loss:.4g}") for loss in losses] for stage, losses in calibrated.losses.items()},
         "layer_errors": {name: float(f"{error:.4g}") for name, error in calibrated.layer_errors.items()},
-        "metrics": measured(rows, cell.method.label),
+        "metrics": metrics_of(rows, cell.method.label),
         **stored_size(pipeline),
         "seconds": round(time.perf_counter() - start, 1),
         "environment": {"versions": versions(), "hardware": hardware(comparison.device)},

@@ -1,4 +1,4 @@
-"""What all cells of a comparison share: models, photographs, and the folder in which finished ones are found again."""
+"""What all cells of a comparison share: models, photographs, and the folder that keeps finished cells."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ import torch
 
 from calibration.comparison.methods import Cell
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, data_fingerprint, file_digests, overlap
+from qartsr_pipeline.calibration.data.pairs import choose_held_out
 from qartsr_pipeline.calibration.data.patches import PhotographPatches
+from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.evaluation.metrics import load_metrics
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
 from qartsr_pipeline.calibration.training.stages import weights_digest
 from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.cli.device import choose_device
+
+HELD_OUT = 8  # photographs that are not calibrated on: they choose the learning rate
 
 
 @dataclass
 class Model:
-    """A full-precision model, its outputs on the evaluation pictures, and its pictures of the held-out patches."""
+    """A full-precision model.
+
+    Attributes:
+        digest: of its weights.
+        references: its outputs on the evaluation images, see `Evaluation`.
+        held_out: enlarged held-out patches, and its outputs for them.
+    """
 
     pipeline: QArtSRPipeline
     device: str
     digest: str
     perceptual: Perceptual
-    references: dict[Path, list[torch.Tensor]] = field(default_factory=dict)
+    references: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     held_out: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def fresh(self) -> QArtSRPipeline:
@@ -44,12 +57,33 @@ def load_model(name: str, device: str) -> Model:
     return Model(pipeline, device, weights_digest(pipeline), load_perceptual("encoder", pipeline.vae))
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What a comparison is made from, as names and paths.
+
+    Attributes:
+        models: "" and, where there is one, "t999" -> checkpoint folder, shipped name or Hub id.
+        data, evaluate: folders of photographs, to calibrate on and to measure on.
+        limit: only so many of the latter, the first by name.
+        metrics: further ones, by pyiqa.
+        device: auto, cuda, mps or cpu.
+    """
+
+    models: dict[str, str]
+    data: str
+    evaluate: str
+    output: Path
+    limit: int | None = None
+    metrics: tuple[str, ...] = ()
+    device: str = "auto"
+
+
 @dataclass
 class Comparison:
     """Everything that cells are made from.
 
     Attributes:
-        models: "" and, where it is given, "t999".
+        models: by the names of `Sources.models`.
         data: fingerprints, for the settings of every cell.
     """
 
@@ -83,6 +117,29 @@ class Comparison:
         if other:
             raise ValueError(f"{path} was made with other settings, {other}: choose another --output, or remove the file")
         return content
+
+
+def prepare(sources: Sources) -> Comparison:
+    """Checks the sources and loads models and photographs.
+
+    Raises:
+        ValueError, OSError, ImportError: the message says which source is wrong.
+    """
+    device, _ = choose_device(sources.device)
+    paths, evaluation = list_photographs(sources.data), list_photographs(sources.evaluate)[: sources.limit]
+    seen = overlap(evaluation, file_digests(paths))
+    if seen:
+        raise ValueError(f"{seen[0]} is among the photographs of --data: evaluate on others")
+    if len(paths) <= HELD_OUT:
+        raise ValueError(f"{sources.data} has {len(paths)} photographs; more than {HELD_OUT} are needed, which are held out")
+    load_metrics(sources.metrics, device)
+    held_out = choose_held_out(paths, HELD_OUT)
+    for name in sources.models.values():
+        check_no_overlap(evaluation, fetch(name))
+    models = {name: load_model(folder, device) for name, folder in sources.models.items()}
+    data = {"calibration": data_fingerprint(paths), "evaluation": data_fingerprint(evaluation), "degradation": "bicubic"}
+    patches = PhotographPatches([path for path in paths if path not in set(held_out)])
+    return Comparison(sources.output, models, patches, held_out, evaluation, data, list(sources.metrics), device)
 
 
 def difference(there: Any, asked: Any, where: str = "") -> str:

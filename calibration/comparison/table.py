@@ -1,4 +1,4 @@
-"""Tables and sheets of pictures from the finished cells of `calibration/compare.py`. Whoever is first is printed first."""
+"""Tables and sheets of images from the finished cells of a comparison. Rows are sorted by distance to full precision."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def bits_a_weight(self) -> float:
-        """Codes, scales and 16-bit branches of the quantized layers."""
+        """See `stored_size`."""
         return self.cells[0]["bits_a_weight"]
 
     def mean(self, metric: str) -> float:
@@ -81,12 +81,12 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
 
 
 def full_precision_name(model: str) -> str:
-    """Of the file that says how full precision does; ``model`` is "" or "t999"."""
+    """Name of the file with the metrics of full precision; ``model`` is "" or "t999"."""
     return "-".join(filter(None, ("full-precision", model))) + ".json"
 
 
 def read_full_precision(folder: Path) -> dict[str, dict[str, Any]]:
-    """Model -> how full precision and bicubic do."""
+    """Model -> metrics of full precision and of bicubic."""
     names = ("", "t999")
     paths = {name: folder / full_precision_name(name) for name in names}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
@@ -120,7 +120,7 @@ def ranked(entries: list[Entry], metric: str = TO_FULL_PRECISION) -> list[Entry]
 
 
 def table(entries: list[Entry]) -> str:
-    """Markdown: a line an entry, ranked by distance to full precision, with the rank by ground truth."""
+    """Markdown: a line for each entry, ranked by distance to full precision, with the rank by ground truth."""
     truth = {id(entry): rank for rank, entry in enumerate(ranked(entries, TRUTH), 1)}
     shared = [metric for metric in entries[0].values if all(metric in entry.values for entry in entries)]
     further = [metric for metric in shared if metric not in COLUMNS and metric not in NOT_SHOWN]
@@ -156,7 +156,7 @@ def _with_spread(entry: Entry, metric: str, layout: str) -> str:
 
 
 def first_places(entries: list[Entry]) -> str:
-    """One line: who is first, by how much, in both."""
+    """One line: the best method by each of the two distances, and its lead."""
     places = []
     for metric, where in ((TO_FULL_PRECISION, "closest to full precision"), (TRUTH, "closest to the originals")):
         order = ranked(entries, metric)
@@ -214,9 +214,9 @@ def heading(cells: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> str
             f" {SWEEP_STEPS} at most.",
             f"Full precision (T = {model['timestep']}): PSNR-Y {metrics[TRUTH]:.2f}, SSIM-Y {metrics['ssim_y']:.4f};"
             f" bicubic {bicubic[TRUTH]:.2f} and {bicubic['ssim_y']:.4f}. Colours aligned ({COLOR_FIX}), the pipeline's default.",
-            "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a weight, MB: codes,"
-            " 16-bit branches and weight scales of the quantized layers, scales counted with 16 bits each. s: the time of a"
-            " cell, searching and measuring included.",
+            "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a weight, MB: all that is"
+            " stored of the quantized layers (codes, scales, zero points, smoothing, branches, biases); of grids that exist in"
+            " simulation only, what a folder would store. s: the time of a cell, searching and measuring included.",
             f"{'; '.join(hardware)}; {', '.join(f'{k} {v}' for k, v in first['environment']['versions'].items())}.",
         ]
     )
@@ -264,7 +264,7 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def picture_sheet(folder: Path, entries: list[Entry]) -> np.ndarray | None:
-    """One part of one picture by every method at a bit width, (H, W, 3) uint8; None if nothing was kept."""
+    """One part of one image by every method at a bit width, (H, W, 3) uint8; None if nothing was kept."""
     crops = folder / "crops"
     names = {"bicubic": "bicubic"}
     names |= {entry.label: entry.cells[0]["key"] for entry in reversed(ranked(entries))}
@@ -279,7 +279,7 @@ def picture_sheet(folder: Path, entries: list[Entry]) -> np.ndarray | None:
 
 
 def write_tables(folder: Path) -> str:
-    """Writes the table as Markdown and JSON, and a sheet of pictures a bit width; returns the Markdown.
+    """Writes the table as Markdown and JSON, and a sheet of images for each bit width; returns the Markdown.
 
     Raises:
         ValueError: nothing is finished, or a file is damaged.

@@ -1,8 +1,10 @@
-"""The comparison with a stand-in for the engine: what is made, what is kept, who is first; and once with the engine itself."""
+"""The comparison with a stand-in for the engine: what is made, what is kept, what the tables say; and once with the engine."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -10,17 +12,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from calibration import compare
-from calibration.comparison import learning_rate, methods, table
-from calibration.comparison.cells import CROP, most_restored, stored_size
+from calibration.comparison import learning_rate, methods, setting, table
+from calibration.comparison.cells import CROP, most_restored
 from calibration.comparison.methods import Cell, make_method, method_names
+from calibration.comparison.stored_size import stored_size
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import file_digests
 from qartsr_pipeline.calibration.recipe import Layer, load_recipe
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.calibration.training.stages import Calibrated, all_layers
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import prepare
+from qartsr_pipeline.quantization.freeze import freeze_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 from tiny_models import build_tiny_pipeline
 
@@ -84,13 +91,15 @@ class Run:
             if factor == pytest.approx(engine.diverges_at):
                 raise FloatingPointError("the loss is nan")
             error *= 1 + abs(np.log(factor / BEST_RATE[recipe.method]))
+            if recipe.method == "QArtSR" and recipe.stages[0].order == "forward":
+                error *= 1.2
         self.weight.data.mul_(1 + error)
         return Calibrated({}, {"stage": [error]}, layer_errors={"vae.x": error})
 
 
 @pytest.fixture
 def engine(monkeypatch):
-    monkeypatch.setattr(compare, "HELD_OUT", 1)
+    monkeypatch.setattr(setting, "HELD_OUT", 1)
     monkeypatch.setattr(learning_rate, "begin", Engine())
     return learning_rate.begin
 
@@ -127,9 +136,7 @@ def test_the_best_is_printed_first_and_finished_cells_are_not_made_again(command
     assert made["maxmin-w2a2-seed0"]["settings"]["recipe"]["method"] == "MaxMin"
     assert (command.output / "comparison.md").read_text() == printed[printed.index("# Quant") :].rstrip("\n") + "\n"
     ranking = json.loads((command.output / "comparison.json").read_text())["ranking"]["w4a4"]
-    assert [line["method"] for line in ranking] == ["qartsr", "qartsr-forward", "lsq", "maxmin"] or ranking[0]["mean"][
-        "psnr_y"
-    ] == pytest.approx(ranking[1]["mean"]["psnr_y"])
+    assert [line["method"] for line in ranking] == ["qartsr", "qartsr-forward", "lsq", "maxmin"]
     assert Image.open(command.output / "comparison-w4a4.png").size[0] == 6 * (64 + 8) - 8
     assert not (command.output / "states").exists()
     engine.calls.clear()
@@ -165,8 +172,8 @@ def test_a_method_whose_training_diverges_does_not_end_the_comparison(command, e
 
 
 def test_held_out_photographs_are_neither_calibrated_nor_evaluated_on(pictures, engine):
-    arguments = ["--data", str(pictures / "data"), "--evaluate", str(pictures / "evaluate"), "--output", "x"]
-    comparison = compare.prepare(compare.arguments().parse_args([str(pictures / "model"), *arguments]))
+    folders = (str(pictures / "data"), str(pictures / "evaluate"))
+    comparison = setting.prepare(setting.Sources({"": str(pictures / "model")}, *folders, output=pictures / "x"))
     assert len(comparison.held_out) == 1 and len(comparison.patches.pictures) == 2
     held_out = np.asarray(Image.open(comparison.held_out[0]))
     assert not any(np.array_equal(held_out, picture) for picture in comparison.patches.pictures)
@@ -244,20 +251,34 @@ def test_passionsr_is_also_measured_at_the_bits_of_its_publication():
     assert all(make_method(name, 6).name == name for name in method_names())
 
 
-def test_sizes_count_codes_branches_and_the_scales_of_groups():
-    def size(layer: Layer, scheme: LayerScheme) -> float:
-        pipeline = build_tiny_pipeline()
-        for name in [n for n, _ in pipeline.vae.named_children()]:
-            if name != "quant_conv":
-                setattr(pipeline.vae, name, torch.nn.Identity())
-        prepare(pipeline.vae, QuantizationScheme(scheme), kinds=layer_kinds(layer, False))
-        found = stored_size(pipeline)
-        assert found["megabytes"] == pytest.approx(found["bits_a_weight"] * 8 * 8 / 8e6, abs=1e-4)
-        return found["bits_a_weight"] * 8 * 8
+def one_layer(layer: Layer, scheme: LayerScheme) -> QArtSRPipeline:
+    """A pipeline with one calibrating layer, a 1 x 1 convolution of 8 to 8 channels with bias."""
+    pipeline = build_tiny_pipeline()
+    for name in [name for name, _ in pipeline.vae.named_children()]:
+        if name != "quant_conv":
+            setattr(pipeline.vae, name, torch.nn.Identity())
+    prepare(pipeline.vae, QuantizationScheme(scheme), kinds=layer_kinds(layer, False))
+    return pipeline
 
-    assert size(Layer(), LayerScheme(4, 4)) == 8 * 8 * 4 + 8 * 16
-    assert size(Layer(), LayerScheme(2, 2, 3)) == 8 * 8 * 2 + 8 * 16 + 16 * (8 * 3 + 3 * 8)
-    assert size(Layer(group_size=3, activations="dynamic"), LayerScheme(4, 4)) == 8 * 8 * 4 + 8 * 3 * 16
+
+@pytest.mark.parametrize("scheme", [LayerScheme(4, 4), LayerScheme(3, 4, 3), LayerScheme(8, 8, 2), LayerScheme(16, 8)])
+def test_a_layers_size_is_that_of_the_tensors_in_the_folder(scheme, tmp_path):
+    pipeline = one_layer(Layer(), scheme)
+    size = stored_size(pipeline)
+    save_file(freeze_layer(pipeline.vae.quant_conv).state_dict(), tmp_path / "layer.safetensors")
+    with safe_open(tmp_path / "layer.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert size == {"megabytes": round(stored / 1e6, 4), "bits_a_weight": round(8 * stored / 64, 3)}
+
+
+def test_a_simulated_grids_size_is_what_a_folder_would_store():
+    smoothing_and_bias = 32 * 8 + 32 * 8
+    grouped = stored_size(one_layer(Layer(group_size=3, activations="dynamic"), LayerScheme(4, 4)))
+    bits = 8 * 8 * 4 + 32 * 8 * 3 + smoothing_and_bias + 32 + 8  # codes, three groups a row, offset, sign
+    assert grouped["bits_a_weight"] == bits / 64
+    shifted = stored_size(one_layer(Layer(offset="zero"), LayerScheme(4, 4)))
+    bits = 8 * 8 * 4 + (32 + 8) * 8 + (32 + 8) + smoothing_and_bias + 32 * 8  # scales and zero points, and an offset a channel
+    assert shifted["bits_a_weight"] == bits / 64
 
 
 def test_what_is_shown_is_where_the_model_does_most():
@@ -297,6 +318,19 @@ def test_the_model_must_not_have_seen_what_it_is_measured_on(command, engine, pi
     assert "3.png is one of the photographs that model was made with" in capsys.readouterr().err and not engine.calls
 
 
+def test_a_cell_that_cannot_be_written_says_what_to_do_and_names_no_option_that_is_not_there(
+    command, engine, monkeypatch, capsys
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit, match="2"):
+        command(methods="maxmin")
+    said = capsys.readouterr().err
+    assert "full-precision.json" in said and "No space left" in said and "--resume" not in said
+
+
 def test_too_few_photographs_to_hold_some_out(command, capsys):
     with pytest.raises(SystemExit, match="2"):
         command()
@@ -328,13 +362,14 @@ def test_a_tables_ranks_by_truth_stand_beside_those_to_full_precision():
 
 def test_with_the_engine_itself(command, monkeypatch, pictures, capsys):
     """Two methods, one of them in simulation only and one that trains, end to end."""
-    monkeypatch.setattr(compare, "HELD_OUT", 1)
+    monkeypatch.setattr(setting, "HELD_OUT", 1)
     monkeypatch.setattr(learning_rate, "SWEPT", (1.0,))
 
     def small(name: str):
         recipe = load_recipe(name)
         stages = tuple(replace(stage, patch=16, batch=1) for stage in recipe.stages)
-        return replace(recipe, images=2, image_size=32, cached_batches=1, stages=stages)
+        layer = replace(recipe.layer, branch_rounds=min(2, recipe.layer.branch_rounds))
+        return replace(recipe, images=1, image_size=32, cached_batches=1, stages=stages, layer=layer)
 
     monkeypatch.setattr(methods, "load_recipe", small)
     command(methods="svdquant q_dm")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
+import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 
@@ -13,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration import evaluate
-from calibration.comparison.reported_results import TABLES, method_and_bits
 from qartsr_pipeline.calibration.data.fingerprint import file_digests, overlap
 from qartsr_pipeline.calibration.data.paired_folders import find_pairs, read_pair
-from qartsr_pipeline.calibration.evaluation.evaluation import Candidate, Row, evaluate_pipelines
-from qartsr_pipeline.calibration.evaluation.evaluation_report import markdown, summarize
+from qartsr_pipeline.calibration.evaluation import api, evaluate
+from qartsr_pipeline.calibration.evaluation.measurement import Candidate, Evaluation
+from qartsr_pipeline.calibration.evaluation.originals import originals_of
+from qartsr_pipeline.calibration.evaluation.reported_results import TABLES, method_and_bits
+from qartsr_pipeline.calibration.evaluation.rows import RowKey, make_rows, markdown
+from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.image.metrics import psnr_y, ssim_y
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.fold import fold
@@ -46,6 +51,14 @@ def small_photographs(photographs, tmp_path_factory):
     return folder
 
 
+def command(*arguments) -> int:
+    """`qartsr evaluate`; usage errors of argparse are exit codes as well."""
+    try:
+        return main(["evaluate", *map(str, arguments)])
+    except SystemExit as stopped:
+        return stopped.code
+
+
 def unit(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture, np.float64) / 255
 
@@ -53,7 +66,7 @@ def unit(picture: Image.Image) -> np.ndarray:
 def test_report_agrees_with_the_pipeline(two_models, small_photographs, tmp_path, capsys):
     report_path, pictures = tmp_path / "report.json", tmp_path / "pictures"
     options = ["--data", small_photographs, "--limit", 2, "--bypass", "--output", report_path, "--pictures", pictures]
-    evaluate.main([str(argument) for argument in [*two_models, *options, "--device", "cpu"]])
+    assert command(*two_models, *options, "--device", "cpu") == 0
     report = json.loads(report_path.read_text())
     assert report["data"]["count"] == 2 and report["data"]["pictures"] == ["picture_0.png", "picture_1.png"]
     assert report["hardware"] and report["versions"]["torch"] == importlib.metadata.version("torch")
@@ -95,22 +108,78 @@ def test_report_agrees_with_the_pipeline(two_models, small_photographs, tmp_path
 
 
 def test_share_of_gain_and_table():
-    def row(name, kind, values, color_fix=None, **more):
-        return Row(name, kind, color_fix, name == "full", {"psnr_y": values, **more})
-
-    rows = [
-        row("bicubic", "bicubic", [28.0, 30.0]),
-        row("full", "model", [30.0, 32.0]),
-        row("four", "model", [29.0, 32.0], psnr_y_to_full_precision=[float("inf"), 33.0]),
-    ]
-    summary = summarize(rows)
-    assert summary[1]["gain"] == 2.0 and "share_of_gain" not in summary[1]
-    assert summary[2]["share_of_gain"] == 0.75
-    assert summary[2]["psnr_y_to_full_precision"] == 33.0
-    assert json.dumps(summary, allow_nan=False)
-    table = markdown(summary).splitlines()
+    rows = make_rows(
+        {
+            RowKey("bicubic", "bicubic"): {"psnr_y": [28.0, 30.0]},
+            RowKey("full", "model", None, True): {"psnr_y": [30.0, 32.0]},
+            RowKey("four", "model", None, False): {
+                "psnr_y": [29.0, 32.0],
+                "seconds": [1.0, 2.0],
+                "psnr_y_to_full_precision": [float("inf"), 33.0],
+                "bicubic_to_full_precision": [30.0, 30.0],
+                "niqe": [5.0, 6.0],
+            },
+        }
+    )
+    bicubic, full, four = rows
+    assert bicubic.gain is None and bicubic.images == 2 and bicubic.seconds is None
+    assert full.gain == 2.0 and full.share_of_gain is None and full.closer_than_bicubic is None
+    assert four.share_of_gain == 0.75 and four.seconds == 1.5 and four.closer_than_bicubic == 3.0
+    assert four.values["psnr_y_to_full_precision"] == 33.0 and "seconds" not in four.values
+    assert json.loads(json.dumps([row.to_json() for row in rows], allow_nan=False))[2]["per_picture"][
+        "psnr_y_to_full_precision"
+    ] == [None, 33.0]
+    table = markdown(rows).splitlines()
     assert len(table) == 5 and len({len(line) for line in table}) == 1
-    assert "75.0%" in table[-1] and "as they come" in table[-1] and "s a picture" not in table[0]
+    assert "75.0%" in table[-1] and "as they come" in table[-1] and "NIQE" in table[0] and "5.5000" in table[-1]
+    assert "s an image" not in markdown(rows[:2]) and "bicubic_to" not in table[0].lower()
+
+
+def test_the_examples_run():
+    found = doctest.DocTestFinder().find(api.evaluate, "evaluate", module=api)
+    assert len(found) == 1 and len(found[0].examples) > 4
+    runner = doctest.DocTestRunner()
+    runner.run(found[0])
+    assert runner.failures == 0
+
+
+def test_models_and_images_are_taken_in_every_form(tiny_pipeline, tiny_folder, small_photographs, capsys):
+    """A pipeline or its folder, one or several or named; files or what is in them: the numbers are the same."""
+    paths = sorted(small_photographs.iterdir())[:1]
+    image = Image.open(paths[0])
+    pixels = np.asarray(image.convert("RGB"))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+    calls = []
+    options = {"color_fixes": [None], "metrics": ["psnr_y"]}
+    rows = [
+        evaluate(tiny_pipeline, paths, progress=lambda *done: calls.append(done), **options),
+        evaluate(str(tiny_folder), [image], **options),
+        evaluate([tiny_folder], [pixels], **options),
+        evaluate({"mine": tiny_folder}, [tensor], **options),
+    ]
+    assert [each[1].name for each in rows] == ["model 1", "tiny", "tiny", "mine"]
+    values = [[row.values["psnr_y"] for row in each] for each in rows]
+    assert all(each == pytest.approx(values[0], abs=1e-6) for each in values)
+    assert {name for each in rows for row in each for name in row.values} == {"psnr_y"} and all(len(each) == 2 for each in rows)
+    assert calls == [(str(paths[0]), 1, 2), (str(paths[0]), 2, 2)]
+    said = capsys.readouterr()
+    assert not said.out and not said.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"data": []}, "empty list"),
+        ({"models": []}, "`models` is empty"),
+        ({"color_fixes": []}, "`color_fixes` is empty"),
+        ({"color_fixes": ["sepia"]}, "no colour alignment 'sepia'"),
+        ({"degradation": "fax"}, "no degradation 'fax'; expected bicubic or realesrgan"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(arguments, message, tiny_pipeline):
+    arguments = {"models": tiny_pipeline, "data": [np.zeros((32, 32, 3), np.uint8)], **arguments}
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments.pop("models"), arguments.pop("data"), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -122,15 +191,29 @@ def test_share_of_gain_and_table():
         (["MODEL", "--data", "PHOTOS", "--metrics", "lpips"], r"pip install 'qartsr[metrics]'"),
         (["MODEL", "--data", "PHOTOS", "--limit", "0"], "above 0"),
         (["MODEL", "--data", "PHOTOS", "--output", "nowhere/report.json"], "not a file name in a folder"),
+        (["MODEL"], "--data is needed"),
+        (["MODEL", "--data", "PHOTOS", "--ours", "report.json"], "--ours goes with `reproduce` alone"),
         (["MODEL", "--data", "PHOTOS", "--output", "report.md"], "name the JSON file"),
-        (["reproduce", "--ours", "PHOTOS/picture_0.png"], "not a report of calibration/evaluate.py"),
+        (["reproduce", "--ours", "PHOTOS/picture_0.png"], "not a report of `qartsr evaluate`"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message, tiny_folder, photographs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main([argument.replace("PHOTOS", str(photographs)).replace("MODEL", str(tiny_folder)) for argument in arguments])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    replaced = [argument.replace("PHOTOS", str(photographs)).replace("MODEL", str(tiny_folder)) for argument in arguments]
+    assert command(*replaced) == 2 and message in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_says_what_to_do_and_names_no_option_that_is_not_there(
+    tiny_folder, small_photographs, tmp_path, monkeypatch, capsys
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    output = tmp_path / "report.json"
+    assert command(tiny_folder, "--data", small_photographs, "--limit", 1, "--no-color-fix", "--output", output) == 2
+    said = capsys.readouterr().err
+    assert f"{output}" in said and "No space left" in said and "--resume" not in said
 
 
 def test_further_metrics_get_pictures_in_order(tiny_folder, small_photographs, monkeypatch, capsys):
@@ -147,9 +230,8 @@ def test_further_metrics_get_pictures_in_order(tiny_folder, small_photographs, m
     module = type(sys)("pyiqa")
     module.create_metric = lambda name, device: Metric(name)
     monkeypatch.setitem(sys.modules, "pyiqa", module)
-    evaluate.main(
-        [str(tiny_folder), "--data", str(small_photographs), "--limit", "1", "--no-color-fix", "--metrics", "lpips", "niqe"]
-    )
+    options = ["--limit", 1, "--no-color-fix", "--metrics", "lpips", "niqe"]
+    assert command(tiny_folder, "--data", small_photographs, *options) == 0
     said = capsys.readouterr().out
     assert "LPIPS" in said and "NIQE" in said and "0.2500" in said and "wavelet" not in said
 
@@ -181,9 +263,9 @@ def test_pairs_are_found_and_their_low_resolution_is_what_is_enlarged(layout, ti
     assert [pair.low for pair in pairs] == [tmp_path / LAYOUTS[layout][1].format(name) for name in ("0802", "Canon_001")]
     high, low = read_pair(pairs[0])
     assert high.shape == (1, 3, 60, 64) and low.shape == (1, 3, 15, 16)
-    row = evaluate_pipelines([Candidate.of("tiny", tiny_pipeline)], pairs, [None])[1]
+    row = evaluate({"tiny": tiny_pipeline}, pairs[:1], color_fixes=[None])[1]
     made = tiny_pipeline(Image.open(pairs[0].low), color_fix=None, tile_size=256).images[0]
-    assert row.values["psnr_y"][0] == pytest.approx(psnr_y(unit(made), high[0].permute(1, 2, 0).double().numpy()), abs=0.02)
+    assert row.values["psnr_y"] == pytest.approx(psnr_y(unit(made), high[0].permute(1, 2, 0).double().numpy()), abs=0.02)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -210,10 +292,9 @@ def test_pictures_that_a_model_was_made_with_are_refused(tiny_folder, small_phot
     assert overlap(sorted(small_photographs.iterdir()), recorded) == [small_photographs / "picture_1.png"]
     record = tiny_folder / "quantization.json"
     record.write_text(json.dumps({"data": {"files": recorded}}))
-    with pytest.raises(SystemExit):
-        evaluate.main([str(tiny_folder), "--data", str(small_photographs)])
+    assert command(tiny_folder, "--data", small_photographs) == 2
     assert f"{small_photographs / 'picture_1.png'} is one of the photographs" in capsys.readouterr().err
-    evaluate.main([str(tiny_folder), "--data", str(small_photographs), "--limit", "1"])  # the other one was not seen
+    assert command(tiny_folder, "--data", small_photographs, "--limit", 1) == 0  # the other one was not seen
     assert "not checked" not in capsys.readouterr().out
 
 
@@ -224,23 +305,26 @@ def test_files_of_one_name_keep_their_own_digest(tmp_path):
     assert list(file_digests(sorted(tmp_path.glob("*/*")))) == ["a/picture.png", "b/picture.png"]
 
 
-def test_models_in_memory_share_the_full_precision_outputs(small_photographs):
-    """The kept outputs give the rows that a full-precision model at the first place gives."""
-    pairs, references, made = find_pairs(small_photographs)[1], {}, []
+def test_kept_full_precision_outputs_stand_in_for_the_model(small_photographs):
+    """They give the rows that a full-precision model at the first place gives."""
+    originals, references, seen = originals_of(small_photographs), {}, []
     other = Candidate("other", build_tiny_pipeline(1), full_precision=False)
-    together = evaluate_pipelines([Candidate.of("full", build_tiny_pipeline(0)), other], pairs, references=references)
-    alone = evaluate_pipelines([other], pairs, references=references, made=lambda path, name, _: made.append((path, name)))
-    for ours, expected in zip(alone[1:], together[3:], strict=True):
-        assert ours.color_fix == expected.color_fix and ours.values.keys() == expected.values.keys()
-        for metric in ours.values.keys() - {"seconds"}:
-            assert ours.values[metric] == pytest.approx(expected.values[metric], abs=1e-6)
-    assert made == [(pair.high, name) for pair in pairs for name in ("bicubic", "other", "original")]
-    with pytest.raises(ValueError, match="was not kept"):
-        evaluate_pipelines([other], pairs, references={pairs[0].high: references[pairs[0].high]})
+    full = Candidate.of("full", build_tiny_pipeline(0))
+    together = Evaluation([full, other], color_fixes=[None], references=references).run(originals)
+    later = Evaluation([other], color_fixes=[None], references=references, on_image=seen.append)
+    ours, expected = later.run(originals)[1], together[2]
+    assert ours.name == expected.name == "other" and "psnr_y_to_full_precision" in ours.values
+    assert ours.values == pytest.approx(expected.values, abs=1e-6)
+    assert [(image.label, list(image.outputs)) for image in seen] == [
+        (original.label, ["bicubic", "other", "original"]) for original in originals
+    ]
+    del references[originals[1].label]
+    with pytest.raises(ValueError, match=r"picture_1.png: its full-precision output was not kept"):
+        later.run(originals)
 
 
 def test_a_simulated_model_measures_as_the_deployed_one(small_photographs):
-    pipeline, pairs = build_tiny_pipeline(0), find_pairs(small_photographs)[1][:1]
+    pipeline, photographs = build_tiny_pipeline(0), sorted(small_photographs.iterdir())[:1]
     assert Candidate.of("full", pipeline).full_precision
     folding = fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))
     schemes = {"unet": QuantizationScheme(LayerScheme(8, 8), folding=folding), "vae": QuantizationScheme(LayerScheme(8, 8))}
@@ -248,9 +332,9 @@ def test_a_simulated_model_measures_as_the_deployed_one(small_photographs):
     def measured(change):
         for name, scheme in schemes.items():
             change(getattr(pipeline, name), scheme)
-        candidate = Candidate.of("w8a8", pipeline)
-        assert not candidate.full_precision
-        return evaluate_pipelines([candidate], pairs, [None])[1].values["psnr_y"][0]
+        row = evaluate({"w8a8": pipeline}, photographs, color_fixes=[None])[1]
+        assert not row.full_precision
+        return row.values["psnr_y"]
 
     assert measured(prepare) == pytest.approx(measured(freeze), abs=0.05)
 
@@ -259,8 +343,8 @@ def test_photographs_can_be_degraded_as_in_the_wild(small_photographs, tiny_fold
     rows = {}
     for name in ("bicubic", "realesrgan", "realesrgan"):
         output = tmp_path / "report.json"
-        arguments = [str(tiny_folder), "--data", str(small_photographs), "--limit", "1", "--output", str(output)]
-        evaluate.main([*arguments, "--degradation", name])
+        arguments = [tiny_folder, "--data", small_photographs, "--limit", 1, "--no-color-fix", "--output", output]
+        assert command(*arguments, "--degradation", name) == 0
         report = json.loads(output.read_text())
         assert report["settings"]["degradation"] == f"{name}, 8 bits"
         rows.setdefault(name, []).append([row["psnr_y"] for row in report["rows"]])
@@ -268,7 +352,7 @@ def test_photographs_can_be_degraded_as_in_the_wild(small_photographs, tiny_fold
 
 
 def test_reproduce_puts_ours_beside_the_paper(tmp_path, capsys):
-    evaluate.main(["reproduce"])
+    assert command("reproduce") == 0
     assert "| QArtSR | W2A2 | 25.51 | 0.4124 | 50.04 |" in capsys.readouterr().out
     rows = [
         {"name": "bicubic", "kind": "bicubic", "full_precision": None, "psnr_y": 27.48},
@@ -280,14 +364,14 @@ def test_reproduce_puts_ours_beside_the_paper(tmp_path, capsys):
     report = {"data": {"folder": "set", "count": 2}, "settings": {"degradation": "bicubic, 8 bits"}, "rows": rows}
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
-    evaluate.main(["reproduce", "--ours", str(path)])
+    assert command("reproduce", "--ours", path) == 0
     said = capsys.readouterr().out
     assert "| QArtSR | W4A4 | 24.93 | 0.2914 | 67.98 | tiny-w4a4 | 28.79 | 0.2500 |  |" in said and " 1.00 " not in said
     assert "| SVDQuant | W2A2 | 18.99 | 0.4947 | 43.83 | svdquant-w2a2 | 28.00 |" in said
     assert "tiny-fp" in said and "set, 2 pictures" in said and "Not measured by us: MUSIQ" in said
     report["data"]["layout"] = "RealSR"  # which has a table of its own
     path.write_text(json.dumps(report))
-    evaluate.main(["reproduce", "--ours", str(path)])
+    assert command("reproduce", "--ours", path) == 0
     said = capsys.readouterr().out
     assert "28.79" not in said[: said.index("RealSR, x4")] and "| tiny-w4a4 | 28.79 |" in said[said.index("RealSR, x4") :]
     assert method_and_bits({"name": "q_dm w3a3", "kind": "model", "full_precision": False}) == ("Q-DM", "w3a3")
@@ -307,9 +391,9 @@ def test_reproduce_goes_by_the_record_of_a_model_not_by_its_name(tmp_path, small
         (tmp_path / name / "model" / "quantization.json").write_text(json.dumps(record))
     folders = [str(tmp_path / name / "model") for name in recorded]
     report = tmp_path / "report.json"
-    evaluate.main([*folders, "--data", str(small_photographs), "--limit", "1", "--output", str(report)])
+    assert command(*folders, "--data", small_photographs, "--limit", 1, "--no-color-fix", "--output", report) == 0
     assert f"The records of {folders[1]} list no files" in capsys.readouterr().out
-    evaluate.main(["reproduce", "--ours", str(report)])
+    assert command("reproduce", "--ours", report) == 0
     said = capsys.readouterr().out
     assert f"| MaxMin | W4A4 | 15.30 | 0.7940 | 46.27 | {folders[0]} |" in said
     assert f"| QArtSR | W2A2 | 25.51 | 0.4124 | 50.04 | {folders[1]} |" in said

@@ -11,16 +11,19 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from qartsr_pipeline.calibration.evaluation import EvaluationRow
+from qartsr_pipeline.calibration.report.model_card import model_card
 from qartsr_pipeline.calibration.report.report import ReportData, most_detailed, picture_sheet, write_report
 from qartsr_pipeline.calibration.report.report_plots import running_mean, worst_layers
 
 HOSTILE = '<script>alert("x")</script> & $\\frac{$'
 HEADINGS = {
     "facts": "What was run",
-    "metrics": "Picture quality",
-    "pictures": "Pictures",
+    "metrics": "Image quality",
+    "pictures": "Images",
     "losses": "Losses",
     "module_losses": "Modules",
     "layer_errors": "Error of each layer",
@@ -36,7 +39,7 @@ def everything(name: str = "layer") -> dict:
     histogram = {"counts": [1, 5, 0, 2], "edges": [-1.0, -0.5, 0.0, 0.5, 1.0], "lower": -0.8, "upper": float("nan")}
     return {
         "facts": {name: name},
-        "metrics": [{"name": name, "kind": "model", "color_fix": None, "full_precision": False, "psnr_y": 28.765, "lpips": 0.25}],
+        "metrics": [EvaluationRow(name, "model", None, False, 1, {"psnr_y": 28.765, "lpips": 0.25}, {})],
         "pictures": [{name: random.integers(0, 255, (60, 70, 3), np.uint8), "original": np.zeros((60, 70, 3), np.uint8)}],
         "losses": {name: [0.5, float("nan"), 0.25, 0.0, 0.125], "one step": [0.1], "none": []},
         "module_losses": [(name, 0.5, 0.25), ("other", 0.0, 1e-3)],
@@ -117,7 +120,7 @@ def test_data_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match="row 2 of the timestep sweep has no entry 'timestep'"):
         write_report(tmp_path, ReportData("sweep", sweep=[{"timestep": 1}, {"step": 2}]))
     pictures = [{"a": np.zeros((20, 20, 3), np.uint8), "b": np.zeros((20, 24, 3), np.uint8)}]
-    with pytest.raises(ValueError, match="pictures 1: all must be uint8 of one shape"):
+    with pytest.raises(ValueError, match="image 1: all must be uint8 of one shape"):
         write_report(tmp_path, ReportData("pictures", pictures=pictures))
     assert not (tmp_path / "index.html").exists()
 
@@ -136,3 +139,30 @@ def test_running_mean_leaves_gaps_out():
     values = np.array([1.0, np.nan, 3.0] + [5.0] * 57)
     assert running_mean(values)[:6] == pytest.approx([1.0, 1.0, 2.0, 4.0, 13 / 3, 5.0])  # a window of three
     assert worst_layers({"a": 0.1, "b": float("nan"), "c": 0.3}, 2) == ["b", "c"]
+
+
+def record(model: str, method: str = "QArtSR") -> dict:
+    recipe = {"method": method, "source": "arXiv 2503.05584", "steps": 350, "stages": [{}]}
+    return {"model": model, "bits": "w4a4", "seed": 0, "recipe": recipe, "data": {"count": 3}}
+
+
+def header_of(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_plain_card_has_no_needless_quotes(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    card = model_card(record("tiny-fp"), tmp_path, "owner/tiny-fp")
+    assert card.startswith("---\nlicense: openrail++\nlibrary_name: diffusers\nbase_model: owner/tiny-fp\npipeline_tag:")
+    assert "# tiny-fp, W4A4\n\n`tiny-fp`, quantized to W4A4" in card
+    assert "Recipe QArtSR (arXiv 2503.05584), 350 steps, seed 0, on 3 photographs." in card
+
+
+def test_what_people_typed_breaks_neither_the_cards_header_nor_its_text(tmp_path):
+    name, hub_id = "a`b` <script> [x](y)\n# big", 'owner/na"me: x\nlicense: mit'
+    (tmp_path / "README.md").write_text("---\nlicense: no\n---\n")  # a word that YAML takes for False
+    card = model_card(record(name, HOSTILE), tmp_path, hub_id)
+    header, text = header_of(card), card.split("---\n", 2)[2]
+    assert header["license"] == "no" and header["base_model"] == hub_id and header["pipeline_tag"]
+    assert "<script>" not in text.replace("`a'b' <script> [x](y) # big`", "") and "\n# big" not in text
+    assert "# a\\`b\\` &lt;script&gt; \\[x\\](y) # big, W4A4" in text

@@ -20,16 +20,17 @@ def model_card(record: dict[str, Any], source: Path, hub_id: str | None) -> str:
     images = f"{data['count']} photographs" if "count" in data else "procedural images"
     base = f"base_model: {yaml_text(hub_id)}\n" if hub_id else ""
     trained = f"{recipe['steps']} steps, seed {record['seed']}, " if recipe["stages"] else ""
+    name, made = markdown_text(record["model"]), f"{markdown_text(recipe['method'])} ({markdown_text(recipe['source'])})"
     return f"""---
 license: {yaml_text(license_of(source / "README.md") or "other")}
 library_name: diffusers
 {base}pipeline_tag: {PIPELINE_TAG}
 tags: [super-resolution, one-step-diffusion, quantized, qartsr]
 ---
-# {markdown_text(record["model"])}, {bits}
+# {name}, {bits}
 
-{_code(record["model"])}, quantized to {bits} (bits of weights and activations; each component's `config.json` says which layers have
-others), constants of timestep and prompt folded: it takes no other prompt.
+{_code(record["model"])}, quantized to {bits} (bits of weights and activations; each component's `config.json` says which
+layers have others), constants of timestep and prompt folded: it takes no other prompt.
 
 ```python
 from qartsr_pipeline import QArtSRPipeline
@@ -38,8 +39,8 @@ pipeline = QArtSRPipeline.from_pretrained("FOLDER")
 pipeline(image).images[0]
 ```
 
-Recipe {markdown_text(recipe["method"])} ({markdown_text(recipe["source"])}), {trained}on {images}. `quantization.json` has the whole record:
-recipe, versions, data, losses, every layer's error. The licence is that of the full-precision model.
+Recipe {made}, {trained}on {images}. `quantization.json` has the whole record: recipe, versions, data,
+losses, every layer's error. The licence is that of the full-precision model.
 """
 
 
