@@ -1,1 +1,1 @@
-"""Speed, memory and quality, ours and those of peers: each file runs as `python -m benchmarks.NAME`; results/ keeps what came out."""
+"""Speed, memory and quality, ours and of peers. Each file runs as `python -m benchmarks.NAME`; results/ keeps the results."""

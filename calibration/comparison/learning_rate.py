@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from calibration.comparison.methods import Cell
 from calibration.comparison.setting import Comparison, Model, write_json
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.pairs import held_out_pairs
 from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
 from qartsr_pipeline.calibration.training.engine import begin
 from qartsr_pipeline.calibration.training.network_run import picture_of
 from qartsr_pipeline.calibration.training.stages import Calibrated, Run
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it
 FURTHER = {0.3: (0.1, 0.03), 3.0: (10.0, 30.0)}

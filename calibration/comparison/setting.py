@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from calibration.comparison.methods import Cell
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, data_fingerprint, file_digests, overlap
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
 from qartsr_pipeline.calibration.data.patches import PhotographPatches
@@ -22,6 +21,7 @@ from qartsr_pipeline.calibration.training.losses import Perceptual, load_percept
 from qartsr_pipeline.calibration.training.stages import weights_digest
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 HELD_OUT = 8  # photographs that are not calibrated on: they choose the learning rate
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, GroupedWeights, Offset
 from qartsr_pipeline.calibration.training.stages import all_layers
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.deployed import deployed_like
 

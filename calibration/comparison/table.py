@@ -104,8 +104,8 @@ def entries_of(cells: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> 
         for values in means:
             gain = full[model]["metrics"][COLOR_FIX][TRUTH] - full[model]["bicubic"][TRUTH]
             values["share_of_gain"] = (values[TRUTH] - full[model]["bicubic"][TRUTH]) / gain
-        values = {metric: [each[metric] for each in means] for metric in means[0] if all(metric in each for each in means)}
-        entries.append(Entry(method, found[0]["label"], found[0]["kind"], bits, model, values, found))
+        by_metric = {metric: [each[metric] for each in means] for metric in means[0] if all(metric in each for each in means)}
+        entries.append(Entry(method, found[0]["label"], found[0]["kind"], bits, model, by_metric, found))
     return entries
 
 

@@ -318,9 +318,7 @@ def test_the_model_must_not_have_seen_what_it_is_measured_on(command, engine, pi
     assert "3.png is one of the photographs that model was made with" in capsys.readouterr().err and not engine.calls
 
 
-def test_a_cell_that_cannot_be_written_says_what_to_do_and_names_no_option_that_is_not_there(
-    command, engine, monkeypatch, capsys
-):
+def test_a_full_disk_is_reported_without_an_option_that_is_not_there(command, engine, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -203,7 +203,7 @@ def test_errors_say_what_to_do(arguments, message, tiny_folder, photographs, mon
     assert command(*replaced) == 2 and message in capsys.readouterr().err
 
 
-def test_a_report_that_cannot_be_written_says_what_to_do_and_names_no_option_that_is_not_there(
+def test_a_full_disk_is_reported_without_an_option_that_is_not_there(
     tiny_folder, small_photographs, tmp_path, monkeypatch, capsys
 ):
     def full(*_: object) -> None:

@@ -134,7 +134,8 @@ class Evaluation:
         Yields:
             Each method's name with what it made of the image, (1, 3, H, W) for each alignment; one for "bicubic".
         """
-        bicubic = as_bytes(resize(low, high.shape[-2:]))
+        height, width = high.shape[-2:]
+        bicubic = as_bytes(resize(low, (height, width)))
         self._measure(RowKey(BICUBIC, "bicubic"), bicubic, high)
         yield BICUBIC, [bicubic]
         references = self._kept_outputs(label)

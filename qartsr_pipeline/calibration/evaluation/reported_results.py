@@ -117,7 +117,7 @@ def reproduce(reports: list[dict[str, Any]]) -> str:
     """The reported tables as Markdown, QArtSR's with ours beside it, and what differs between the two.
 
     Args:
-        reports: what `calibration/evaluate.py --output` wrote, any number.
+        reports: what `qartsr evaluate --output` wrote, any number.
     """
     parts = []
     for table in TABLES:
@@ -143,7 +143,8 @@ def _table(table: ReportedTable, ours: dict[tuple[str, str], list[dict[str, Any]
     for key in [*table.results, *(key for key in ours if key not in table.results)]:
         reported = table.results.get(key)
         numbers = [_number(value, digits) for value, digits in zip(reported or (None,) * 3, (2, 4, 2), strict=True)]
-        for index, row in enumerate(ours.get(key) or [None]):
+        rows: list[dict[str, Any] | None] = [*ours.get(key, [])]
+        for index, row in enumerate(rows or [None]):
             cells = [key[0], key[1].upper(), *(numbers if index == 0 else [""] * 3)]
             if with_ours:
                 values = [

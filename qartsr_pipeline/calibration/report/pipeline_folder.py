@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.saving import SavingError
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
 CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced

@@ -267,14 +267,15 @@ def _bounds(data: ReportData, page: Page) -> str:
 
 
 def _sweep(data: ReportData, page: Page) -> str:
-    if not data.sweep:
+    sweep = data.sweep
+    if not sweep:
         return ""
-    for number, row in enumerate(data.sweep, 1):
+    for number, row in enumerate(sweep, 1):
         if "timestep" not in row:
             raise ValueError(f"row {number} of the timestep sweep has no entry 'timestep', only {', '.join(row)}")
-    keys = list(dict.fromkeys(["timestep", *(key for row in data.sweep for key in row)]))
-    rows = [[_number(row.get(key)) for key in keys] for row in data.sweep]
+    keys = list(dict.fromkeys(["timestep", *(key for row in sweep for key in row)]))
+    rows = [[_number(row.get(key)) for key in keys] for row in sweep]
     plot = ""
-    if plots.sweep_quantities(data.sweep):
-        plot = page.plot("timesteps.png", lambda: plots.plot_sweep(data.sweep), "What each timestep would give; dashed: chosen.")
+    if plots.sweep_quantities(sweep):
+        plot = page.plot("timesteps.png", lambda: plots.plot_sweep(sweep), "What each timestep would give; dashed: chosen.")
     return _section("Timesteps", plot, _table(rows, [key.replace("_", " ") for key in keys]))
