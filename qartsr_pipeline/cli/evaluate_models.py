@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, versions
-from qartsr_pipeline.calibration.data.fingerprint import recorded_files
+from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, recorded_files, versions
 from qartsr_pipeline.calibration.data.paired_folders import HR_ONLY, find_pairs
 from qartsr_pipeline.calibration.data.photographs import as_pixels
 from qartsr_pipeline.calibration.evaluation.api import evaluate, row_names

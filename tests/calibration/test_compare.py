@@ -174,9 +174,9 @@ def test_a_method_whose_training_diverges_does_not_end_the_comparison(command, e
 def test_held_out_photographs_are_neither_calibrated_nor_evaluated_on(pictures, engine):
     folders = (str(pictures / "data"), str(pictures / "evaluate"))
     comparison = setting.prepare(setting.Sources({"": str(pictures / "model")}, *folders, output=pictures / "x"))
-    assert len(comparison.held_out) == 1 and len(comparison.patches.pictures) == 2
+    assert len(comparison.held_out) == 1 and len(comparison.patches.images) == 2
     held_out = np.asarray(Image.open(comparison.held_out[0]))
-    assert not any(np.array_equal(held_out, picture) for picture in comparison.patches.pictures)
+    assert not any(np.array_equal(held_out, picture) for picture in comparison.patches.images)
 
 
 def test_the_best_are_repeated_and_measured_on_the_model_before_trq(command, engine, pictures, capsys):

@@ -165,4 +165,4 @@ def test_what_people_typed_breaks_neither_the_cards_header_nor_its_text(tmp_path
     header, text = header_of(card), card.split("---\n", 2)[2]
     assert header["license"] == "no" and header["base_model"] == hub_id and header["pipeline_tag"]
     assert "<script>" not in text.replace("`a'b' <script> [x](y) # big`", "") and "\n# big" not in text
-    assert "# a\\`b\\` &lt;script&gt; \\[x\\](y) # big, W4A4" in text
+    assert r"# a\`b\` \<script\> \[x\]\(y\) \# big, W4A4" in text

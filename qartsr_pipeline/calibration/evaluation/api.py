@@ -45,7 +45,7 @@ def evaluate(
 
     Args:
         models: a pipeline, a checkpoint folder, the name of a shipped model or a Hub id; several of them; or a name for the rows
-            -> one of them.
+            -> one of them. Pipelines without a name are called "model 1", "model 2", .. by their place.
         data: a folder of high-resolution images, or of pairs as DIV2K and RealSR lay them out, which bring their low-resolution
             images; or a list of originals: PIL images, arrays, tensors (see `QArtSRPipeline.__call__`) or files.
         metrics: "psnr_y" and "ssim_y" (of the BT.601 luma, without a border of 4 pixels), or names of the package pyiqa, which
@@ -71,7 +71,7 @@ def evaluate(
     Example:
         >>> from importlib.resources import files
         >>> from PIL import Image
-        >>> from qartsr_pipeline.calibration.evaluation import evaluate
+        >>> from qartsr_pipeline import evaluate
         >>> photograph = Image.open(files("qartsr_pipeline") / "samples" / "rider.jpg").crop((160, 80, 256, 176))
         >>> bicubic, full, quantized = evaluate(["tiny-fp", "tiny-w4a4"], [photograph], color_fixes=["wavelet"])
         >>> quantized.name, quantized.images

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qartsr_pipeline.calibration.start.warm_start import record_of_folder
 from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.calibration.start.warm_start import record_of_folder
 
 
 def made_by(folder: Path) -> dict[str, str]:
