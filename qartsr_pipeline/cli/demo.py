@@ -73,7 +73,7 @@ def _enlarge(pipeline: QArtSRPipeline, image: np.ndarray) -> tuple[np.ndarray, f
     """The pipeline's result, 8 bits, and the seconds that the call took."""
     pipeline.set_progress_bar_config(disable=True)
     start = time.perf_counter()
-    result = pipeline(image, upscale=SCALE, output_type="np").images[0]
+    result: np.ndarray = pipeline(image, upscale=SCALE, output_type="np", return_dict=False)[0][0]
     return np.rint(result * 255).astype(np.uint8), time.perf_counter() - start
 
 
