@@ -17,8 +17,9 @@ from calibration.teacher import train as teacher
 from calibration.teacher.model import new_model
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration import trq
-from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.pairs import procedural_pairs
+from qartsr_pipeline.calibration.data.patches import PhotographPatches
+from qartsr_pipeline.calibration.data.photographs import list_photographs
 from qartsr_pipeline.calibration.data.training_set import TrainingSet
 from qartsr_pipeline.calibration.retraining.adapters import LowRank, add_adapters, merge_adapters
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
@@ -31,16 +32,18 @@ SHORT = ["--phases", "latent:2:1e-4:32:2", "pixel:2:1e-4:32:2", "--fp32", "--hel
 
 
 @pytest.fixture(scope="module")
-def patches():
-    return DeadLeaves()
+def patches(photographs):
+    return PhotographPatches(list_photographs(photographs))
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Few and small images, no training curves. The tiny model's attention would see 128 x 128 positions of 256 pixels."""
     monkeypatch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
+    monkeypatch.setattr("qartsr_pipeline.calibration.retraining.move_timestep.FIT_SIDE", 64)
     monkeypatch.setattr("qartsr_pipeline.calibration.retraining.trainer.plot_if_possible", lambda *_: False)
-    monkeypatch.setattr(trq, "latents_for_fit", lambda *arguments: latents_for_fit(*arguments[:3], count=2))
+    for module in (trq, teacher):
+        monkeypatch.setattr(module, "latents_for_fit", lambda *arguments: latents_for_fit(*arguments[:3], count=2))
 
 
 @pytest.fixture
@@ -101,10 +104,10 @@ def test_retraining_starts_at_a_folder_and_lowers_the_loss(tmp_path, monkeypatch
     assert all(torch.equal(value, frozen[key]) for key, value in model.vae.state_dict().items()), "the VAE is frozen"
 
 
-def test_started_run_resumes_and_exports(tmp_path, capsys):
+def test_started_run_resumes_and_exports(tmp_path, photographs, capsys):
     """--start is recorded by name only, and the exported folder is the moved and trained model."""
     build_tiny_pipeline(timestep=100).save_pretrained(tmp_path / "tiny")
-    arguments = ["--start", str(tmp_path / "tiny"), "--timestep", "500", "--procedural", "1", "--held-out", "1", "--fp32"]
+    arguments = ["--start", str(tmp_path / "tiny"), "--timestep", "500", "--data", str(photographs), "--held-out", "1", "--fp32"]
     output = ["--output", str(tmp_path / "run")]
     teacher.main([*arguments, *output, "--phases", "latent:2:1e-3:32:2"])
     teacher.main(["--resume", *output, "--phases", "latent:2:1e-3:32:2", "pixel:2:1e-3:32:2"])
@@ -191,10 +194,11 @@ def test_plain_quantization_errs_more_where_it_is_amplified(model, patches, tmp_
 
 
 @pytest.mark.parametrize("train", ["all", "adapters"])
-def test_command_writes_table_plot_and_a_folder_that_loads(tmp_path, train, monkeypatch, capsys):
+def test_command_writes_table_plot_and_a_folder_that_loads(tmp_path, photographs, train, capsys):
     build_tiny_pipeline(timestep=100).save_pretrained(tmp_path / "tiny")
     out = tmp_path / "out"
     arguments = [str(tmp_path / "tiny"), "--timesteps", "100", "500", "--output", str(out), *SHORT, "--train", train]
+    arguments += ["--data", str(photographs)]
     full = ["--full-phases", "pixel:2:1e-4:32:2"]
     with pytest.raises(SystemExit):
         command.main(arguments)  # an untrained UNet has learned nothing
@@ -226,9 +230,10 @@ def weight(folder, name):
     return OneStepModel.from_pretrained(folder).state_dict()[name]
 
 
-def test_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+def test_stopped_sweep_goes_on_where_it_was(tmp_path, photographs, monkeypatch, capsys):
     build_tiny_pipeline(timestep=100).save_pretrained(tmp_path / "tiny")
     arguments = [str(tmp_path / "tiny"), "--timesteps", "100", "250", "--sweep-only", "--least-bypass-cost", "-99", *SHORT]
+    arguments += ["--data", str(photographs)]
     command.main([*arguments, "--output", str(tmp_path / "once")])
     steps, step = [], Trainer._train_step
 

@@ -29,14 +29,15 @@ from qartsr_pipeline.calibration.data.pairs import sample_pair
 from qartsr_pipeline.calibration.data.patches import Patches
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 
+FIT_SIDE = 128  # pixels of the patches that the fit sees
 RIDGE = 1e-9  # of the fit, relative to the features' mean square
 LINEAR = (4.0, 0.5)  # mean and deviation at which SiLU is nearly linear
 
 
 def latents_for_fit(model: OneStepModel, patches: Patches, degradation: str = "bicubic", count: int = 16) -> list[torch.Tensor]:
-    """z_L of ``count`` patches of 128 pixels, one at a time."""
+    """z_L of ``count`` patches of `FIT_SIDE` pixels, one at a time."""
     rng = np.random.default_rng([2**31, count, 1])  # no training step has this seed
-    up, _ = sample_pair(patches, count, 128, rng, degradation)
+    up, _ = sample_pair(patches, count, FIT_SIDE, rng, degradation)
     with torch.no_grad():
         return [model.encode(image[None].to(model.device)) for image in up]
 
