@@ -112,7 +112,11 @@ def _choose(spec: LayerSpec, device: str, forced: str | None) -> str:
 
 
 def _listed(reasons: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    """Backend name -> reason, as text; backends with the same reason stand together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(backends)}: {reason}" for reason, backends in names.items())
 
 
 def _announce_fallback(spec: LayerSpec, device: str, chosen: str, reasons: dict[str, str]) -> None:

@@ -116,12 +116,12 @@ def test_packed_bytes_are_what_the_file_holds(saved):
 
 
 def test_a_fresh_process_loads_with_stock_diffusers(saved):
-    """Without optimum-quanto: deployed models do not need it."""
+    """After one import, in whatever order, and without optimum-quanto, which deployed models do not need."""
     _, folder = saved
     code = (
         "import sys; sys.modules['optimum.quanto'] = None\n"
-        "import qartsr_pipeline.quantization\n"
         "from diffusers import AutoencoderKL\n"
+        "import qartsr_pipeline.quantization\n"
         f"vae = AutoencoderKL.from_pretrained({str(folder / 'vae')!r})\n"
         "print(type(vae.decoder.conv_in).__name__, vae.decoder.conv_in.weight_packed.dtype)"
     )
