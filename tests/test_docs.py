@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from qartsr_pipeline.calibration import job, recipe_files
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.recipe import load_recipe, with_values
 from qartsr_pipeline.cli.main import COMMANDS
 from tiny_models import build_tiny_pipeline
 
@@ -30,10 +31,14 @@ SMALL = [
     "images=2",
     "image_size=64",
     "cached_batches=1",
+    "layer.smoothing=ones",
+    "layer.bounds=minmax",
     "layer.branch_rank=2",
     "layer.branch_budget=0",
+    "layer.branch_fit=false",
     "layer.adapter_rank=2",
     *(f"stages.{stage}.{key}" for stage in (0, 1) for key in ("patch=32", "batch=1")),
+    "stages.1.loss={image_l2: 1.0}",
 ]
 
 
@@ -60,21 +65,18 @@ def example_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def small_recipe_folder(tmp_path, monkeypatch):
-    """`qartsr` is the small form of itself."""
-    import yaml
-
-    from qartsr_pipeline.calibration import recipe
-
+def small_recipe_and_sample(example_folder, tmp_path, monkeypatch):
+    """`qartsr` is the small form of itself, and the report is about a small image."""
+    monkeypatch.setattr(job, "SAMPLE", example_folder / "other-photographs" / "0.png")
     folder = tmp_path / "recipes"
     folder.mkdir()
-    small = with_values(load_recipe("qartsr"), SMALL)
+    small = recipe_files.with_values(recipe_files.load_recipe("qartsr"), SMALL)
     (folder / "qartsr.yaml").write_text(yaml.safe_dump(small.to_dict()), encoding="utf-8")
-    monkeypatch.setattr(recipe, "FOLDER", folder)
+    monkeypatch.setattr(recipe_files, "RECIPES", folder)
 
 
 @pytest.mark.parametrize("document", RUN)
-def test_the_python_of_a_document_runs(document, example_folder, small_recipe_folder, tmp_path, monkeypatch):
+def test_the_python_of_a_document_runs(document, example_folder, small_recipe_and_sample, tmp_path, monkeypatch):
     folder = tmp_path / "work"
     shutil.copytree(example_folder, folder)
     monkeypatch.chdir(folder)
