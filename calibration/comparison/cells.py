@@ -104,7 +104,7 @@ def full_precision(comparison: Comparison, name: str, again: bool = False) -> di
     bicubic = next(row for row in rows if row.kind == "bicubic")
     content = {
         "settings": settings,
-        "timestep": model.pipeline.config.timestep,
+        "timestep": model.pipeline.config["timestep"],
         "sheet": {"picture": best["picture"], "box": best["box"]},
         "bicubic": dict(bicubic.values),
         "metrics": metrics_of(rows, FULL_PRECISION),

@@ -30,11 +30,11 @@ def stored_tensors(layer: CalibratingMixin) -> dict[str, torch.Tensor]:
     scales of the weights' groups (the grid is symmetric, so no zero points), the float32 offsets of its inputs, one byte for
     whether dynamic activations are unsigned, and the rest as in every deployed layer.
     """
+    shape = layer.weight.shape
     tensors = dict(deployed_like(layer, layer.layer_scheme, "meta").named_buffers())
     if isinstance(layer, GroupedWeights) and "weight_scale" in tensors:
-        outputs, inputs = layer.weight.shape[:2]
-        groups = -(-inputs // layer.group_size)
-        tensors["weight_scale"] = torch.empty(outputs, groups, *layer.weight.shape[2:], device="meta")
+        outputs, inputs, *kernel = shape
+        tensors["weight_scale"] = torch.empty((outputs, _groups(layer, inputs), *kernel), device="meta")
         tensors.pop("weight_zero_point", None)
     if isinstance(layer, DynamicActivations):
         tensors["input_offset"] = torch.empty((), device="meta")
@@ -42,5 +42,9 @@ def stored_tensors(layer: CalibratingMixin) -> dict[str, torch.Tensor]:
         for name in ("input_scale", "input_zero_point"):
             tensors.pop(name, None)
     if isinstance(layer, Offset):
-        tensors["input_offset"] = torch.empty(layer.weight.shape[1], device="meta")
+        tensors["input_offset"] = torch.empty(shape[1], device="meta")
     return tensors
+
+
+def _groups(layer: GroupedWeights, inputs: int) -> int:
+    return -(-inputs // layer.group_size)

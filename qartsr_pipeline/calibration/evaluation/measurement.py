@@ -48,10 +48,9 @@ class Candidate:
         Raises:
             ValueError: it enlarges by another factor than 4.
         """
-        if pipeline.config.scale != SCALE:
-            raise ValueError(
-                f"{name} enlarges {pipeline.config.scale} times; the evaluation is for models that enlarge {SCALE} times"
-            )
+        scale = pipeline.config["scale"]
+        if scale != SCALE:
+            raise ValueError(f"{name} enlarges {scale} times; the evaluation is for models that enlarge {SCALE} times")
         layers = [layer for model in (pipeline.unet, pipeline.vae) for layer in model.modules()]
         return cls(name, pipeline, not any(isinstance(layer, (CalibratingMixin, DeployedLayer)) for layer in layers))
 

@@ -108,7 +108,7 @@ def _facts(run: FinishedRun) -> dict[str, str]:
     """What was run, as lines of text; those that do not apply are empty."""
     record, data = run.record, without_files(run.data)
     return {
-        "model": f"{run.model_name}, timestep {run.quantized.config.timestep}",
+        "model": f"{run.model_name}, timestep {run.quantized.config['timestep']}",
         "method": f"{run.recipe.method} ({run.recipe.source})",
         "our reading": run.recipe.reading,
         "bits": run.bits,
