@@ -1,7 +1,7 @@
 """How the small model is initialised: nearly linear, with normalization that starts as a constant scaling.
 
-GroupNorm removes the tone and contrast of whatever it sees. Super-resolution must keep them, and a tile must come out like the
-same place of the whole picture. So two channels of every normalized tensor are "anchors": constants +A and -A that no later layer
+GroupNorm removes the tone and contrast of its input. Super-resolution must keep them, and a tile must come out like the same
+place of the whole image. So two channels of every normalized tensor are "anchors": constants +A and -A that no later layer
 reads and that dominate the statistics, which makes the normalization nearly the same for any patch. Its affine weight undoes the
 scale. The layers stay stock layers; only their initial values, and gradients masked at the anchors, are special.
 
@@ -22,7 +22,7 @@ ADDED = ("conv2", "proj_out")  # those added onto one
 STRENGTH = 6.0  # standard deviation that the anchors alone give the normalized tensor; signals have about 1
 
 
-def _mask_gradient(parameter: nn.Parameter, mask: torch.Tensor) -> None:
+def _mask_gradient(parameter: torch.Tensor, mask: torch.Tensor) -> None:
     parameter.data.mul_(mask)
     parameter.register_hook(lambda gradient: gradient * mask.to(gradient.device))  # the model may have moved since
 
@@ -33,6 +33,7 @@ def _start_writers(model: nn.Module) -> None:
         if not isinstance(module, nn.Conv2d):
             continue
         nn.init.orthogonal_(module.weight)
+        assert module.bias is not None  # diffusers' convolutions have one
         nn.init.zeros_(module.bias)
         if last in ADDED:
             nn.init.zeros_(module.weight)  # residual branches start at nothing
@@ -46,7 +47,7 @@ def _start_writers(model: nn.Module) -> None:
                 module.bias[:2] = torch.tensor([amplitude, -amplitude])
 
 
-def _ignore_constants(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+def _ignore_constants(module: nn.Conv2d | nn.GroupNorm, inputs: tuple[torch.Tensor, ...]) -> None:
     x = inputs[0].detach()
     constant = x.flatten(2).std(-1).amax(0) < 1e-6
     with torch.no_grad():

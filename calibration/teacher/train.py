@@ -97,7 +97,7 @@ class TeacherRun:
         self.output.mkdir(parents=True, exist_ok=True)
         own = {"seed": self.settings.seed, "timestep": model.timestep, "arguments": self.arguments(model.timestep)}
         record = {**images.record, **own, "versions": versions()}
-        model = model.to(device=self.device, memory_format=torch.channels_last)
+        model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         trainer = Trainer(model, self.phases, images, self.settings, self.output, record, progress=progress)
         if self.resume:
             before = (load_state(self.state_path).get("record") or {}).get("data", record["data"])

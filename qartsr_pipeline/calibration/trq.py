@@ -200,7 +200,7 @@ class TRQ:
         return target
 
     def _trainer(self, model: OneStepModel, phases: tuple[Phase, ...], folder: Path, adapters: bool) -> Trainer:
-        model.to(device=self.device, memory_format=torch.channels_last)
+        model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         settings = replace(self.settings, train_encoder=self.settings.train_encoder or adapters)
         return Trainer(model, list(phases), self.data, settings, folder, {}, self.perceptual, self.progress)
 
@@ -287,9 +287,9 @@ def plainly_quantized(model: OneStepModel, latents: list[torch.Tensor], bits: tu
     """
     model = copy.deepcopy(model)
     folding = fold(model.unet, model.timestep, model.prompt_embeds)
-    ends = dict.fromkeys(ENDS, LayerScheme(*(max(8, number) for number in bits)))
+    ends: dict[str, LayerScheme | None] = dict.fromkeys(ENDS, LayerScheme(*(max(8, number) for number in bits)))
     scheme = QuantizationScheme(LayerScheme(*bits), ends, folding)
-    layers = {name: layer for name, (layer, _) in quantizable_layers(model.unet, scheme).items()}
+    layers: dict[str, torch.nn.Module] = {name: layer for name, (layer, _) in quantizable_layers(model.unet, scheme).items()}
     samples = observe(layers, model.step, latents)
     prepare(model.unet, scheme)
     initialise(calibrating_layers(model.unet), samples, Initialisation(bounds="minmax", smoothing=(None,)))

@@ -70,7 +70,7 @@ class DeadLeaves:
         light = slope[0][seen] * columns + slope[1][seen] * rows - (slope[0] * leaves.x + slope[1] * leaves.y)[seen]
         light += 0.04 * self._field(side, 3, rng)  # uneven illumination of the scene
         rough = np.where(rng.random(count) < 0.6, rng.exponential(0.06, count), 0).astype(np.float32)
-        light += rough[seen] * self._field(side, rng.integers(len(self.fields)), rng)
+        light += rough[seen] * self._field(side, int(rng.integers(len(self.fields))), rng)
         add_stripes(light, leaves, rng)
         return colours[seen] + light[..., None] * (GREY + rng.normal(0, 0.1, 3).astype(np.float32))
 
@@ -112,7 +112,7 @@ def draw_leaves(side: int, rng: np.random.Generator) -> Leaves:
             draw.ellipse((u - r, v - r, u + r, v + r), fill=index + 1)
         else:
             draw.polygon(outlines[index], fill=index + 1)
-    middle, whole = np.float32([side / 2]), np.float32([side])
+    middle, whole = np.array([side / 2], np.float32), np.array([side], np.float32)
     return Leaves(np.asarray(image), *(np.concatenate(pair) for pair in ((whole, radius), (middle, x), (middle, y))))
 
 
@@ -137,7 +137,7 @@ def leaf_colours(count: int, rng: np.random.Generator) -> np.ndarray:
         warm, green = rng.laplace(0, 0.12 * spread, number), rng.laplace(0, 0.06 * spread, number)
         return light[:, None] * GREY + warm[:, None] * WARM + green[:, None] * GREEN
 
-    number = rng.integers(2, 8)
+    number = int(rng.integers(2, 8))
     base = colours(number, rng.beta(1.2, 1.5, number), 1.0)
     variation = colours(count, rng.normal(0, 0.1, count), 0.3)
     contrast = rng.uniform(0.4, 1.0)

@@ -138,8 +138,10 @@ def _equal_names(folder: Path, paths: list[Path]) -> list[ImagePair]:
         names = ", ".join(f"{high.name} with {low.name}" for high, low in found)
         raise ValueError(f"{folder} holds several sets of pairs ({names}): give the folder of one of them")
     high, low = found[0]
-    inside = [{p.relative_to(part).with_suffix(""): p for p in paths if p.is_relative_to(part)} for part in (high, low)]
-    return _matched(*inside, high, low, str)
+    originals, reduced = (
+        {p.relative_to(part).with_suffix(""): p for p in paths if p.is_relative_to(part)} for part in (high, low)
+    )
+    return _matched(originals, reduced, high, low, str)
 
 
 def _matched(

@@ -92,7 +92,7 @@ class ImagePatches:
             image = usable[index]
             top = rng.integers(image.shape[0] - size + 1)
             left = rng.integers(image.shape[1] - size + 1)
-            patch = np.rot90(image[top : top + size, left : left + size], rng.integers(4))
+            patch = np.rot90(image[top : top + size, left : left + size], int(rng.integers(4)))
             patches.append(patch[:, ::-1] if rng.integers(2) else patch)
         batch = torch.from_numpy(np.ascontiguousarray(np.stack(patches)))
         return batch.permute(0, 3, 1, 2).float().div_(255.0)

@@ -51,7 +51,7 @@ def add_adapters(model: OneStepModel, rank: int = RANK, seed: int = 0) -> None:
             parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
 
 
-def _layers(model: nn.Module | None, left_out: tuple[str, ...] = ()) -> Iterable[nn.Module]:
+def _layers(model: nn.Module | None, left_out: tuple[str, ...] = ()) -> Iterable[nn.Conv2d | nn.Linear]:
     for name, module in model.named_modules() if model is not None else ():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and not set(left_out) & set(name.split(".")):
             yield module

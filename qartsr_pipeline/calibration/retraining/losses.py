@@ -72,8 +72,8 @@ def trained_modules(phase: str, model: OneStepModel, train_encoder: bool) -> lis
         return [model.vae]
     if phase == "joint":
         return [model.vae, model.unet]
-    encoder = [model.vae.encoder, model.vae.quant_conv] if train_encoder and phase == "pixel" else []
-    return [model.unet, *encoder]
+    encoder = (model.vae.encoder, model.vae.quant_conv) if train_encoder and phase == "pixel" else ()
+    return [model.unet, *(part for part in encoder if part is not None)]
 
 
 @torch.no_grad()

@@ -19,10 +19,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from qartsr_pipeline.calibration.data.pairs import sample_pair
@@ -54,7 +57,7 @@ def move_timestep(model: OneStepModel, timestep: int, latents: list[torch.Tensor
         return
     targets = [model.step(latent) for latent in latents]
     before, after = (_time_embedding(model.unet, t) for t in (model.timestep, timestep))
-    model.unet.time_embedding.linear_2.bias += (before - after)[0]
+    model.unet.time_embedding.linear_2.bias.add_((before - after)[0])
     model.set_timestep(timestep)
     start = copy.deepcopy(model.unet.state_dict())
     _fit_output(model, latents, targets)
@@ -67,7 +70,7 @@ def move_timestep(model: OneStepModel, timestep: int, latents: list[torch.Tensor
     model.unet.load_state_dict(fitted)
 
 
-def _time_embedding(unet: nn.Module, timestep: int) -> torch.Tensor:
+def _time_embedding(unet: UNet2DConditionModel, timestep: int) -> torch.Tensor:
     weight = unet.time_embedding.linear_2.weight
     return unet.time_embedding(unet.time_proj(torch.tensor([timestep], device=weight.device)).to(weight.dtype))
 
@@ -95,33 +98,35 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fit_output(model: OneStepModel, latents: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
-    """Sets the output convolution so that z_H is as near to the targets as it can be, by ridge regression."""
+    """Sets the output convolution so that z_H is as near to the targets as possible, by ridge regression."""
     conv, alpha_bar = model.unet.conv_out, model.alpha_bar
-    gram, products = 0.0, 0.0
+    padding = cast(tuple[int, ...], conv.padding)
+    gram = products = torch.zeros((), dtype=torch.float64)
     for read, latent, target in zip(_inputs_of(conv, model.step, latents), latents, targets, strict=True):
-        rows = F.unfold(read.double(), conv.kernel_size, padding=conv.padding).transpose(1, 2).flatten(0, 1)
+        rows = F.unfold(read.double(), conv.kernel_size, padding=padding).transpose(1, 2).flatten(0, 1)
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         gram = gram + rows.T @ rows
         products = products + rows.T @ _rows((latent - math.sqrt(alpha_bar) * target) / math.sqrt(1 - alpha_bar))
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram + ridge, products).to(conv.weight.dtype)
     conv.weight.copy_(solution[:-1].T.reshape(conv.weight.shape))
-    conv.bias.copy_(solution[-1])
+    cast(nn.Parameter, conv.bias).copy_(solution[-1])
 
 
-def _carry_latent(unet: nn.Module, latents: list[torch.Tensor], run: Callable[[torch.Tensor], object]) -> bool:
-    """Gives as many channels before the output convolution to z_L as it has; returns False where the UNet is not made for it.
+def _carry_latent(unet: UNet2DConditionModel, latents: list[torch.Tensor], run: Callable[[torch.Tensor], object]) -> bool:
+    """Gives as many channels before the output convolution to z_L as it has; returns False where the UNet's structure is another.
 
     z_L is made readable, exactly and position by position, from what `conv_in` returns: R conv_in(z_L) = z_L + constant for a
     fitted R, by the least change of `conv_in` that does so. The last block's shortcut reads it there and puts it into the
     channels that the output convolution uses least, and the normalization before that keeps them where SiLU is nearly linear.
     """
-    block, norm = unet.up_blocks[-1].resnets[-1], unet.conv_norm_out
-    conv_in, shortcut = unet.conv_in, block.conv_shortcut
+    block = cast(ResnetBlock2D, cast(nn.ModuleList, unet.up_blocks[-1].resnets)[-1])
+    conv_in, shortcut, norm = unet.conv_in, block.conv_shortcut, unet.conv_norm_out
     live = conv_in.weight.flatten(1).any(1)
     count = conv_in.in_channels
-    plain = shortcut is not None and conv_in.stride == (1, 1) and norm is not None and block.output_scale_factor == 1
-    if not plain or int(live.sum()) < count or norm.num_channels < 2 * count:
+    if shortcut is None or norm is None or conv_in.stride != (1, 1) or block.output_scale_factor != 1:
+        return False
+    if int(live.sum()) < count or norm.num_channels < 2 * count:
         return False
     importance = unet.conv_out.weight.square().sum((0, 2, 3)) * torch.cat(_inputs_of(unet.conv_out, run, latents)).var((0, 2, 3))
     importance[(norm.weight == 0) & (norm.bias == 0)] = math.inf  # anchors
@@ -139,9 +144,10 @@ def _carry_latent(unet: nn.Module, latents: list[torch.Tensor], run: Callable[[t
     skip = torch.arange(shortcut.in_channels, device=live.device)[-conv_in.out_channels :][live]  # it comes last
     for row, coefficients in zip(chosen.tolist(), reader.to(shortcut.weight.dtype), strict=True):
         shortcut.weight[row, skip, 0, 0] = coefficients
-    shortcut.bias[chosen] = -(reader @ conv_in.bias[live].double()).to(shortcut.bias.dtype)
+    in_bias, bias, added_bias = (cast(nn.Parameter, conv.bias) for conv in (conv_in, shortcut, block.conv2))
+    bias[chosen] = -(reader @ in_bias[live].double()).to(bias.dtype)
     block.conv2.weight[chosen] = 0
-    block.conv2.bias[chosen] = 0
+    added_bias[chosen] = 0
     normal = torch.cat([F.group_norm(x, norm.num_groups, eps=norm.eps) for x in _inputs_of(norm, run, latents)])
     deviation, mean = torch.std_mean(normal[:, chosen], (0, 2, 3))
     norm.weight[chosen] = LINEAR[1] / deviation

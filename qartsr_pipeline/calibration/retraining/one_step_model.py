@@ -51,7 +51,7 @@ class OneStepModel(nn.Module):
         Channels that are zero stay zero in training, see `keep_empty_channels`.
         """
         prompt = pipeline.prompt_embedding(1).detach().clone()
-        model = cls(pipeline.vae, pipeline.unet, pipeline.scheduler, prompt, pipeline.config.timestep)
+        model = cls(pipeline.vae, pipeline.unet, pipeline.scheduler, prompt, pipeline.config["timestep"])
         model.scaling_factor.fill_(pipeline.vae.config.scaling_factor)
         model.requires_grad_(True)
         keep_empty_channels(model)
@@ -129,6 +129,6 @@ def keep_empty_channels(model: nn.Module) -> None:
             _mask_gradient(module.bias, used)
 
 
-def _mask_gradient(parameter: nn.Parameter, used: torch.Tensor) -> None:
+def _mask_gradient(parameter: torch.Tensor, used: torch.Tensor) -> None:
     if not used.all() and used.any():
         parameter.register_hook(lambda gradient: gradient * used.to(gradient))

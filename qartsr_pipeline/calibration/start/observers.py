@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+Batch = TypeVar("Batch")
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -45,8 +48,8 @@ class InputSample:
 @torch.no_grad()
 def observe(
     layers: dict[str, nn.Module],
-    run: Callable[[object], object],
-    batches: Iterable[object],
+    run: Callable[[Batch], object],
+    batches: Iterable[Batch],
     positions: int = 256,
     seed: int = 0,
 ) -> dict[str, InputSample]:
