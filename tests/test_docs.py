@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 from qartsr_pipeline.calibration import job, recipe_files
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.cli.main import COMMANDS
+from qartsr_pipeline.cli.main import main as cli_main
 from tiny_models import build_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,30 +121,33 @@ def commands(text: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def entry_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """The module and the arguments of a command of this repository, None for a command of somebody else."""
-    if words[0] == "qartsr":
-        return "qartsr_pipeline.cli.main", words[1:]
-    if words[0] == "python" or words[:2] == ["accelerate", "launch"]:
-        for index, word in enumerate(words):
-            if word == "-m" and words[index + 1].split(".")[0] in ("qartsr_pipeline", "calibration", "benchmarks"):
-                module = words[index + 1]
-                return "qartsr_pipeline.cli.main" if module == "qartsr_pipeline.cli" else module, words[index + 2 :]
-            if re.fullmatch(r"(calibration|benchmarks)/\w+\.py", word):
-                return word.removesuffix(".py").replace("/", "."), words[index + 1 :]
-    return None
+def is_ours(words: list[str]) -> bool:
+    return words[0] == "qartsr" or words[0] == "python" and words[1:3] != ["-m", "pip"] or words[:2] == ["accelerate", "launch"]
 
 
+def run_ours(words: list[str], monkeypatch) -> None:
+    """Runs a command of this repository within this process."""
+    for index, word in enumerate(words):
+        if word in ("qartsr", "-m") or re.fullmatch(r"(calibration|benchmarks)/\w+\.py", word):
+            first = index + 2 if word == "-m" else index + 1
+            monkeypatch.setattr(sys, "argv", [word, *words[first:]])
+            if word == "-m":
+                runpy.run_module(words[index + 1], run_name="__main__")
+            elif word == "qartsr":
+                cli_main()
+            else:
+                runpy.run_path(str(ROOT / word), run_name="__main__")
+            return
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("document", [*GUIDES, *CARDS], ids=name_of)
 def test_commands_parse(document, parse_only, monkeypatch):
     for words in commands(document.read_text(encoding="utf-8")):
-        entry = entry_of(words)
-        if entry:
-            module, arguments = entry
-            monkeypatch.setattr(sys, "argv", [module, *arguments])
+        if is_ours(words):
             try:
                 with pytest.raises(Parsed):
-                    importlib.import_module(module).main()
+                    run_ours(words, monkeypatch)
             except SystemExit:
                 pytest.fail(f"{' '.join(words)}: refused by its own parser")
         elif words[0] == "make":
