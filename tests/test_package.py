@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 
@@ -26,6 +27,12 @@ def test_the_names_are_those_of_their_modules():
     for one in (QArtSRPipeline, QArtSRPipelineOutput, CheckpointError, list_backends, use_backend):
         assert getattr(qartsr_pipeline, one.__name__) is one
     assert set(qartsr_pipeline.__all__) == set(qartsr_pipeline._MODULES) <= set(dir(qartsr_pipeline))
+
+
+@pytest.mark.parametrize("function", [list_backends, use_backend])
+def test_the_examples_of_the_docstrings_run(function):
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples)) and example.examples
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -3,28 +3,24 @@
     python tests/quantization/make_golden.py
 
 A directory per layer: ``calibrating.safetensors`` (the layer before freezing), ``deployed.safetensors`` (as a model's file
-holds it) and ``example.safetensors`` (input, output); ``layers.json`` tells kind, bits and geometry. Only a new format_version
+holds it) and ``example.safetensors`` (input, output); ``layers.json`` states kind, bits and geometry. Only a new format_version
 is a reason to run it again; the files of the old version then stay, under another name, as long as that version is read.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from random_layers import random_conv, random_linear
 from safetensors.torch import save_file
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-
-from random_layers import random_conv, random_linear  # noqa: E402
-
-from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin  # noqa: E402
-from qartsr_pipeline.quantization.freeze import freeze_layer  # noqa: E402
-from qartsr_pipeline.quantization.scheme import LayerScheme  # noqa: E402
+from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin
+from qartsr_pipeline.quantization.freeze import freeze_layer
+from qartsr_pipeline.quantization.scheme import LayerScheme
 
 FOLDER = Path(__file__).resolve().parent / "golden"
 # No value lies so near to a rounding boundary that another machine's last float digit could move a code.
