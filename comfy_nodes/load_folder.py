@@ -103,13 +103,13 @@ def load(paths: list[Path]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """
     from comfy.utils import ProgressBar
 
-    from qartsr_pipeline.image_files import PictureError, read_picture
+    from qartsr_pipeline.image_files import ImageFileError, read_image
 
     loaded, bar = [], ProgressBar(len(paths))
     for done, path in enumerate(paths, 1):
         try:
-            pixels = read_picture(path).pixels
-        except PictureError as error:
+            pixels = read_image(path).pixels
+        except ImageFileError as error:
             logging.warning("QArtSR Load Folder: %s", error)
         else:
             check_memory(pixels.shape[:2], done, len(paths))
@@ -129,8 +129,8 @@ def check_memory(size: tuple[int, int], number: int, count: int) -> None:
 
 def as_image_and_mask(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(H, W, 1 to 4) of 8 or 16 bits -> (1, H, W, 3) and (1, H, W) in [0, 1]; without alpha the mask is 0."""
-    from qartsr_pipeline.image.input_conversion import to_pictures
+    from qartsr_pipeline.image.conversion import to_images
 
-    image = to_pictures(pixels)[0]
+    image = to_images(pixels)[0]
     mask = torch.zeros(1, *pixels.shape[:2]) if image.alpha is None else 1 - image.alpha[:, 0]
     return image.rgb.permute(0, 2, 3, 1).contiguous(), mask

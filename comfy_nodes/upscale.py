@@ -269,9 +269,9 @@ def enlarge(model: ManagedModel, image: torch.Tensor, options: dict, progress: T
 
 def automatic_tile(model: ManagedModel, image: torch.Tensor, overlap: int | None) -> int:
     """Longest side of the tiles that are chosen automatically for an image (C, H, W)."""
-    from qartsr_pipeline.image.input_conversion import to_pictures
+    from qartsr_pipeline.image.conversion import to_images
 
-    grid = model.pipeline.plan(to_pictures(image)[0], None, overlap).grid
+    grid = model.pipeline.plan(to_images(image)[0], None, overlap).grid
     return max(grid.tile_height, grid.tile_width)
 
 

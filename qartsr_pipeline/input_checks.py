@@ -1,25 +1,34 @@
-"""Checks of everything the pipeline is given except pictures. Messages name the argument, what is expected, and what came."""
+"""Checks of everything that the pipeline takes but images. Messages name the argument, what is expected, and what was given."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Iterable
 
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from qartsr_pipeline.image.color_alignment import COLOR_FIXES
 from qartsr_pipeline.image.tile_size import MINIMUM_TILE
+from qartsr_pipeline.prompt_embedding import PromptEmbedding
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST_UPSCALE = 16
 
 
-def check_components(unet: Any, vae: Any, scheduler: Any, prompt_embedding: Any, timestep: int, scale: int) -> None:
-    """Do the parts fit together? Parts that are None (a pipeline taken apart on purpose) are not checked.
+def check_components(
+    unet: UNet2DConditionModel | None,
+    vae: AutoencoderKL | None,
+    scheduler: DDPMScheduler | None,
+    prompt_embedding: PromptEmbedding | None,
+    timestep: int,
+    scale: int,
+) -> None:
+    """Checks that the components fit together. Those that are None (a pipeline taken apart on purpose) are left out.
 
     Raises:
-        ValueError: they do not.
+        ValueError: they do not fit.
     """
     if scheduler is not None:
         _check_scheduler(scheduler, timestep)
@@ -40,7 +49,7 @@ def check_components(unet: Any, vae: Any, scheduler: Any, prompt_embedding: Any,
         )
 
 
-def _check_scheduler(scheduler: Any, timestep: int) -> None:
+def _check_scheduler(scheduler: DDPMScheduler, timestep: int) -> None:
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise ValueError(f"`scheduler` has prediction_type {prediction!r}; one-step super-resolution needs 'epsilon'.")
@@ -53,48 +62,7 @@ def _check_scheduler(scheduler: Any, timestep: int) -> None:
         )
 
 
-def check_arguments(
-    multiple: int,
-    callback_tensor_inputs: list[str],
-    upscale: Any = 4,
-    tile_size: Any = None,
-    tile_overlap: Any = None,
-    color_fix: Any = None,
-    generator: Any = None,
-    sample_posterior: Any = False,
-    output_type: Any = "pil",
-    callback_on_step_end: Any = None,
-    callback_on_step_end_tensor_inputs: Any = (),
-) -> None:
-    """The arguments of `QArtSRPipeline.__call__`.
-
-    Args:
-        multiple: the network's total down-sampling.
-        callback_tensor_inputs: the names a callback may ask for.
-
-    Raises:
-        TypeError, ValueError: see the messages.
-    """
-    _check_upscale(upscale)
-    _check_tiles(tile_size, tile_overlap, multiple)
-    if color_fix is not None and color_fix not in COLOR_FIXES:
-        raise ValueError(f"`color_fix` must be one of {_listed(COLOR_FIXES)} or None, but is {color_fix!r}.")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` must be one of {_listed(OUTPUT_TYPES)}, but is {output_type!r}.")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"`generator` must be a torch.Generator or None, but is {type(generator).__name__}.")
-    if not isinstance(sample_posterior, bool):
-        raise TypeError(f"`sample_posterior` must be True or False, but is {sample_posterior!r}.")
-    if callback_on_step_end is not None and not callable(callback_on_step_end):
-        raise TypeError(f"`callback_on_step_end` must be callable or None, but is {type(callback_on_step_end).__name__}.")
-    unknown = [name for name in callback_on_step_end_tensor_inputs or () if name not in callback_tensor_inputs]
-    if unknown:
-        raise ValueError(
-            f"`callback_on_step_end_tensor_inputs` may hold {_listed(callback_tensor_inputs)}, but holds {_listed(unknown)}."
-        )
-
-
-def _check_upscale(upscale: Any) -> None:
+def check_upscale(upscale: object) -> None:
     if isinstance(upscale, bool) or not isinstance(upscale, numbers.Real):
         raise TypeError(f"`upscale` must be a number, but is {upscale!r} ({type(upscale).__name__}).")
     if not math.isfinite(upscale) or not 0 < upscale <= LARGEST_UPSCALE:
@@ -104,23 +72,53 @@ def _check_upscale(upscale: Any) -> None:
         )
 
 
-def _check_tiles(tile_size: Any, tile_overlap: Any, multiple: int) -> None:
-    for name, value in (("tile_size", tile_size), ("tile_overlap", tile_overlap)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-            raise TypeError(f"`{name}` must be an integer (pixels of the enlarged picture) or None, but is {value!r}.")
+def check_tiles(tile_size: object, tile_overlap: object, multiple: int) -> None:
+    """`multiple`: the network's total down-sampling."""
+    size, overlap = _pixels("tile_size", tile_size), _pixels("tile_overlap", tile_overlap)
     minimum = -(-max(MINIMUM_TILE, 2 * multiple) // multiple) * multiple
-    if tile_size is not None and tile_size < minimum:
+    if size is not None and size < minimum:
         raise ValueError(
-            f"`tile_size` must be at least {minimum} pixels of the enlarged picture for this model, but is {tile_size}. "
+            f"`tile_size` must be at least {minimum} pixels of the enlarged image for this model, but is {size}. "
             "Leave it at its default to have it chosen."
         )
-    if tile_overlap is None:
+    if overlap is None:
         return
-    if tile_overlap < 0:
-        raise ValueError(f"`tile_overlap` must not be negative, but is {tile_overlap}.")
-    if tile_size is not None and tile_overlap >= tile_size:
-        raise ValueError(f"`tile_overlap` ({tile_overlap}) must be smaller than `tile_size` ({tile_size}).")
+    if overlap < 0:
+        raise ValueError(f"`tile_overlap` must not be negative, but is {overlap}.")
+    if size is not None and overlap >= size:
+        raise ValueError(f"`tile_overlap` ({overlap}) must be smaller than `tile_size` ({size}).")
 
 
-def _listed(names: Any) -> str:
+def _pixels(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an integer (pixels of the enlarged image) or None, but is {value!r}.")
+    return int(value)
+
+
+def check_choices(color_fix: object, output_type: object) -> None:
+    if color_fix is not None and color_fix not in COLOR_FIXES:
+        raise ValueError(f"`color_fix` must be one of {_listed(COLOR_FIXES)} or None, but is {color_fix!r}.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be one of {_listed(OUTPUT_TYPES)}, but is {output_type!r}.")
+
+
+def check_sampling(generator: object, sample_posterior: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` must be a torch.Generator or None, but is {type(generator).__name__}.")
+    if not isinstance(sample_posterior, bool):
+        raise TypeError(f"`sample_posterior` must be True or False, but is {sample_posterior!r}.")
+
+
+def check_callback(callback: object, tensor_inputs: Iterable[str], allowed: list[str]) -> None:
+    """`allowed`: the names of tensors that a callback may ask for."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback_on_step_end` must be callable or None, but is {type(callback).__name__}.")
+    unknown = [name for name in tensor_inputs if name not in allowed]
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {_listed(allowed)}, but holds {_listed(unknown)}.")
+
+
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)

@@ -1,7 +1,7 @@
-"""What offloading has to know of this pipeline: quantized layers hold their weights in buffers, and backends keep copies of them.
+"""Offloading of quantized layers, which hold their weights in buffers, of which kernels keep prepared copies.
 
-accelerate's sequential offloading leaves the buffers of a UNet or VAE on the device, and a copy that a backend prepared stays
-there wherever its layer goes. Both are put right here, so that what is offloaded is really gone.
+accelerate's sequential offloading leaves the buffers of a UNet or VAE on the device, and a prepared copy stays on the device
+wherever its layer goes. Both are corrected here, so that an offloaded layer takes no memory on the device.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def quantized_layers(pipeline: DiffusionPipeline) -> list[DeployedLayer]:
 
 
 def keep_prepared(pipeline: DiffusionPipeline, kept: bool = True) -> None:
-    """Whether backends keep what they prepared of the weights from call to call; forgets what they have."""
+    """Has kernels keep prepared weights from call to call, or not; drops those that they have."""
     for layer in quantized_layers(pipeline):
         layer.prepared = PreparedWeights(kept)
 
 
 def offload_buffers(pipeline: DiffusionPipeline) -> None:
-    """After `enable_sequential_cpu_offload`: the weights of quantized layers come and go with each call of the layer, too."""
+    """After `enable_sequential_cpu_offload`: moves the buffers of quantized layers to the device for each call of the layer."""
     for layer in quantized_layers(pipeline):
         device = layer._hf_hook.execution_device
         remove_hook_from_module(layer)
@@ -40,10 +40,10 @@ def offload_buffers(pipeline: DiffusionPipeline) -> None:
 
 
 def check_group_offload(pipeline: DiffusionPipeline, offload_type: str, folder: str | os.PathLike | None, streams: bool) -> None:
-    """Refuses what would compute with weights that are elsewhere, and warns where nothing would be gained.
+    """Refuses arguments of `enable_group_offload` that would give wrong results, and warns about one that saves nothing.
 
     Raises:
-        ValueError: what, why, and the ways out.
+        ValueError: leaf-level offloading with shared tile statistics, or a folder on disk that holds files already.
     """
     if offload_type == "leaf_level" and pipeline.share_tile_statistics:
         raise ValueError(

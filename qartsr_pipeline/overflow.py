@@ -1,10 +1,11 @@
-"""16-bit overflow: noticed, repaired by running the stage once more in a wider dtype, or reported."""
+"""Overflow in 16 bits: detected, repaired by running the stage again in a wider dtype, or reported."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,26 +18,48 @@ logger = logging.getLogger(__name__)
 WIDER = {torch.float16: (torch.float32, torch.bfloat16), torch.bfloat16: (torch.float32,)}
 
 
+class OverflowMemory:
+    """Which stages have overflowed in a 16-bit dtype, and the wider one they are run in since.
+
+    Kept for each module, held weakly, and for the dtype it had: a module that takes the place of another, or that is cast, is
+    tried in its own dtype again. A copy starts empty.
+    """
+
+    def __init__(self) -> None:
+        self._wider: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], torch.dtype]] = WeakKeyDictionary()
+
+    def wider_dtype(self, module: nn.Module, stage: str, dtype: torch.dtype) -> torch.dtype | None:
+        """The dtype to run the module's stage in, if it has overflowed in `dtype`; None if not."""
+        return self._wider.get(module, {}).get((stage, dtype))
+
+    def remember(self, module: nn.Module, stage: str, dtype: torch.dtype, wider: torch.dtype) -> None:
+        self._wider.setdefault(module, {})[stage, dtype] = wider
+
+    def __reduce__(self) -> tuple[type[OverflowMemory], tuple[()]]:
+        return OverflowMemory, ()
+
+
 def run_finite(
     name: str,
     stage: Callable[[torch.Tensor], torch.Tensor],
     module: nn.Module,
     x: torch.Tensor,
-    wide_stages: dict[str, torch.dtype],
+    overflows: OverflowMemory,
 ) -> torch.Tensor:
-    """`stage(x)` in the module's dtype; in a wider one when that gives a value that is not finite, and directly if it once did.
+    """`stage(x)` in the module's dtype; in a wider one if the result is not finite, and directly if that has happened before.
 
     Args:
         name: of the stage, for messages.
         stage: calls `module`.
         x: any float dtype, finite; it is cast to what the module computes in.
-        wide_stages: the dtype in which stages known to overflow are run; added to.
+        overflows: the stages known to overflow; added to.
 
     Raises:
         FloatingPointError: the result is not finite in a wider dtype either.
     """
     dtype = compute_dtype(module)
-    candidates = [wide_stages[name]] if name in wide_stages else [dtype, *WIDER.get(dtype, ())]
+    known = overflows.wider_dtype(module, name, dtype)
+    candidates = [known] if known else [dtype, *WIDER.get(dtype, ())]
     tried = []
     for candidate in candidates:
         try:
@@ -48,13 +71,13 @@ def run_finite(
             continue
         tried.append(_short(candidate))
         if bool(torch.isfinite(result).all()):
-            if candidate != dtype and name not in wide_stages:
+            if candidate != known and candidate != dtype:
                 logger.warning(
                     "Stage %r overflowed in %s and is run in %s from here on, which is slower.", name, tried[0], tried[-1]
                 )
-                wide_stages[name] = candidate
+                overflows.remember(module, name, dtype, candidate)
             return result
-    raise FloatingPointError(_complaint(name, tried))
+    raise FloatingPointError(_not_finite(name, tried))
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -65,10 +88,10 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 @contextmanager
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, what the module had in its own dtype has `dtype`; afterwards these are the very same tensors as before.
+    """Within this context the tensors that the module has in its own dtype have `dtype`; afterwards they are the same as before.
 
     `module.to(dtype)` would not do: quantized models refuse it, and casting back would round what had been float32 all along.
-    Buffers of deployed layers keep their stored dtypes: their kernels compute in the dtype of what comes in.
+    Buffers of deployed layers keep their stored dtypes: their kernels compute in the dtype of the input.
     """
     own = compute_dtype(module)
     owners = [m for m in module.modules() if not isinstance(m, DeployedLayer)] if own != dtype else []
@@ -95,9 +118,9 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _complaint(name: str, tried: list[str]) -> str:
+def _not_finite(name: str, tried: list[str]) -> str:
     return (
-        f"The stage {name!r} gave NaN or infinity in {' and in '.join(tried)}. The weights are damaged, or the picture drives "
+        f"The stage {name!r} gave NaN or infinity in {' and in '.join(tried)}. The weights are damaged, or the image drives "
         "the network out of its range. Ways out: load the pipeline anew from its folder (checksums are verified), load it with "
-        "dtype=torch.float32 or torch.bfloat16, or try another picture to see which of the two it is."
+        "dtype=torch.float32 or torch.bfloat16, or try another image to see which of the two it is."
     )

@@ -1,9 +1,9 @@
-"""QArtSRPipeline: pictures in, enlarged pictures out."""
+"""QArtSRPipeline: images in, enlarged images out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, fetch, write_checksums
@@ -24,20 +25,26 @@ from qartsr_pipeline.checkpoint_files.saving import (
     without_entry_point,
     write_entry_point,
 )
-from qartsr_pipeline.image.input_conversion import to_pictures
-from qartsr_pipeline.image.output_conversion import from_pictures, stack_if_equal
-from qartsr_pipeline.image.picture import Picture
+from qartsr_pipeline.image.conversion import ImageTensors, from_images, stack_if_equal, to_images
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
 from qartsr_pipeline.image.tiles import Tile, TileGrid
-from qartsr_pipeline.input_checks import check_arguments, check_components
+from qartsr_pipeline.input_checks import (
+    check_callback,
+    check_choices,
+    check_components,
+    check_sampling,
+    check_tiles,
+    check_upscale,
+)
 from qartsr_pipeline.offloading import check_group_offload, keep_prepared, offload_buffers
-from qartsr_pipeline.one_step import OneStepNetwork
-from qartsr_pipeline.overflow import compute_dtype
+from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_network, upscale_image
+from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 from qartsr_pipeline.text_prompt import check_prompt, embed_prompt
-from qartsr_pipeline.upscaling import Settings, StepReporter, upscale_picture
 
+# Called as callback(pipeline, step, timestep, tensors), with the tensors that it asks for.
+StepCallback = Callable[["QArtSRPipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision")
 
 
@@ -46,7 +53,7 @@ class QArtSRPipelineOutput(BaseOutput):
     """Output of `QArtSRPipeline`.
 
     Args:
-        images: the enlarged pictures, in the form that `output_type` asks for; see `QArtSRPipeline.__call__`.
+        images: the enlarged images, in the form that `output_type` asks for; see `QArtSRPipeline.__call__`.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | list
@@ -65,8 +72,8 @@ class QArtSRPipeline(DiffusionPipeline):
         scale: the enlargement it was trained at.
 
     Attributes:
-        share_tile_statistics: tiles use the group normalisation statistics of the whole picture, estimated beforehand on a
-            sample of it. False leaves every tile to its own, which shows as differences in tone; it saves one pass per picture.
+        share_tile_statistics: tiles use the group normalisation statistics of the whole image, estimated beforehand on a
+            sample of it. False leaves every tile its own, which shows as differences in tone; it saves one pass per image.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -97,15 +104,17 @@ class QArtSRPipeline(DiffusionPipeline):
         )
         self.register_to_config(timestep=timestep, scale=scale)
         self._num_timesteps = 1
+        self._current_tile: tuple[Tile, TileGrid] | None = None
+        self._overflows = OverflowMemory()
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels of the enlarged picture per latent element, along each axis."""
+        """Pixels of the enlarged image per latent element, along each axis."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
     def multiple(self) -> int:
-        """The enlarged picture is padded so that its sides are multiples of this: the network's total down-sampling."""
+        """The enlarged image is padded so that its sides are multiples of this: the network's total down-sampling."""
         return self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
@@ -114,21 +123,21 @@ class QArtSRPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
-    def current_tile(self) -> tuple[Tile, TileGrid]:
-        """For `callback_on_step_end`, to show what is finished: the tile it is told of, and the grid over the padded picture, in
-        pixels at the model's scale."""
+    def current_tile(self) -> tuple[Tile, TileGrid] | None:
+        """The last tile that was finished, and the grid over the padded image, in pixels at the model's scale. None before a
+        call's first tile. For `callback_on_step_end`, to show what is finished."""
         return self._current_tile
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> QArtSRPipeline:
-        """Loads a checkpoint folder or a repository of the Hugging Face Hub, after checking that it is whole.
+        """Loads a checkpoint folder or a repository of the Hugging Face Hub, after checking that it is complete and undamaged.
 
         Args:
             pretrained_model_name_or_path: the folder, or "owner/name".
             kwargs: as for `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `cache_dir`, components, ..).
 
         Raises:
-            CheckpointError: not a checkpoint, damaged, or not to be had; the message says which.
+            CheckpointError: not a checkpoint, damaged or unavailable; the message says which.
         """
         hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = fetch(pretrained_model_name_or_path, **hub_arguments)
@@ -199,9 +208,24 @@ class QArtSRPipeline(DiffusionPipeline):
         super().remove_all_hooks()
         keep_prepared(self)
 
-    def check_inputs(self, **arguments: Any) -> None:
-        """Checks the arguments of `__call__` except the pictures; raises TypeError or ValueError that names the argument."""
-        check_arguments(multiple=self.multiple, callback_tensor_inputs=self._callback_tensor_inputs, **arguments)
+    def check_inputs(
+        self,
+        upscale: object = 4,
+        tile_size: object = None,
+        tile_overlap: object = None,
+        color_fix: object = None,
+        generator: object = None,
+        sample_posterior: object = False,
+        output_type: object = "pil",
+        callback_on_step_end: object = None,
+        callback_on_step_end_tensor_inputs: Iterable[str] | None = None,
+    ) -> None:
+        """Checks the arguments of `__call__` except the images; raises TypeError or ValueError that names the argument."""
+        check_upscale(upscale)
+        check_tiles(tile_size, tile_overlap, self.multiple)
+        check_choices(color_fix, output_type)
+        check_sampling(generator, sample_posterior)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs or (), self._callback_tensor_inputs)
 
     @torch.no_grad()
     def __call__(
@@ -215,38 +239,38 @@ class QArtSRPipeline(DiffusionPipeline):
         sample_posterior: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["image"],  # noqa: B006 - diffusers' signature
         prompt: str | None = None,
     ) -> QArtSRPipelineOutput | tuple:
-        """Enlarges pictures.
+        """Enlarges images.
 
-        The network works at its own scale on the bicubic enlargement of the picture; the result is given the input's colours and,
-        when `upscale` is another factor, resampled to exactly round(height * upscale) x round(width * upscale).
+        The network works at its own scale on the bicubic enlargement of the image. The result gets the input's colours and, if
+        `upscale` is another factor, is resampled to exactly round(height * upscale) x round(width * upscale).
 
         Args:
             image: a PIL image of any mode but "F"; a numpy array (H, W), (H, W, C) or (B, H, W, C), or a torch tensor (H, W),
                 (C, H, W) or (B, C, H, W), of uint8, uint16 or float in [0, 1]; or a list of these, which may differ in kind and
                 size. C: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA. Any size from 1 x 1.
             upscale: enlargement, above 0 and up to 16.
-            tile_size: longest side of a tile in pixels of the enlarged picture (at the model's scale), rounded down to a multiple
-                of `multiple`. None: the whole picture at once if it is small, else tiles as large as memory allows.
-            tile_overlap: what neighbouring tiles have in common at least, in the same pixels, rounded up. None: 4 x `multiple`,
+            tile_size: longest side of a tile in pixels of the enlarged image (at the model's scale), rounded down to a multiple
+                of `multiple`. None: the whole image at once if it is small, else tiles as large as memory allows.
+            tile_overlap: how far neighbouring tiles overlap at least, in the same pixels, rounded up. None: 4 x `multiple`,
                 but not more than a quarter of the tile.
             color_fix: "wavelet" or "adain": aligns colours to the enlarged input. None: the network's own colours.
             generator: source of the noise for `sample_posterior`.
-            sample_posterior: draw from the encoder's posterior instead of taking its mode. The noise of the whole picture is
+            sample_posterior: draw from the encoder's posterior instead of taking its mode. The noise of the whole image is
                 drawn at once, so that it does not depend on the tiles.
             output_type: "pil": list of PIL images (greyscale and alpha kept, 16-bit greyscale as "I;16"). "np": float32 array
                 (B, H, W, C) in [0, 1]. "pt": float32 CPU tensor (B, C, H, W) in [0, 1]. "latent": float32 CPU tensor, z_H of the
-                padded picture (B, C, h, w), neither decoded nor resampled. The last three are lists of arrays without the axis B
+                padded image (B, C, h, w), neither decoded nor resampled. The last three are lists of arrays without the axis B
                 when sizes or channels differ.
             return_dict: False for a plain tuple.
             callback_on_step_end: called after every tile as callback(pipeline, step, timestep, callback_kwargs); what it returns
                 under "image", or "latents" where these are the result, replaces the tile. To cancel, raise an exception.
             callback_on_step_end_tensor_inputs: what callback_kwargs holds: "image", the tile in [0, 1], (1, 3, h, w); "latents",
                 its z_H.
-            prompt: what the pictures show, for checkpoints that hold text encoder and tokenizer; cut off after 77 tokens. None:
+            prompt: what the images show, for checkpoints that hold text encoder and tokenizer; cut off after 77 tokens. None:
                 the stored embedding.
 
         Returns:
@@ -270,35 +294,40 @@ class QArtSRPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
-        pictures = to_pictures(image)
-        plans = [self.plan(picture, tile_size, tile_overlap) for picture in pictures]
+        inputs = to_images(image)
+        plans = [self.plan(one, tile_size, tile_overlap) for one in inputs]
         decode = output_type != "latent"
         settings = Settings(
             self.config.scale, upscale, color_fix, decode, sample_posterior, generator, self.share_tile_statistics
         )
-        self._num_timesteps = sum(len(plan.grid) for plan in plans)
+        self._num_timesteps, self._current_tile = sum(len(plan.grid) for plan in plans), None
+        images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | list
         try:
             with self.progress_bar(total=self._num_timesteps) as bar:
-                reporter = StepReporter(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                on_tile = TileReporter(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 network = self.network(prompt)
-                results = [upscale_picture(network, p, plan, settings, reporter) for p, plan in zip(pictures, plans, strict=True)]
+                each = list(zip(inputs, plans, strict=True))
+                if decode:
+                    results = [upscale_image(network, one, plan, settings, on_tile) for one, plan in each]
+                else:
+                    latents = [run_network(network, one, plan, settings, on_tile)[1][0] for one, plan in each]
         finally:
             self.maybe_free_model_hooks()
-        images = from_pictures(results, output_type) if decode else stack_if_equal([latents[0] for latents in results])
+        images = from_images(results, output_type) if decode else stack_if_equal(latents)
         return QArtSRPipelineOutput(images=images) if return_dict else (images,)
 
-    def plan(self, picture: Picture, tile_size: int | None, tile_overlap: int | None) -> TilePlan:
-        """The tiles in which `picture` is enlarged; arguments as in `__call__`."""
+    def plan(self, image: ImageTensors, tile_size: int | None, tile_overlap: int | None) -> TilePlan:
+        """The tiles in which `image` is enlarged; arguments as in `__call__`."""
 
         def automatic(size: tuple[int, int]) -> int | None:
             pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
             return choose_tile_size(size, pixel_bytes, free_memory(self._execution_device))
 
-        size = enlarged_size(picture.size, self.config.scale)
+        size = enlarged_size((image.height, image.width), self.config.scale)
         return plan_tiles(size, tile_size, tile_overlap, self.multiple, self.vae_scale_factor, automatic)
 
     def network(self, prompt: str | None = None) -> OneStepNetwork:
-        """The stages on tensors (encode, step, decode), for those who build on them; `prompt` as in `__call__`."""
+        """The stages on tensors (encode, step, decode), for engineers who build on them; `prompt` as in `__call__`."""
         return OneStepNetwork(
             unet=self.unet,
             vae=self.vae,
@@ -306,6 +335,7 @@ class QArtSRPipeline(DiffusionPipeline):
             timestep=self.config.timestep,
             alpha_bar=float(self.scheduler.alphas_cumprod[self.config.timestep]),
             device=self._execution_device,
+            overflows=self._overflows,
         )
 
     def _prompt_embeds(self, prompt: str | None) -> torch.Tensor:
@@ -314,3 +344,22 @@ class QArtSRPipeline(DiffusionPipeline):
             return self.prompt_embedding(1)
         check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
         return embed_prompt(self.text_encoder, self.tokenizer, prompt, self._execution_device)
+
+
+class TileReporter:
+    """Reports every finished tile to the progress bar and to the user's callback."""
+
+    def __init__(self, pipeline: QArtSRPipeline, bar: tqdm, callback: StepCallback | None, tensor_inputs: Iterable[str]):
+        self.pipeline, self.bar, self.callback, self.tensor_inputs = pipeline, bar, callback, list(tensor_inputs)
+        self.step = 0
+
+    def __call__(self, tensors: dict[str, torch.Tensor], tile: Tile, grid: TileGrid) -> dict[str, torch.Tensor]:
+        """`tensors` of one tile of the grid, as the callback leaves them."""
+        self.pipeline._current_tile = (tile, grid)
+        if self.callback is not None:
+            chosen = {name: tensors[name] for name in self.tensor_inputs if name in tensors}
+            returned = self.callback(self.pipeline, self.step, self.pipeline.config.timestep, chosen)
+            tensors = {name: (returned or {}).get(name, tensor) for name, tensor in tensors.items()}
+        self.step += 1
+        self.bar.update()
+        return tensors

@@ -1,10 +1,9 @@
-"""From a prompt's text to its embedding, with CLIP's text encoder as Stable Diffusion 2.1 and OSEDiff use it."""
+"""The embedding of a prompt's text, with CLIP's text encoder as Stable Diffusion 2.1 and OSEDiff use it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from diffusers import UNet2DConditionModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline.quantization.fold import FoldedConstant
@@ -31,16 +30,22 @@ def embed_tokens(text_encoder: PreTrainedModel, tokens: torch.Tensor, device: to
     return text_encoder(tokens.to(device or text_encoder.device)).last_hidden_state
 
 
-def check_prompt(prompt: Any, unet: torch.nn.Module, text_encoder: Any, tokenizer: Any) -> None:
-    """Can this model take `prompt`? None, for the stored embedding, is always fine.
+def check_prompt(
+    prompt: object,
+    unet: UNet2DConditionModel,
+    text_encoder: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Checks that this model takes `prompt`. None, for the stored embedding, always passes.
 
     Raises:
-        TypeError: not a string. ValueError: the prompt is built into the UNet, or there is no text encoder.
+        TypeError: not a string.
+        ValueError: the prompt is folded into the UNet, or there is no text encoder or tokenizer.
     """
     if prompt is None:
         return
     if not isinstance(prompt, str):
-        raise TypeError(f"`prompt` must be a string (one for all pictures) or None, but is {type(prompt).__name__}.")
+        raise TypeError(f"`prompt` must be a string (one for all images) or None, but is {type(prompt).__name__}.")
     if isinstance(unet.time_embedding, FoldedConstant):
         raise ValueError(
             "`prompt` has no effect on this model: its fixed prompt was folded into the weights when it was quantized."

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from qartsr_pipeline.cli.main import main
-from qartsr_pipeline.image_files import read_picture, write_picture
+from qartsr_pipeline.image_files import read_image, write_image
 
 
 @pytest.fixture
@@ -45,34 +45,34 @@ def test_any_factor_tiles_and_format(upscale, photo, tmp_path):
 
 
 def test_sixteen_bits_alpha_and_profile_go_through(upscale, tmp_path):
-    source = write_deep_picture(tmp_path / "deep.png", channels=4)
+    source = write_deep_image(tmp_path / "deep.png", channels=4)
     assert upscale(source) == 0
-    result = read_picture(tmp_path / "deep_x4.png")
+    result = read_image(tmp_path / "deep_x4.png")
     assert result.pixels.shape == (32, 24, 4) and result.sixteen_bit and result.icc_profile
     assert len(np.unique(result.pixels & 255)) > 200, "the low bytes carry something"
 
 
-def write_deep_picture(path, channels):
-    """A 16-bit picture file with a profile; returns its path."""
-    from qartsr_pipeline.image_files import PictureFile
+def write_deep_image(path, channels):
+    """A 16-bit image file with a profile; returns its path."""
+    from qartsr_pipeline.image_files import ImageFile
 
     pixels = np.random.default_rng(0).integers(0, 65535, (8, 6, channels), dtype=np.uint16)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    write_picture(path, pixels / 65535, PictureFile(pixels, profile))
+    write_image(path, pixels / 65535, ImageFile(pixels, profile))
     return path
 
 
-def test_a_folder_goes_into_a_new_folder_and_one_bad_picture_stops_nothing(upscale, photo, tmp_path, capsys):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_a_folder_goes_into_a_new_folder_and_one_bad_image_stops_nothing(upscale, photo, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
     for name in ("a.png", "c.png"):
-        (pictures / name).write_bytes(photo.read_bytes())
-    (pictures / "b.png").write_text("no picture")
-    (pictures / "notes.txt").write_text("ignored")
-    assert upscale(pictures, "-o", tmp_path / "new" / "folder") == 2
+        (images / name).write_bytes(photo.read_bytes())
+    (images / "b.png").write_text("no image")
+    (images / "notes.txt").write_text("ignored")
+    assert upscale(images, "-o", tmp_path / "new" / "folder") == 2
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["a_x4.png", "c_x4.png"]
     output = capsys.readouterr()
-    assert "3 pictures: 2 written, 1 failed" in output.out and output.err.count("qartsr: error:") == 1
+    assert "3 images: 2 written, 1 failed" in output.out and output.err.count("qartsr: error:") == 1
 
 
 def test_a_second_run_over_a_folder_leaves_the_results_of_the_first_alone(upscale, photo):
@@ -101,9 +101,9 @@ def test_nothing_is_overwritten_unasked(upscale, photo, capsys):
         (["--tile-size", "1"], "tile_size"),
         (["--tile-size", "64", "--tile-overlap", "64"], "tile_overlap"),
         (["--device", "mps"], "has no such device here"),
-        (["-o", "out.xyz"], "no known picture format"),
+        (["-o", "out.xyz"], "does not end in a known image format"),
         (["-o", "photo.png/out.png"], "cannot be created"),
-        (["photo.png", "-o", "missing.png"], "several pictures"),
+        (["photo.png", "-o", "missing.png"], "several images"),
         (["--model", "no/such/model"], "There is no folder"),
         (["--model", "photo.png"], "is a file, but a checkpoint is a folder"),
     ],
@@ -117,12 +117,12 @@ def test_bad_arguments(upscale, photo, capsys, monkeypatch, arguments, expected)
     assert sorted(photo.parent.rglob("*")) == before
 
 
-def test_bad_pictures(upscale, photo, tmp_path, capsys):
+def test_bad_images(upscale, photo, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:60])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     assert upscale(tmp_path / "cut.png", tmp_path / "text.png", tmp_path / "none.png") == 2
     lines = error_lines(capsys)
-    assert [word in line for word, line in zip(("damaged", "not a picture", "no file"), lines, strict=True)] == [True] * 3
+    assert [word in line for word, line in zip(("damaged", "not an image", "no file"), lines, strict=True)] == [True] * 3
 
 
 def test_empty_folder_and_damaged_checkpoint(upscale, photo, tiny_folder, tmp_path, capsys):
@@ -131,7 +131,7 @@ def test_empty_folder_and_damaged_checkpoint(upscale, photo, tiny_folder, tmp_pa
     (tiny_folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 20)
     assert upscale(photo) == 2
     first, second = error_lines(capsys)
-    assert "holds no pictures" in first and "not a safetensors file" in second
+    assert "holds no images" in first and "not a safetensors file" in second
 
 
 def test_debug_shows_the_traceback(upscale, tmp_path, capsys):

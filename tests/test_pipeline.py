@@ -1,4 +1,4 @@
-"""The pipeline's contract, on a random network: sizes, kinds of pictures, results, callbacks, saving, errors."""
+"""The pipeline's contract, on a random network: sizes, kinds of images, results, callbacks, saving, errors."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_sixteen_bit_greyscale_stays_sixteen_bit(tiny_pipeline):
     assert result.mode == "I;16" and len(np.unique(np.asarray(result) % 256)) > 100
 
 
-def test_alpha_is_enlarged_and_opaque_pictures_are_treated_as_without(tiny_pipeline):
+def test_alpha_is_enlarged_and_opaque_images_are_treated_as_without(tiny_pipeline):
     rgba = photo("RGBA")
     assert np.array_equal(np.asarray(tiny_pipeline(rgba).images[0])[..., :3], np.asarray(tiny_pipeline(photo()).images[0]))
     alpha = PIL.Image.new("L", rgba.size, 0)
@@ -62,7 +62,7 @@ def test_results_come_in_the_form_asked_for(tiny_pipeline):
     assert np.array_equal(as_tuple, array)
 
 
-def test_a_batch_gives_what_its_pictures_give_alone(tiny_pipeline):
+def test_a_batch_gives_what_its_images_give_alone(tiny_pipeline):
     mixed = [photo(), photo("L").crop((0, 0, 9, 5)), torch.rand(2, 3, 6, 7)]
     together = tiny_pipeline(mixed, output_type="np").images
     assert [one.shape for one in together] == [(84, 136, 3), (20, 36, 3), (24, 28, 3), (24, 28, 3)]
@@ -115,6 +115,28 @@ def test_the_callback_sees_every_tile_and_may_replace_it(tiny_pipeline):
     result = tiny_pipeline([photo(), photo()], tile_size=64, output_type="np", color_fix=None, **arguments)
     assert seen == [(tiny_pipeline, i, 250, ["image", "latents"]) for i in range(tiny_pipeline.num_timesteps)]
     assert tiny_pipeline.num_timesteps == 2 * 2 * 3 and result.images.max() == 0
+
+
+def test_the_current_tile_is_none_before_the_first_and_then_the_last_one_finished(tiny_pipeline):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        tile, grid = pipe.current_tile
+        assert tensors["image"].shape[-2:] == (tile.height, tile.width) and tile == list(grid)[step]
+        seen.append(tile)
+        return {}
+
+    assert tiny_pipeline.current_tile is None
+    tiny_pipeline(photo(), tile_size=64, callback_on_step_end=callback)
+    assert len(seen) == 6 and tiny_pipeline.current_tile[0] == seen[-1]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    tiny_pipeline.unet.forward = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        tiny_pipeline(photo())
+    assert tiny_pipeline.current_tile is None
 
 
 def test_an_exception_in_the_callback_cancels_and_leaves_the_pipeline_usable(tiny_pipeline):
@@ -210,13 +232,25 @@ def test_components_of_different_models_are_refused():
         QArtSRPipeline(**pipe.components, timestep=1000)
 
 
+def overflowing(pipe):
+    """The pipeline in float16, with a decoder that overflows in it: two factors cancel, but what is between them does not fit."""
+    decoder = pipe.vae.decoder
+    with torch.no_grad():
+        decoder.conv_norm_out.weight.mul_(60000), decoder.conv_norm_out.bias.mul_(60000)
+        decoder.conv_act = torch.nn.Identity()
+        decoder.conv_out.weight.div_(60000)
+    return pipe.to(torch.float16)
+
+
+def decoded_in(pipe, monkeypatch):
+    """The dtypes in which the decoder is run, as a list that grows."""
+    dtypes, decode = [], pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, **arguments: dtypes.append(z.dtype) or decode(z, **arguments))
+    return dtypes
+
+
 def test_overflow_in_float16_is_repaired_and_leaves_the_weights_as_they_were(tiny_pipeline, caplog):
-    pipe = tiny_pipeline.to(torch.float16)
-    norm = pipe.vae.decoder.conv_norm_out
-    with torch.no_grad():  # the two cancel, but what is between them does not fit into float16
-        norm.weight.mul_(60000), norm.bias.mul_(60000)
-        pipe.vae.decoder.conv_act = torch.nn.Identity()
-        pipe.vae.decoder.conv_out.weight.div_(60000)
+    pipe = overflowing(tiny_pipeline)
     expected = pipe.to(torch.float32)(photo(), tile_size=64, output_type="np", color_fix=None).images
     pipe.to(torch.float16)
     weights = [p for p in pipe.vae.parameters()]
@@ -224,6 +258,24 @@ def test_overflow_in_float16_is_repaired_and_leaves_the_weights_as_they_were(tin
     assert expected.std() > 0.05 and np.abs(result - expected).max() < 0.05
     assert "float32" in caplog.text and "decode" in caplog.text
     assert all(p is w and p.dtype == torch.float16 for p, w in zip(pipe.vae.parameters(), weights, strict=True))
+
+
+def test_an_overflow_is_remembered_from_call_to_call_and_said_once(tiny_pipeline, caplog, monkeypatch):
+    pipe = overflowing(tiny_pipeline)
+    dtypes = decoded_in(pipe, monkeypatch)
+    for _ in range(3):
+        pipe(photo())
+    assert dtypes == [torch.float16, torch.float32, torch.float32, torch.float32]
+    assert caplog.text.count("overflowed in float16 and is run in float32 from here on") == 1
+
+
+def test_a_component_in_the_place_of_one_that_overflowed_starts_afresh(tiny_pipeline, caplog, monkeypatch):
+    pipe = overflowing(tiny_pipeline)
+    pipe(photo())
+    pipe.vae = build_tiny_pipeline(seed=0).vae.to(torch.float16)
+    dtypes = decoded_in(pipe, monkeypatch)
+    pipe(photo())
+    assert dtypes == [torch.float16] and caplog.text.count("overflowed") == 1
 
 
 def test_damaged_weights_are_reported(tiny_pipeline):

@@ -1,4 +1,4 @@
-"""Tiles: the same picture as untiled up to what the network sees at tile borders, in a memory bounded by the tile."""
+"""Tiles: the same image as untiled up to what the network sees at tile borders, in a memory bounded by the tile."""
 
 import contextlib
 
@@ -30,7 +30,7 @@ def without_attention(pipe):
     return pipe
 
 
-def test_shared_statistics_bring_tiles_closer_to_the_whole_picture():
+def test_shared_statistics_bring_tiles_closer_to_the_whole_image():
     scene = torch.nn.functional.interpolate(SCENE, scale_factor=4)  # 288 x 400
     norm = nn.GroupNorm(1, 3)
     statistics = SharedStatistics([norm])
@@ -43,7 +43,7 @@ def test_shared_statistics_bring_tiles_closer_to_the_whole_picture():
     assert shared < 0.1 * (norm(tile) - expected).abs().mean()
 
 
-def test_with_the_whole_pictures_statistics_tiles_are_exact(tiny_pipeline):
+def test_with_the_whole_images_statistics_tiles_are_exact(tiny_pipeline):
     pipe = without_attention(tiny_pipeline)
     whole = call(pipe)
     statistics = SharedStatistics([pipe.unet, pipe.vae], rim=0)
@@ -90,7 +90,7 @@ def largest_tensor(pipe, side, **arguments) -> int:
     return largest
 
 
-def test_memory_depends_on_the_tile_and_not_on_the_picture(tiny_pipeline):
+def test_memory_depends_on_the_tile_and_not_on_the_image(tiny_pipeline):
     one_tile = largest_tensor(tiny_pipeline, 32, tile_size=128)
     assert largest_tensor(tiny_pipeline, 60, tile_size=128) == one_tile
     assert largest_tensor(tiny_pipeline, 60) > 3 * one_tile
@@ -112,7 +112,7 @@ def test_pooled_statistics_equal_those_of_one_large_map(dtype, affine):
     if affine:
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x = (torch.randn(4, 6, 8, 8) * torch.arange(1, 5).view(4, 1, 1, 1) + 3).to(dtype)
-    joined = torch.cat(list(x), dim=-1)[None]  # the batch side by side as one picture
+    joined = torch.cat(list(x), dim=-1)[None]  # the batch side by side as one image
     expected = torch.stack(norm.float()(joined.float())[0].chunk(4, dim=-1))
     norm.to(dtype)
     statistics = SharedStatistics([norm], rim=0)

@@ -25,7 +25,7 @@ def whole_and_tiled():
     return [image.astype(np.float64) * 255 for image in results]
 
 
-def test_tiling_changes_the_picture_by_less_than_one_8_bit_step(whole_and_tiled):
+def test_tiling_changes_the_image_by_less_than_one_8_bit_step(whole_and_tiled):
     whole, tiled = whole_and_tiled
     difference = np.abs(tiled - whole)
     assert difference.mean() < 1 and difference.max() < 12

@@ -13,7 +13,7 @@ from PIL import Image
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, fetch
 from qartsr_pipeline.cli.arguments import add_debug, add_model_option
 from qartsr_pipeline.image.comparison import compare
-from qartsr_pipeline.image_files import PictureFile, check_writable, make_folder, read_picture, write_picture
+from qartsr_pipeline.image_files import ImageFile, check_writable, make_folder, read_image, write_image
 
 if TYPE_CHECKING:
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
@@ -48,7 +48,7 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     from qartsr_pipeline.cli.loading import load_quietly
     from qartsr_pipeline.image.metrics import psnr_y
 
-    original = read_picture(SAMPLE).pixels
+    original = read_image(SAMPLE).pixels
     reduced = _bicubic(original, 1 / SCALE)
     reference, _ = _enlarge(load_quietly(full_precision, dtype=torch.float32), reduced)
     quantized, seconds = _enlarge(load_quietly(model, dtype=torch.float32), reduced)
@@ -56,7 +56,7 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     scores = {name: psnr_y(_floats(image), _floats(original)) for name, image in images.items()}
     captions = {f"{name}, {scores[name]:.2f} dB": image for name, image in images.items()} | {"original": original}
     for name, image in {"input": reduced, "upscaled": quantized, "comparison": compare(captions, DETAIL)}.items():
-        write_picture(folder / f"{name}.png", _floats(image), PictureFile(image))
+        write_image(folder / f"{name}.png", _floats(image), ImageFile(image))
     print(f"sample: {SAMPLE.name}, {_size(original)}, reduced to {_size(reduced)} (credits: {SAMPLE.parent / 'CREDITS.md'})")
     print(f"model: {fetch(model)}, compared with {fetch(full_precision)}, on the CPU in float32")
     print(f"kernels: {kernels(describe(fetch(model), 'cpu'))}")

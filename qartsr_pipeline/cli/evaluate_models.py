@@ -24,7 +24,7 @@ from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.image.comparison import compare
-from qartsr_pipeline.image_files import PictureFile, make_folder, write_picture
+from qartsr_pipeline.image_files import ImageFile, make_folder, write_image
 
 
 @dataclass(frozen=True)
@@ -144,4 +144,4 @@ def write_comparison(path: Path, image: ImageOutputs) -> None:
     height, width = next(iter(image.outputs.values())).shape[-2:]
     detail = (width // 3, height // 3, width // 3 + max(1, width // 3), height // 3 + max(1, height // 3))
     sheet = compare({name: as_pixels(output) for name, output in image.outputs.items()}, detail)
-    write_picture(path, sheet.astype(np.float32) / 255, PictureFile(sheet))
+    write_image(path, sheet.astype(np.float32) / 255, ImageFile(sheet))

@@ -14,7 +14,7 @@ from qartsr_pipeline.cli.jobs import Job, is_done, plan_jobs, sort_out
 from qartsr_pipeline.cli.messages import one_line
 from qartsr_pipeline.cli.processes import Processes, join_processes
 from qartsr_pipeline.cli.progress import Counts, picture_bar, say
-from qartsr_pipeline.image_files import check_writable, make_folder, read_picture, write_picture
+from qartsr_pipeline.image_files import check_writable, make_folder, read_image, write_image
 
 if TYPE_CHECKING:
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
@@ -115,13 +115,13 @@ def _upscale_file(pipeline: QArtSRPipeline, job: Job, arguments: dict, may_creat
     from qartsr_pipeline.image.resize import enlarged_size
 
     start = time.perf_counter()
-    source = read_picture(job.source)
+    source = read_image(job.source)
     height, width = enlarged_size(source.pixels.shape[:2], arguments["upscale"])
     if may_create_folder:
         make_folder(job.target.parent)
     check_writable(job.target, (width, height))  # before the work, not after it
     result = pipeline(source.pixels, output_type="np", **arguments).images[0]
-    for notice in source.notices + write_picture(job.target, result, source):
+    for notice in source.notices + write_image(job.target, result, source):
         say(f"note: {notice}")
     seconds = time.perf_counter() - start
     say(f"{job.source} -> {job.target} ({result.shape[1]} x {result.shape[0]}, {seconds:.1f} s)")

@@ -1,6 +1,6 @@
 """OSEDiff's tiles of the VAE: all tiles go through the network side by side, and every group norm waits for all statistics.
 
-They differ from the pipeline's own tiles (see upscaling.py): a tile's margin is cut off, not blended; the variance is the mean of
+They differ from the pipeline's own tiles (see one_step.py): a tile's margin is cut off, not blended; the variance is the mean of
 the tiles' variances, without the differences between their means, as in OSEDiff; and attention sees one tile only. They need
 about as much memory as the whole image, so their only use is to reproduce OSEDiff's results.
 """

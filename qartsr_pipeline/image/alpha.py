@@ -17,7 +17,7 @@ def fill_transparent(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     the arbitrary colours stored under transparency (often black or white) into visible pixels.
 
     Push-pull: colours are averaged, weighted by visibility, over ever larger blocks; going back, a pixel takes from the
-    coarser level what its own visibility lacks. A picture that is transparent everywhere is returned as it is.
+    coarser level what its own visibility lacks. An image that is transparent everywhere is returned as it is.
 
     Args:
         rgb: float32 (1, 3, H, W) in [0, 1], straight colour.

@@ -3,7 +3,7 @@
 Both methods come from diffusion super-resolution (StableSR introduced them, OSEDiff kept them): generated detail is kept, tone
 and colour, which a generative decoder shifts, are taken from the bicubic enlargement. The code here is written from the formulas.
 
-A picture of 64 megapixels takes 0.8 GB as floats, so beside pictures and result nothing of that size is made.
+An image of 64 megapixels takes 0.8 GB as floats, so beside images and result nothing of that size is made.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def align_color(image: torch.Tensor, reference: torch.Tensor, color_fix: str | N
 def wavelet_alignment(image: torch.Tensor, reference: torch.Tensor, levels: int = WAVELET_LEVELS) -> torch.Tensor:
     """High frequencies of `image`, low frequencies of `reference`.
 
-    An a-trous wavelet decomposition splits each picture into `levels` detail bands and a low-pass rest; the bands of one add up
-    to picture minus rest, and the filter is linear, so the exchange of the rests is
+    An a-trous wavelet decomposition splits each image into `levels` detail bands and a low-pass rest; the bands of one add up
+    to image minus rest, and the filter is linear, so the exchange of the rests is
 
         image + low(reference - image)
 

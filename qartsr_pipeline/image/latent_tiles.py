@@ -36,7 +36,7 @@ def in_latent_tiles(
     tile = min(tile, height, width)
     if not 0 <= overlap < tile:
         raise ValueError(
-            f"latent tiles of {tile} cannot overlap by {overlap}. Give an overlap from 0 to below that, or a larger picture."
+            f"latent tiles of {tile} cannot overlap by {overlap}. Give an overlap from 0 to below that, or a larger image."
         )
     weights = gaussian_weights(tile).to(latents.device)
     result = torch.zeros(latents.shape, dtype=torch.float64, device=latents.device)

@@ -1,4 +1,4 @@
-"""How close two pictures are: PSNR and SSIM of the luma, as the super-resolution literature measures them.
+"""How close two images are: PSNR and SSIM of the luma, as the super-resolution literature measures them.
 
 Luma is BT.601 with its nominal range of 16 to 235 (Matlab's rgb2ycbcr); a border as wide as the scale is left out.
 """
@@ -15,33 +15,33 @@ _BT601 = (65.481 / 255, 128.553 / 255, 24.966 / 255)
 _OFFSET = 16 / 255
 
 
-def luma(picture: np.ndarray | torch.Tensor) -> torch.Tensor:
+def luma(image: np.ndarray | torch.Tensor) -> torch.Tensor:
     """BT.601 luma in [16/255, 235/255].
 
     Args:
-        picture: float in [0, 1]; a numpy array (H, W, 3), or a tensor (3, H, W) or (1, 3, H, W).
+        image: float in [0, 1]; a numpy array (H, W, 3), or a tensor (3, H, W) or (1, 3, H, W).
 
     Returns:
         (H, W) float64 tensor on the CPU.
     """
-    if isinstance(picture, np.ndarray):
-        channels = torch.from_numpy(np.ascontiguousarray(picture)).movedim(-1, 0) if picture.ndim == 3 else None
+    if isinstance(image, np.ndarray):
+        channels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0) if image.ndim == 3 else None
     else:
-        channels = picture.detach().cpu()[0] if picture.ndim == 4 and picture.shape[0] == 1 else picture.detach().cpu()
+        channels = image.detach().cpu()[0] if image.ndim == 4 and image.shape[0] == 1 else image.detach().cpu()
     if channels is None or channels.ndim != 3 or channels.shape[0] != 3 or not channels.is_floating_point():
         raise ValueError(
-            f"A picture must be a float array (H, W, 3) or a float tensor (3, H, W), in [0, 1]; got {picture.dtype}"
-            f" of shape {tuple(picture.shape)}."
+            f"An image must be a float array (H, W, 3) or a float tensor (3, H, W), in [0, 1]; got {image.dtype}"
+            f" of shape {tuple(image.shape)}."
         )
     weights = torch.tensor(_BT601, dtype=torch.float64).view(3, 1, 1)
     return (channels.double() * weights).sum(0) + _OFFSET
 
 
 def psnr_y(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor, border: int = 4) -> float:
-    """Peak signal-to-noise ratio of the luma in dB, peak 1; infinite for equal pictures.
+    """Peak signal-to-noise ratio of the luma in dB, peak 1; infinite for equal images.
 
     Args:
-        a, b: two pictures of one size, see `luma`.
+        a, b: two images of one size, see `luma`.
         border: pixels left out on every side.
     """
     first, second = _cropped(a, b, border)
@@ -53,7 +53,7 @@ def ssim_y(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor, border: i
     """Structural similarity of the luma: Gaussian window 11 x 11 with sigma 1.5, K1 0.01, K2 0.03, windows that fit wholly.
 
     Args:
-        a, b: two pictures of one size, at least 11 x 11 within the border; see `luma`.
+        a, b: two images of one size, at least 11 x 11 within the border; see `luma`.
         border: pixels left out on every side.
     """
     first, second = _cropped(a, b, border)
@@ -71,9 +71,9 @@ def ssim_y(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor, border: i
 def _cropped(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor, border: int) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = luma(a), luma(b)
     if first.shape != second.shape:
-        raise ValueError(f"The pictures differ in size: {tuple(first.shape)} and {tuple(second.shape)} (height, width).")
+        raise ValueError(f"The images differ in size: {tuple(first.shape)} and {tuple(second.shape)} (height, width).")
     if min(first.shape) <= 2 * border:
-        raise ValueError(f"A border of {border} pixels leaves nothing of a picture of {tuple(first.shape)} (height, width).")
+        raise ValueError(f"A border of {border} pixels leaves nothing of an image of {tuple(first.shape)} (height, width).")
     inner = (slice(border, first.shape[0] - border), slice(border, first.shape[1] - border))
     return first[inner], second[inner]
 

@@ -20,13 +20,14 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def enlarged_size(size: tuple[int, int], factor: float) -> tuple[int, int]:
     """(round(height * factor), round(width * factor)), at least one pixel each."""
-    return tuple(max(1, round(side * factor)) for side in size)
+    height, width = (max(1, round(side * factor)) for side in size)
+    return height, width
 
 
 def pad_to_multiple(image: torch.Tensor, multiple: int, minimum: int) -> torch.Tensor:
     """Mirrors the right and bottom edge until both sides are multiples of `multiple` and at least `minimum` long.
 
-    Works on any size from 1 x 1: unlike torch's reflection the mirror image may be longer than the picture itself.
+    Works on any size from 1 x 1: unlike torch's reflection the mirror image may be longer than the image itself.
 
     Args:
         image: (B, C, H, W).

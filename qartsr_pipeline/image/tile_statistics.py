@@ -1,23 +1,22 @@
-"""Group normalisation that is the same in all tiles of a picture.
+"""Group normalisation that is the same in all tiles of an image.
 
-A group norm measures mean and variance over the whole feature map. Cut the picture into tiles and every tile has its own: a dark
-tile is brightened, a flat one has its noise amplified, and tiles differ in tone along their common border. Overlap and blending
-only hide that. Here every tile is normalised with the picture's statistics instead, estimated beforehand from a sample:
+A group norm measures mean and variance over the whole feature map. Cut the image into tiles, and every tile has its own: a dark
+tile is brightened, a flat one has its noise amplified, and neighbouring tiles differ in tone. Overlap and blending only hide
+that. Here every tile is normalised with the image's statistics instead, which are estimated beforehand from a sample of it:
 
-1. `SharedStatistics.record()`: a pass over a batch of small windows spread over the picture. Every group norm normalises with
-   statistics pooled over the whole batch, as if it saw one picture, and keeps them. Several such passes over different windows
-   are merged.
-2. `SharedStatistics.apply()`: every group norm uses what it kept, so that it is a fixed affine map per channel.
+1. `SharedStatistics.record()`: the network runs on a batch of small windows spread over the image. Every group norm normalises
+   with statistics pooled over the whole batch, as if it were one image, and keeps them. Several such passes over different
+   windows are merged.
+2. `SharedStatistics.apply()`: every group norm uses the statistics it kept, and so becomes a fixed affine map per channel.
 
-The windows of a pass have no more pixels together than one tile, so that sampling needs no more memory than a tile does, and
-there are a quarter as many passes as tiles at most.
+The windows of a pass together have at most as many pixels as one tile, so that sampling needs no more memory than a tile does;
+there is at most one pass for every four tiles. The rim of a window is not measured: there the network sees the zero padding
+around the window, which the image does not have.
 
-A window's rim is not measured: there the network sees the zero padding around the window, which the picture does not have.
-
-Measured on photographs with two small trained models (512 x 512 in tiles of 256, no colour alignment, PSNR to the untiled one;
-`benchmarks/seams.py`): with the exact statistics tiles are the whole picture (104 dB), so statistics are all there is to it. Own
-statistics per tile give 42 and 55 dB, statistics shared in this way 53 and 62 dB. Counting the rims, the second model falls to
-53 dB. Smaller windows are worse, and windows of 16 pixels useless.
+Measured on photographs with two small trained models (`benchmarks/seams.py`: 512 x 512 in tiles of 256, no colour alignment,
+PSNR to the untiled result): with the exact statistics, tiles equal the whole image (104 dB), so the statistics are the only
+cause of seams. With each tile's own statistics the result is 42 and 55 dB, with shared ones 53 and 62 dB. Counting the rims, the
+second model falls to 53 dB. Smaller windows are worse, and windows of 16 pixels useless.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ MOST_PASSES = 8
 
 
 def sample_windows(size: tuple[int, int], tile: int, multiple: int, tiles: int) -> list[list[Tile]]:
-    """Batches of windows for the passes. Windows lie in the centres of a regular division of the picture.
+    """Batches of windows, one batch for each pass. The image is divided regularly; every part has its window in the centre.
 
     Args:
-        size: (height, width) of the picture, multiples of `multiple`.
-        tile: side of the tiles; the windows of a batch have at most as many pixels in sum.
+        size: (height, width) of the image, multiples of `multiple`.
+        tile: side of the tiles; the windows of a batch together have at most as many pixels.
         multiple: the network's total down-sampling; windows start and end on multiples of it.
         tiles: how many tiles there are.
     """
@@ -60,14 +59,14 @@ def sample_windows(size: tuple[int, int], tile: int, multiple: int, tiles: int) 
 
 
 def _division(size: tuple[int, int], window: int, budget: int) -> tuple[int, int]:
-    """(rows, columns): as many windows as the budget allows, not more than cover the picture, in shares as square as can be."""
+    """(rows, columns) of windows: as many as the budget allows and the image has room for, in parts as square as possible."""
     rows_most, columns_most = (-(-side // window) for side in size)
     candidates = [(rows, min(columns_most, budget // rows)) for rows in range(1, min(rows_most, budget) + 1)]
     return max(candidates, key=lambda c: (round(8 * c[0] * c[1] / budget), -abs(size[0] / c[0] - size[1] / c[1])))
 
 
 def _centred(length: int, window: int, count: int, multiple: int) -> list[int]:
-    """First pixels of `count` windows, each in the middle of its share of the axis."""
+    """First pixels of `count` windows along an axis, each in the middle of its part."""
     starts = [(length * (2 * i + 1) // (2 * count) - window // 2) // multiple * multiple for i in range(count)]
     return sorted({min(max(start, 0), length - window) for start in starts})
 
@@ -76,8 +75,8 @@ class SharedStatistics:
     """Statistics of every `nn.GroupNorm` inside some modules, each called once per pass, as in diffusers' models.
 
     Args:
-        modules: where to look for group norms.
-        rim: share of every feature map's height and width that does not count, at each end.
+        modules: the networks whose group norms are meant.
+        rim: share of every feature map's height and width that is not measured, at each end.
     """
 
     def __init__(self, modules: Iterable[nn.Module], rim: float = RIM):
@@ -88,11 +87,11 @@ class SharedStatistics:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Inside, a batch is normalised with its pooled statistics, which are kept. Enter it once for every pass."""
+        """Within this context the networks normalise a batch with its pooled statistics, which are kept. Enter it once a pass."""
         current: dict[nn.GroupNorm, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def pooled_forward(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-            # A stage that is repeated in float32 replaces its first attempt.
+            # A stage that is repeated in float32 overwrites what its first attempt recorded.
             current[norm] = pooled_moments(without_rim(x, self.rim), norm.num_groups)
             return normalize(x, *current[norm], norm.weight, norm.bias, norm.eps)
 
@@ -103,14 +102,14 @@ class SharedStatistics:
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """Inside, the kept statistics are used; a norm that recorded none works as usual."""
+        """Within this context the networks normalise with the kept statistics; a norm that recorded none works as usual."""
         recorded = [norm for norm in self.norms if norm in self.moments]
         with exchanged_forwards(recorded, lambda norm: FixedNorm(norm, *self.moments[norm])):
             yield
 
 
 class FixedNorm:
-    """A group norm's forward with given moments, float32 (C,) each."""
+    """Replaces a group norm's forward: normalises with given moments, float32 (C,) each."""
 
     def __init__(self, norm: nn.GroupNorm, mean: torch.Tensor, variance: torch.Tensor):
         self.norm, self.mean, self.variance = norm, mean, variance
@@ -119,21 +118,21 @@ class FixedNorm:
         return normalize(x, self.mean, self.variance, self.norm.weight, self.norm.bias, self.norm.eps)
 
     def scale_shift(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What x (B, C, ...) is multiplied by, and what is then added: float32 (B, C), twice."""
+        """The factor and the summand that normalise x (B, C, ...): float32 (B, C) each. Fused blocks ask for them."""
         moments = self.mean.to(x.device), self.variance.to(x.device)
         scale, shift = scale_shift(*moments, self.norm.weight, self.norm.bias, self.norm.eps)
         return scale.repeat(x.shape[0], 1), shift.repeat(x.shape[0], 1)
 
 
 def merged_moments(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of equally large samples together, from those of each."""
+    """Mean and variance of the union of equally large samples, from the mean and variance of each."""
     means, variances = (torch.stack(moment) for moment in zip(*parts, strict=True))  # (parts, ...)
     mean = means.mean(0)
     return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
 def without_rim(x: torch.Tensor, rim: float) -> torch.Tensor:
-    """x (B, C, H, W) without that share of its height and width at each end; of any other shape (attention's tokens) as it is."""
+    """x (B, C, H, W) without this share of its height and width at each end; any other shape (attention's tokens) as it is."""
     if x.ndim != 4:
         return x
     top, left = (int(side * rim) for side in x.shape[-2:])
@@ -147,7 +146,7 @@ def pooled_moments(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Te
         x: (B, C, ...), any float dtype.
     """
     channels = x.shape[1]
-    # One picture of the batch after the other, so that the float32 copy of a 16-bit map stays small.
+    # One by one, so that the float32 copy of a 16-bit map stays small.
     parts = [torch.var_mean(one.reshape(groups, -1).float(), dim=1, unbiased=False) for one in x]
     mean, variance = merged_moments([(mean, variance) for variance, mean in parts])  # each (groups,)
     per_group = channels // groups
@@ -180,7 +179,7 @@ def normalize(
 def scale_shift(
     mean: torch.Tensor, variance: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One factor and one summand a channel that are a normalisation with given moments, all (C,); see `normalize`."""
+    """The normalisation of `normalize` as one factor and one summand a channel, float32 (C,) each."""
     scale = torch.rsqrt(variance + eps)
     if weight is None:
         return scale, -mean * scale
@@ -189,7 +188,8 @@ def scale_shift(
 
 
 def _forward_name(module: nn.Module) -> str:
-    """accelerate's sequential offloading hides a module's own forward behind a hook that fetches the weights first."""
+    """The attribute that holds a module's own forward. accelerate's sequential offloading puts a hook, which fetches the weights
+    first, in the place of `forward` and keeps the original as `_old_forward`."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
@@ -202,16 +202,20 @@ def own_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
 def exchanged_forwards(
     modules: list[nn.Module], forward_of: Callable[[nn.Module], Callable[..., torch.Tensor]]
 ) -> Iterator[None]:
-    """Instances get ``forward_of(module)`` as their own forward and, whatever happens, lose it again."""
-    originals = []
+    """Within this context each module computes ``forward_of(module)`` instead of its own forward.
+
+    The new function is set as an attribute of the instance, which shadows the method of the class. Afterwards, also after an
+    exception, the instance has the attribute it had before, or none.
+    """
+    before: list[tuple[nn.Module, str, Callable[..., torch.Tensor] | None]] = []
     try:
         for module in modules:
             name = _forward_name(module)
-            originals.append((module, name, module.__dict__.get(name)))
+            before.append((module, name, module.__dict__.get(name)))
             module.__dict__[name] = forward_of(module)
         yield
     finally:
-        for module, name, original in originals:
+        for module, name, original in before:
             if original is None:
                 module.__dict__.pop(name, None)
             else:

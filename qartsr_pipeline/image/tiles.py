@@ -20,18 +20,18 @@ class Tile:
     width: int
 
     def cut(self, image: torch.Tensor, shrink: int = 1) -> torch.Tensor:
-        """The window's part of (.., H, W); `shrink` is how many picture pixels one of `image`'s elements spans."""
+        """The window's part of (.., H, W); `shrink` is how many image pixels one of `image`'s elements spans."""
         top, left, height, width = (x // shrink for x in (self.top, self.left, self.height, self.width))
         return image[..., top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Tiles that cover a picture of size (height, width).
+    """Tiles that cover an image of size (height, width).
 
     Attributes:
         tops, lefts: sorted first rows and columns, multiples of the network's multiple, so that every tile samples the same grid
-            of strided convolutions as the whole picture would.
+            of strided convolutions as the whole image would.
         tile_height, tile_width: size of all tiles.
     """
 
@@ -65,7 +65,7 @@ def tile_grid(size: tuple[int, int], tile: int | None, overlap: int, multiple: i
 
     Args:
         size: (height, width), multiples of `multiple`.
-        tile: longest side of a tile, a multiple of `multiple`; None for the whole picture in one.
+        tile: longest side of a tile, a multiple of `multiple`; None for the whole image in one.
         overlap: a multiple of `multiple`, smaller than `tile`.
     """
     height, width = size

@@ -1,4 +1,4 @@
-"""What a picture file holds besides its pixels, and the error that its problems raise."""
+"""The content of an image file, and the error for files that cannot be read or written."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-class PictureError(ValueError):
-    """A picture file cannot be read or written. The message says what happened, why, and the ways out."""
+class ImageFileError(ValueError):
+    """An image file cannot be read or written. The message says what happened, why, and the ways out."""
 
 
 @dataclass
-class PictureFile:
-    """The content of a picture file, upright.
+class ImageFile:
+    """The content of an image file, upright.
 
     Attributes:
         pixels: (H, W, C) uint8 or uint16, full range; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA (alpha not premultiplied).
@@ -36,6 +36,9 @@ class PictureFile:
         return self.pixels.shape[2] in (2, 4)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(width, height)."""
-        return self.pixels.shape[1], self.pixels.shape[0]
+    def height(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.pixels.shape[1]

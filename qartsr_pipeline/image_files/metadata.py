@@ -54,8 +54,8 @@ def kept_exif(image: Image.Image) -> bytes | None:
     return _serialized(exif)
 
 
-def exif_for_size(block: bytes | None, width: int, height: int) -> bytes | None:
-    """The block with the picture's new size, where it records one."""
+def exif_for_size(block: bytes | None, height: int, width: int) -> bytes | None:
+    """The EXIF block with the image's new size, where it records one."""
     if block is None:
         return None
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Reading 16-bit pictures, which Pillow opens but, except for grey ones, delivers with 8 bits.
+"""Reading 16-bit images, which Pillow opens but, except for grey ones, delivers with 8 bits.
 
 Pillow's decoders do the work (filters, interlacing, compression, byte order), and an unpacker then picks the high byte of every
 value. Decoding a second time with the unpacker for the other byte order picks the low byte.
@@ -18,12 +18,12 @@ _LOW_BYTE.update({f"{mode};16N": f"{mode};16{'B' if sys.byteorder == 'little' el
 
 
 def is_sixteen_bit(image: Image.Image) -> bool:
-    """Whether an opened, not yet loaded picture has 16 bits a channel in its file."""
+    """Whether an opened, not yet loaded image has 16 bits a channel in its file."""
     return image.mode == "I" or image.mode.startswith("I;16") or any(";16" in name for name in _unpackers(image))
 
 
 def read_sixteen_bits(path: Path, image: Image.Image) -> np.ndarray | None:
-    """(H, W, C) uint16 of an opened, not yet loaded 16-bit picture; None where it cannot be had (planes stored apart, CMYK)."""
+    """(H, W, C) uint16 of an opened, not yet loaded 16-bit image; None where it cannot be had (planes stored apart, CMYK)."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -31,7 +31,7 @@ def read_sixteen_bits(path: Path, image: Image.Image) -> np.ndarray | None:
         return values.astype(np.uint16)[..., None]
     unpackers = _unpackers(image)
     if unpackers == {"LA;16B"}:
-        # Grey and alpha, 2 + 2 bytes: read as they lie, as the four channels of an 8-bit picture.
+        # Grey and alpha, 2 + 2 bytes: read as they lie, as the four channels of an 8-bit image.
         return _decode(path, "RGBA").view(">u2").astype(np.uint16)
     if len(unpackers) != 1 or not unpackers <= set(_LOW_BYTE):
         return None

@@ -1,4 +1,4 @@
-"""Writing a picture file: whole or not at all, in the format that its name asks for."""
+"""Writing an image file: complete or not at all, in the format that its suffix names."""
 
 from __future__ import annotations
 
@@ -14,75 +14,89 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from qartsr_pipeline.image.pil_modes import LUMA
+from qartsr_pipeline.image import GREY_WEIGHTS
 from qartsr_pipeline.image_files.encoding import encode_png, encode_tiff
-from qartsr_pipeline.image_files.image_file import PictureError, PictureFile
+from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError
 from qartsr_pipeline.image_files.metadata import exif_for_size
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quotas
 
 
 @dataclass(frozen=True)
-class _Format:
+class Format:
+    """What a file format can hold.
+
+    Attributes:
+        name: Pillow's name for it.
+        alpha, sixteen_bit, metadata: whether it holds transparency, 16 bits a channel, colour profile and EXIF.
+        lossy: whether it takes a quality.
+        options: for Pillow's encoder, besides the quality.
+    """
+
     name: str
     alpha: bool = False
     sixteen_bit: bool = False
     metadata: bool = True
+    lossy: bool = False
     largest_side: int = 2**31 - 1
-    options: tuple[tuple[str, object], ...] = ()
+    options: tuple[tuple[str, int], ...] = ()
 
 
-_JPEG = _Format("JPEG", largest_side=65500, options=(("quality", 95), ("subsampling", 0)))
-_TIFF = _Format("TIFF", alpha=True, sixteen_bit=True)
+DEFAULT_QUALITY = 95
+_JPEG = Format("JPEG", lossy=True, largest_side=65500, options=(("subsampling", 0),))
+_TIFF = Format("TIFF", alpha=True, sixteen_bit=True)
 WRITABLE_FORMATS = {
-    ".png": _Format("PNG", alpha=True, sixteen_bit=True),
+    ".png": Format("PNG", alpha=True, sixteen_bit=True),
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
-    ".webp": _Format("WebP", alpha=True, largest_side=16383, options=(("quality", 95), ("method", 4))),
+    ".webp": Format("WebP", alpha=True, lossy=True, largest_side=16383, options=(("method", 4),)),
     ".tif": _TIFF,
     ".tiff": _TIFF,
-    ".bmp": _Format("BMP", metadata=False),
+    ".bmp": Format("BMP", metadata=False),
 }
 
 
 def make_folder(folder: str | os.PathLike) -> None:
-    """Creates the folder and those above it where missing; raises PictureError with the reason where that fails."""
+    """Creates the folder and those above it where missing; raises ImageFileError with the reason where that fails."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise PictureError(f"The folder {folder} cannot be created: {reason}. Choose another one, or check the names.") from error
+        raise ImageFileError(
+            f"The folder {folder} cannot be created: {reason}. Choose another one, or check the names."
+        ) from error
 
 
-def check_writable(path: str | os.PathLike, size: tuple[int, int] | None = None) -> None:
-    """What can be said before the pixels exist: the format is known and holds `size` (width, height), the folder takes files.
+def check_writable(path: str | os.PathLike, height: int = 0, width: int = 0) -> None:
+    """Checks, before the pixels exist, that the format is known and holds so many pixels, and that the folder takes files.
 
     Raises:
-        PictureError: with the reason and the ways out. Nothing is left behind.
+        ImageFileError: with the reason and the ways out. Nothing is left behind.
     """
     path = Path(path)
     kind = _format_of(path)
-    if size is not None and max(size) > kind.largest_side:
-        raise PictureError(
-            f"{path} would have {size[0]} x {size[1]} pixels, but {kind.name} holds at most {kind.largest_side} a side."
+    if max(height, width) > kind.largest_side:
+        raise ImageFileError(
+            f"{path} would have {width} x {height} pixels, but {kind.name} holds at most {kind.largest_side} a side."
             " Write a .png or .tif."
         )
     _write_whole(path, lambda file: None, keep=False)
 
 
-def write_picture(path: str | os.PathLike, pixels: np.ndarray, source: PictureFile) -> list[str]:
+def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, quality: int = DEFAULT_QUALITY) -> list[str]:
     """Writes a result with the bits, colour profile and EXIF of the file it was made from.
 
     Args:
         path: its suffix chooses the format, see `WRITABLE_FORMATS`. An existing file is replaced, in one step.
         pixels: (H, W, 3) or (H, W, 4) float in [0, 1]; values outside are clipped. Grey again if `source` is grey.
-        source: the picture file that was read.
+        source: the image file that was read.
+        quality: of JPEG and WebP, 1 to 100; other formats are lossless.
 
     Returns:
         What the format could not hold, one sentence each, for the user to see: alpha is laid over white, 16 bits become 8.
 
     Raises:
-        PictureError: unknown suffix, too many pixels for the format, folder missing or not writable, disk full. Whatever the
+        ImageFileError: unknown suffix, too many pixels for the format, folder missing or not writable, disk full. Whatever the
             failure, no half-written file remains and an existing one is untouched.
     """
     path = Path(path)
@@ -90,23 +104,25 @@ def write_picture(path: str | os.PathLike, pixels: np.ndarray, source: PictureFi
     pixels, notices = _fitted(pixels, source, kind)
     height, width = pixels.shape[:2]
     if max(width, height) > kind.largest_side:
-        check_writable(path, (width, height))
-    icc_profile, exif = source.icc_profile, exif_for_size(source.exif, width, height)
+        check_writable(path, height, width)
+    icc_profile, exif = source.icc_profile, exif_for_size(source.exif, height, width)
     if not kind.metadata and (icc_profile or exif):
         notices.append(f"{path.name}: {kind.name} holds no colour profile and no EXIF; they are left out.")
         icc_profile = exif = None
-    _write_whole(path, lambda file: _encode(file, pixels, kind, icc_profile, exif))
+    metadata = {name: value for name, value in (("icc_profile", icc_profile), ("exif", exif)) if value}
+    options = dict(kind.options) | ({"quality": quality} if kind.lossy else {})
+    _write_whole(path, lambda file: file.write(_encoded(pixels, kind, metadata, options)))
     return notices
 
 
-def _format_of(path: Path) -> _Format:
+def _format_of(path: Path) -> Format:
     kind = WRITABLE_FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise PictureError(f"{path} ends in no known picture format. Use one of {', '.join(WRITABLE_FORMATS)}.")
+        raise ImageFileError(f"{path} does not end in a known image format. Use one of {', '.join(WRITABLE_FORMATS)}.")
     return kind
 
 
-def _fitted(pixels: np.ndarray, source: PictureFile, kind: _Format) -> tuple[np.ndarray, list[str]]:
+def _fitted(pixels: np.ndarray, source: ImageFile, kind: Format) -> tuple[np.ndarray, list[str]]:
     """(H, W, C) float -> uint8 or uint16 in channels that the format has, and what was lost."""
     notices = []
     colour, alpha = np.clip(pixels[..., :3], 0, 1), np.clip(pixels[..., 3:], 0, 1)
@@ -114,7 +130,7 @@ def _fitted(pixels: np.ndarray, source: PictureFile, kind: _Format) -> tuple[np.
         notices.append(f"{kind.name} holds no transparency; it is laid over white. Write a .png to keep it.")
         colour, alpha = colour * alpha + (1 - alpha), alpha[..., :0]
     if source.pixels.shape[2] <= 2:
-        colour = (colour @ np.array(LUMA, np.float32))[..., None]
+        colour = (colour @ np.array(GREY_WEIGHTS, np.float32))[..., None]
     sixteen_bit = source.sixteen_bit and kind.sixteen_bit
     if source.sixteen_bit and not sixteen_bit:
         notices.append(f"{kind.name} holds 8 bits, the source has 16. Write a .png or .tif to keep them.")
@@ -122,20 +138,17 @@ def _fitted(pixels: np.ndarray, source: PictureFile, kind: _Format) -> tuple[np.
     return np.rint(values * (65535 if sixteen_bit else 255)).astype(np.uint16 if sixteen_bit else np.uint8), notices
 
 
-def _encode(file: BinaryIO, pixels: np.ndarray, kind: _Format, icc_profile: bytes | None, exif: bytes | None) -> None:
+def _encoded(pixels: np.ndarray, kind: Format, metadata: dict[str, bytes], options: dict[str, int]) -> bytes | memoryview:
     if kind.name == "TIFF" or pixels.dtype == np.uint16:
-        encode = encode_tiff if kind.name == "TIFF" else encode_png
-        file.write(encode(pixels, icc_profile, exif))
-        return
-    metadata = {name: value for name, value in (("icc_profile", icc_profile), ("exif", exif)) if value}
+        return (encode_tiff if kind.name == "TIFF" else encode_png)(pixels, **metadata)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     # Not straight into the file: Pillow's encoders take a short write, as on a full disk, for a whole one.
     encoded = io.BytesIO()
-    image.save(encoded, kind.name, **metadata, **dict(kind.options))
-    file.write(encoded.getbuffer())
+    image.save(encoded, kind.name, **metadata, **options)
+    return encoded.getbuffer()
 
 
-def _write_whole(path: Path, write: Callable[[BinaryIO], None], keep: bool = True) -> None:
+def _write_whole(path: Path, write: Callable[[BinaryIO], object], keep: bool = True) -> None:
     """Writes to a temporary name in the same folder and renames it when everything has reached the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -148,9 +161,9 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], None], keep: bool = Tru
         if keep:
             os.replace(temporary, path)
     except OSError as error:
-        raise PictureError(f"{path} cannot be written: {_reason(error, path.parent)}") from error
+        raise ImageFileError(f"{path} cannot be written: {_reason(error, path.parent)}") from error
     except ValueError as error:  # an encoder's refusal, such as EXIF beyond JPEG's 64 kB
-        raise PictureError(f"{path} cannot be written in this format: {error}. Write a .png or .tif.") from error
+        raise ImageFileError(f"{path} cannot be written in this format: {error}. Write a .png or .tif.") from error
     finally:
         # The folder may be the very thing that does not work.
         try:

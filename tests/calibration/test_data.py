@@ -16,7 +16,7 @@ from qartsr_pipeline.calibration.data.pairs import MARGIN, degraded_pair, held_o
 from qartsr_pipeline.calibration.data.patches import ImagePatches, MixedPatches, PhotographPatches, images_record
 from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
 from qartsr_pipeline.calibration.data.training_set import TrainingData
-from qartsr_pipeline.image_files import PictureError
+from qartsr_pipeline.image_files import ImageFileError
 
 
 def spectral_slope(images: np.ndarray) -> float:
@@ -202,5 +202,5 @@ def test_photographs_of_every_kind_become_rgb_of_eight_bits(tmp_path):
     Image.new("RGBA", (4, 3), (1, 2, 3, 0)).save(tmp_path / "alpha.png")
     assert read_photograph(tmp_path / "alpha.png").reshape(-1, 3).tolist() == [[1, 2, 3]] * 12
     (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:60])
-    with pytest.raises(PictureError, match="cut.png is truncated or damaged"):
+    with pytest.raises(ImageFileError, match="cut.png is truncated or damaged"):
         read_photograph(tmp_path / "cut.png")

@@ -1,4 +1,4 @@
-"""Both alignments take the tone from the reference and the detail from the picture."""
+"""Both alignments take the tone from the reference and the detail from the image."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from qartsr_pipeline.image.color_alignment import align_color, low_pass
 @pytest.mark.parametrize("color_fix", ["wavelet", "adain"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (120, 90)])
 def test_a_tone_shift_is_undone(color_fix, size):
-    picture = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    shifted = picture + torch.tensor([0.1, -0.2, 0.3]).view(1, 3, 1, 1)
-    assert torch.allclose(align_color(shifted, picture, color_fix), picture, atol=1e-5)
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    shifted = image + torch.tensor([0.1, -0.2, 0.3]).view(1, 3, 1, 1)
+    assert torch.allclose(align_color(shifted, image, color_fix), image, atol=1e-5)
 
 
-def test_none_leaves_the_picture_alone():
-    picture = torch.rand(1, 3, 5, 5)
-    assert align_color(picture, torch.zeros_like(picture), None) is picture
+def test_none_leaves_the_image_alone():
+    image = torch.rand(1, 3, 5, 5)
+    assert align_color(image, torch.zeros_like(image), None) is image
 
 
 def test_wavelet_keeps_detail_of_one_and_tone_of_the_other():
@@ -32,7 +32,7 @@ def test_wavelet_keeps_detail_of_one_and_tone_of_the_other():
 
 
 @pytest.mark.parametrize("height", [1, 61, 62, 63, 100, 333])
-def test_bands_of_rows_are_the_whole_picture(height, monkeypatch):
+def test_bands_of_rows_are_the_whole_image(height, monkeypatch):
     monkeypatch.setattr(color_alignment, "BAND_PIXELS", 1)
     image, reference = torch.rand(2, 1, 3, height, 40, generator=torch.Generator().manual_seed(0))
     kept = image.clone(), reference.clone()

@@ -13,8 +13,8 @@ from qartsr_pipeline.image.metrics import luma, psnr_y, ssim_y
 @pytest.fixture
 def pair():
     generator = np.random.default_rng(0)
-    picture = generator.random((40, 52, 3))
-    return picture, np.clip(picture + 0.1 * generator.standard_normal(picture.shape), 0, 1)
+    image = generator.random((40, 52, 3))
+    return image, np.clip(image + 0.1 * generator.standard_normal(image.shape), 0, 1)
 
 
 def test_luma_of_black_white_and_matlabs_example():
@@ -25,14 +25,14 @@ def test_luma_of_black_white_and_matlabs_example():
 @pytest.mark.parametrize("border", [0, 4])
 def test_agrees_with_scikit_image(pair, border):
     inner = slice(border, -border or None)
-    a, b = (luma(picture).numpy()[inner, inner] for picture in pair)
+    a, b = (luma(image).numpy()[inner, inner] for image in pair)
     assert psnr_y(*pair, border=border) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-9)
     expected = structural_similarity(a, b, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     assert ssim_y(*pair, border=border) == pytest.approx(expected, abs=1e-9)
 
 
-def test_tensors_and_arrays_are_the_same_pictures(pair):
-    tensors = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pair]
+def test_tensors_and_arrays_are_the_same_images(pair):
+    tensors = [torch.from_numpy(image).permute(2, 0, 1) for image in pair]
     assert psnr_y(*tensors) == psnr_y(*pair) == psnr_y(tensors[0][None], pair[1])
     assert psnr_y(pair[0], pair[0]) == math.inf and ssim_y(pair[0], pair[0]) == pytest.approx(1)
 

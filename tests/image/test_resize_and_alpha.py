@@ -1,4 +1,4 @@
-"""Exact sizes, Pillow's resampling, padding of the smallest pictures, and colours that stay under their transparency."""
+"""Exact sizes, Pillow's resampling, padding of the smallest images, and colours that stay under their transparency."""
 
 import numpy as np
 import PIL.Image
@@ -28,7 +28,7 @@ def test_mirror_is_numpys_reflection_and_has_no_limit(length, wanted):
     assert mirror_indices(length, wanted).tolist() == expected.tolist()
 
 
-def test_padding_reaches_multiple_and_minimum_and_keeps_the_picture():
+def test_padding_reaches_multiple_and_minimum_and_keeps_the_image():
     image = torch.rand(1, 3, 33, 1)
     padded = pad_to_multiple(image, 16, 32)
     assert padded.shape == (1, 3, 48, 32)

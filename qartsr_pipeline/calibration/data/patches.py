@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 
 from qartsr_pipeline.calibration.data.photographs import as_pixels, read_photograph
-from qartsr_pipeline.image.input_conversion import to_pictures
+from qartsr_pipeline.image.conversion import to_images
 
 MemoryImage = PIL.Image.Image | np.ndarray | torch.Tensor
 LARGE_SIDE = 1024  # images at least this long are also used at half size, where they are sharper per pixel
@@ -39,7 +39,7 @@ def pixels_of(images: Iterable[MemoryImage]) -> list[np.ndarray]:
     Raises:
         TypeError, ValueError: an image is of another kind, shape or range; the message says which.
     """
-    return [as_pixels(picture.rgb) for picture in to_pictures(list(images), "data")]
+    return [as_pixels(picture.rgb) for picture in to_images(list(images), "data")]
 
 
 def images_record(images: Iterable[MemoryImage]) -> dict[str, int | str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qartsr_pipeline.image_files import READABLE_SUFFIXES, read_picture
+from qartsr_pipeline.image_files import READABLE_SUFFIXES, read_image
 
 
 def list_photographs(folder: str | Path) -> list[Path]:
@@ -29,9 +29,9 @@ def read_photograph(path: str | Path) -> np.ndarray:
     """The image as uint8 RGB, shape (H, W, 3), upright, without its transparency.
 
     Raises:
-        PictureError: the file cannot be read; the message names it.
+        ImageFileError: the file cannot be read; the message names it.
     """
-    pixels = read_picture(path).pixels
+    pixels = read_image(path).pixels
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     colors = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1]

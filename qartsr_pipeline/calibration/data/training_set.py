@@ -59,7 +59,7 @@ class TrainingData:
         """Reads the images.
 
         Raises:
-            FileNotFoundError: no such folder, or no image in it. PictureError: a photograph cannot be read.
+            FileNotFoundError: no such folder, or no image in it. ImageFileError: a photograph cannot be read.
             ValueError: an image is too small to validate on, or all of them are held out.
         """
         if self.data is None:

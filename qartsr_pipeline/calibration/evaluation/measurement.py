@@ -14,14 +14,13 @@ from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, Metric
 from qartsr_pipeline.calibration.evaluation.originals import Original
 from qartsr_pipeline.calibration.evaluation.rows import SECONDS, TO_FULL_PRECISION, EvaluationRow, RowKey, make_rows
 from qartsr_pipeline.image.metrics import psnr_y
-from qartsr_pipeline.image.picture import Picture
+from qartsr_pipeline.image.conversion import ImageTensors
 from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
 from qartsr_pipeline.image.tile_size import MINIMUM_SIDE
-from qartsr_pipeline.one_step import OneStepNetwork
+from qartsr_pipeline.one_step import OneStepNetwork, Settings, finish, run_tiles
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.deployed import DeployedLayer
-from qartsr_pipeline.upscaling import Settings, StepReporter, finish, run_tiles
 
 BICUBIC, ORIGINAL = "bicubic", "original"  # beside the models' names, in `ImageOutputs.outputs`
 COLOR_FIXES = ("wavelet", None)  # the pipeline's default, and the network's own colours
@@ -212,31 +211,18 @@ def upscale(
     Returns:
         One (1, 3, 4h, 4w) of whole 255ths for each alignment; the seconds that the network took.
     """
-    picture = Picture(rgb=low)
-    size = enlarged_size(picture.size, SCALE)
+    image = ImageTensors(rgb=low)
+    size = enlarged_size((image.height, image.width), SCALE)
     whole = -(-max(*size, MINIMUM_SIDE) // pipeline.multiple) * pipeline.multiple
-    plan = pipeline.plan(picture, tile_size or whole, None)
+    plan = pipeline.plan(image, tile_size or whole, None)
     settings = Settings(SCALE, SCALE, None, True, False, None, pipeline.share_tile_statistics)
     enlarged = resize(low, size)
     start = time.perf_counter()
-    result = run_tiles(
-        network,
-        pad_to_multiple(enlarged, plan.multiple, plan.minimum),
-        plan,
-        settings,
-        StepReporter(pipeline, Silent(), None, []),
-    )
+    result = run_tiles(network, pad_to_multiple(enlarged, plan.multiple, plan.minimum), plan, settings)
     seconds = time.perf_counter() - start
     result = result[..., : size[0], : size[1]]
-    outputs = [finish(picture, enlarged, result, replace(settings, color_fix=color_fix)).rgb for color_fix in color_fixes]
+    outputs = [finish(image, enlarged, result, replace(settings, color_fix=color_fix)).rgb for color_fix in color_fixes]
     return [as_bytes(output) for output in outputs], seconds
-
-
-class Silent:
-    """A progress bar that shows nothing."""
-
-    def update(self) -> None:
-        pass
 
 
 def reconstruct(network: OneStepNetwork, high: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
 from qartsr_pipeline.calibration.data.paired_folders import SCALE, ImagePair, find_pairs, read_pair
-from qartsr_pipeline.image.input_conversion import to_pictures
+from qartsr_pipeline.image.conversion import to_images
 
 ImageInput: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
 Data: TypeAlias = str | os.PathLike | ImageInput | Sequence[str | os.PathLike | ImagePair | ImageInput]
@@ -76,8 +76,8 @@ def originals_of(data: Data) -> list[Original]:
         elif isinstance(item, (str, os.PathLike)):
             originals.append(_of_pair(ImagePair(Path(item))))
         else:
-            pictures = to_pictures(item, f"data[{index}]")
-            originals += [Original(f"image {len(originals) + number}", each.rgb) for number, each in enumerate(pictures, 1)]
+            images = to_images(item, f"data[{index}]")
+            originals += [Original(f"image {len(originals) + number}", each.rgb) for number, each in enumerate(images, 1)]
     if not originals:
         raise ValueError("`data` is an empty list: give a folder of images, or at least one image")
     return originals

@@ -1,12 +1,11 @@
-"""Whatever is handed in becomes the right Picture, or an error that names the argument."""
+"""Whatever is handed in becomes the right ImageTensors, or an error that names the argument."""
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from qartsr_pipeline.image.input_conversion import to_pictures
-from qartsr_pipeline.image.output_conversion import from_pictures, to_pil
+from qartsr_pipeline.image.conversion import from_images, to_images, to_pil
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14
 
@@ -22,11 +21,11 @@ def test_every_pil_mode_survives_the_way_in_and_out(mode):
         image = source.convert("P").convert("PA")
     else:
         image = source.convert(mode)
-    (picture,) = to_pictures(image)
-    assert picture.rgb.shape == (1, 3, 2, 3) and picture.rgb.dtype == torch.float32
-    assert 0 <= picture.rgb.min() and picture.rgb.max() <= 1
+    (converted,) = to_images(image)
+    assert converted.rgb.shape == (1, 3, 2, 3) and converted.rgb.dtype == torch.float32
+    assert 0 <= converted.rgb.min() and converted.rgb.max() <= 1
     expected = {"1": "L", "P": "RGB", "PA": "RGBA", "I": "I;16", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB"}.get(mode, mode)
-    result = to_pil(picture)
+    result = to_pil(converted)
     assert result.mode == expected
     if mode not in ("I", "I;16"):
         assert np.array_equal(np.asarray(result), np.asarray(image.convert(expected)))
@@ -34,10 +33,10 @@ def test_every_pil_mode_survives_the_way_in_and_out(mode):
         assert np.array_equal(np.asarray(result).astype(int), np.asarray(image).astype(int))
 
 
-def test_exif_orientation_turns_the_picture_upright():
+def test_exif_orientation_turns_the_image_upright():
     image = PIL.Image.fromarray(RGB)
     image.getexif()[0x0112] = 6  # to be rotated by 90 degrees clockwise
-    upright = np.asarray(to_pil(to_pictures(image)[0]))
+    upright = np.asarray(to_pil(to_images(image)[0]))
     assert np.array_equal(upright, np.rot90(RGB, -1))
 
 
@@ -48,9 +47,9 @@ def test_a_transparent_colour_becomes_alpha(mode, transparency, expected):
         image = PIL.Image.new(mode, (2, 1))
         image.putpixel((1, 0), 1)
     image.info["transparency"] = transparency
-    (picture,) = to_pictures(image)
-    assert picture.alpha is not None and picture.alpha[0, 0, 0, 0] == 0 and picture.alpha.max() == 1
-    assert to_pil(picture).mode == expected
+    (converted,) = to_images(image)
+    assert converted.alpha is not None and converted.alpha[0, 0, 0, 0] == 0 and converted.alpha.max() == 1
+    assert to_pil(converted).mode == expected
 
 
 @pytest.mark.parametrize("dtype, full", [(np.uint8, 255), (np.uint16, 65535), (np.float16, 1), (np.float32, 1), (np.float64, 1)])
@@ -60,20 +59,20 @@ def test_numpy_and_torch_agree(dtype, full, shape):
     array = (values * full).round().astype(dtype) if full > 1 else values.astype(dtype)
     tensor = torch.from_numpy(array)
     tensor = tensor if array.ndim == 2 else tensor.movedim(-1, -3)
-    for one, other in zip(to_pictures(array), to_pictures(tensor), strict=True):
-        assert torch.equal(one.rgb, other.rgb) and one.size == (4, 5)
+    for one, other in zip(to_images(array), to_images(tensor), strict=True):
+        assert torch.equal(one.rgb, other.rgb) and (one.height, one.width) == (4, 5)
         assert (one.alpha is None) == (other.alpha is None) == (shape[-1] not in (2, 4))
         assert one.greyscale == (shape in [(4, 5), (4, 5, 1), (4, 5, 2)])
         assert one.sixteen_bit == (dtype is np.uint16)
     expected = values if values.ndim != 4 else values[0]
-    found = to_pictures(array)[0].rgb[0].permute(1, 2, 0).numpy()
+    found = to_images(array)[0].rgb[0].permute(1, 2, 0).numpy()
     colours = expected[..., None] if expected.ndim == 2 else expected[..., : (1 if expected.shape[-1] < 3 else 3)]
     assert np.abs(found - colours).max() < 0.003
 
 
 def test_a_list_may_mix_kinds_sizes_and_batches():
-    pictures = to_pictures([PIL.Image.new("L", (3, 2)), np.zeros((2, 5, 6, 3)), torch.zeros(4, 1, 1)])
-    assert [picture.size for picture in pictures] == [(2, 3), (5, 6), (5, 6), (1, 1)]
+    images = to_images([PIL.Image.new("L", (3, 2)), np.zeros((2, 5, 6, 3)), torch.zeros(4, 1, 1)])
+    assert [(image.height, image.width) for image in images] == [(2, 3), (5, 6), (5, 6), (1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +100,14 @@ def test_a_list_may_mix_kinds_sizes_and_batches():
         (PIL.Image.new("RGB", (0, 3)), ValueError, ["no pixels"]),
     ],
 )
-def test_bad_pictures_are_named(image, error, words):
+def test_bad_images_are_named(image, error, words):
     with pytest.raises(error) as caught:
-        to_pictures(image)
+        to_images(image)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_arrays_are_stacked_only_when_they_are_equal():
-    small, large = to_pictures([np.zeros((2, 2, 3)), np.zeros((3, 3, 3))])
-    assert from_pictures([small, small], "np").shape == (2, 2, 2, 3)
-    assert from_pictures([small, small], "pt").shape == (2, 3, 2, 2)
-    assert [one.shape for one in from_pictures([small, large], "np")] == [(2, 2, 3), (3, 3, 3)]
+    small, large = to_images([np.zeros((2, 2, 3)), np.zeros((3, 3, 3))])
+    assert from_images([small, small], "np").shape == (2, 2, 2, 3)
+    assert from_images([small, small], "pt").shape == (2, 3, 2, 2)
+    assert [one.shape for one in from_images([small, large], "np")] == [(2, 2, 3), (3, 3, 3)]

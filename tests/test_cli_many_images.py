@@ -1,4 +1,4 @@
-"""`qartsr upscale` over many pictures: runs that continue where they stopped, the bar, and several processes."""
+"""`qartsr upscale` over many images: runs that continue where they stopped, the bar, and several processes."""
 
 import os
 import subprocess
@@ -58,29 +58,27 @@ def test_an_interrupted_run_continues_where_it_stopped(upscale, photos, tmp_path
     assert upscale(photos, "-o", out) == 0 and len(calls) == 2 and len(list(out.iterdir())) == 4
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
     said = capsys.readouterr().out
-    assert (
-        "2 of 4 pictures are skipped" in said and "--overwrite" in said and "4 pictures: 2 written, 2 skipped, 0 failed" in said
-    )
+    assert "2 of 4 images are skipped" in said and "--overwrite" in said and "4 images: 2 written, 2 skipped, 0 failed" in said
     assert upscale(photos, "-o", out, "--overwrite") == 0 and len(calls) == 6
     assert "skipped" not in capsys.readouterr().out
 
 
 def test_a_finished_run_does_not_even_load_the_model(upscale, photos, capsys, monkeypatch):
-    assert upscale(photos) == 0  # beside the pictures
+    assert upscale(photos) == 0  # beside the images
     monkeypatch.setattr(QArtSRPipeline, "from_pretrained", None)
-    assert upscale(photos) == 0 and "4 pictures: 0 written, 4 skipped, 0 failed" in capsys.readouterr().out
+    assert upscale(photos) == 0 and "4 images: 0 written, 4 skipped, 0 failed" in capsys.readouterr().out
 
 
-def test_pictures_named_one_by_one_are_resumed_too_but_one_alone_must_be_meant(upscale, photos, capsys):
+def test_images_named_one_by_one_are_resumed_too_but_one_alone_must_be_meant(upscale, photos, capsys):
     a, b = photos / "a.png", photos / "b.png"
     assert upscale(a) == 0 and upscale(a, b) == 0
-    assert "2 pictures: 1 written, 1 skipped, 0 failed" in capsys.readouterr().out
+    assert "2 images: 1 written, 1 skipped, 0 failed" in capsys.readouterr().out
     assert upscale(a) == 2 and "exists already. Add --overwrite" in capsys.readouterr().err
 
 
-def test_two_pictures_for_one_output_are_an_error_in_every_run(upscale, photos, capsys):
+def test_two_images_for_one_output_are_an_error_in_every_run(upscale, photos, capsys):
     draw(photos / "a.jpg")
-    for summary in ("5 pictures: 4 written, 1 failed", "5 pictures: 0 written, 4 skipped, 1 failed"):
+    for summary in ("5 images: 4 written, 1 failed", "5 images: 0 written, 4 skipped, 1 failed"):
         assert upscale(photos, "-o", photos / "out") == 2
         output = capsys.readouterr()
         assert summary in output.out and "Rename one of them" in output.err
@@ -96,16 +94,16 @@ def test_what_another_run_wrote_in_the_meantime_is_left_alone(upscale, photos, t
 
     monkeypatch.setattr(QArtSRPipeline, "__call__", meanwhile)
     assert upscale(photos, "-o", out) == 0 and (out / "b_x4.png").read_bytes() == b"another's"
-    assert "4 pictures: 3 written, 1 skipped, 0 failed" in capsys.readouterr().out
+    assert "4 images: 3 written, 1 skipped, 0 failed" in capsys.readouterr().out
 
 
 def test_a_bar_counts_files_where_a_person_watches(upscale, photos, capsys, monkeypatch):
-    assert upscale(photos, "-o", photos / "unwatched") == 0 and "pictures:" not in capsys.readouterr().err
+    assert upscale(photos, "-o", photos / "unwatched") == 0 and "images:" not in capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    (photos / "b.png").write_text("no picture")
+    (photos / "b.png").write_text("no image")
     assert upscale(photos, "-o", photos / "watched") == 2
     error = capsys.readouterr().err
-    assert "pictures: 100%" in error and "4/4" in error
+    assert "images: 100%" in error and "4/4" in error
     lines = error.replace("\r", "\n").splitlines()
     assert any(line.startswith("qartsr: error: ") for line in lines), "the bar and the message share no line"
 
@@ -138,15 +136,15 @@ def launch(*arguments):
 def test_two_processes_share_a_folder_and_a_failure_of_one_does_not_stop_the_other(tiny_folder, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     draw(photos / "b.png", side=128)  # the second process is still at work when the first one has failed
-    (photos / "a.png").write_text("no picture")
+    (photos / "a.png").write_text("no image")
     arguments = ["upscale", photos, "-o", out, "--model", tiny_folder, "--device", "cpu"]
     result = launch(*arguments)
     assert result.returncode != 0 and [path.name for path in out.iterdir()] == ["b_x4.png"], result
-    assert result.stdout.count("2 pictures: 1 written, 1 failed") == 1 and result.stderr.count("not a picture") == 1
+    assert result.stdout.count("2 images: 1 written, 1 failed") == 1 and result.stderr.count("not an image") == 1
     assert "process 1 of 2: device: cpu" in result.stdout and "process 2 of 2: device: cpu" in result.stdout
     for name in ("a", "c", "d"):
         draw(photos / f"{name}.png")
     result = launch(*arguments)
     assert result.returncode == 0 and len(list(out.iterdir())) == 4, result
-    assert result.stdout.count("1 of 4 pictures are skipped") == 1 and "4 pictures: 3 written, 1 skipped" in result.stdout
+    assert result.stdout.count("1 of 4 images are skipped") == 1 and "4 images: 3 written, 1 skipped" in result.stdout
     assert all(result.stdout.count(f"{name}.png -> ") == 1 for name in ("a", "c", "d"))

@@ -1,4 +1,4 @@
-"""Picture files: what is read is what was stored, what is written can be read back, and failures leave nothing behind."""
+"""ImageTensors files: what is read is what was stored, what is written can be read back, and failures leave nothing behind."""
 
 import resource
 import struct
@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image, ImageCms
 from PIL.ExifTags import IFD, Base
 
-from qartsr_pipeline.image_files import PictureError, PictureFile, check_writable, read_picture, write_picture
+from qartsr_pipeline.image_files import ImageFile, ImageFileError, check_writable, read_image, write_image
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -38,12 +38,12 @@ def camera_exif(orientation=6):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_sixteen_bits_survive_writing_and_reading(tmp_path, suffix, channels):
     pixels = random_pixels(channels)
-    path = tmp_path / f"picture{suffix}"
-    assert write_picture(path, as_result(pixels), PictureFile(pixels)) == []
+    path = tmp_path / f"image{suffix}"
+    assert write_image(path, as_result(pixels), ImageFile(pixels)) == []
     if channels == 2 and suffix == ".tif":
         assert np.array_equal(tifffile.imread(path), pixels)  # Pillow opens no 16-bit grey TIFF with alpha
         return
-    again = read_picture(path)
+    again = read_image(path)
     assert again.sixteen_bit and again.notices == []
     assert np.array_equal(again.pixels, pixels)
 
@@ -51,8 +51,8 @@ def test_sixteen_bits_survive_writing_and_reading(tmp_path, suffix, channels):
 @pytest.mark.parametrize("height", [1, 2, 64, 65, 66, 200])
 def test_sixteen_bit_png_of_any_height(tmp_path, height):
     pixels = random_pixels(3, size=(height, 3))
-    write_picture(tmp_path / "a.png", as_result(pixels), PictureFile(pixels))
-    assert np.array_equal(read_picture(tmp_path / "a.png").pixels, pixels)
+    write_image(tmp_path / "a.png", as_result(pixels), ImageFile(pixels))
+    assert np.array_equal(read_image(tmp_path / "a.png").pixels, pixels)
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
@@ -62,11 +62,11 @@ def test_reads_sixteen_bit_tiff_of_another_writer(tmp_path, channels, byteorder,
     pixels = random_pixels(channels)
     options = {"photometric": "rgb" if channels > 1 else "minisblack", "extrasamples": ["unassalpha"] if channels == 4 else []}
     stored = pixels if channels > 1 else pixels[..., 0]
-    path = tmp_path / "picture.tif"
+    path = tmp_path / "image.tif"
     predictor = compression is not None
     tifffile.imwrite(path, stored, byteorder=byteorder, compression=compression, predictor=predictor, **options)
-    picture = read_picture(path)
-    assert np.array_equal(picture.pixels, pixels) and picture.notices == []
+    image = read_image(path)
+    assert np.array_equal(image.pixels, pixels) and image.notices == []
 
 
 def png(pixels, filters):
@@ -90,7 +90,7 @@ def png(pixels, filters):
 def test_reads_every_png_filter(tmp_path):
     pixels = random_pixels(3)
     (tmp_path / "a.png").write_bytes(png(pixels, [0, 1, 2, 3, 4]))
-    assert np.array_equal(read_picture(tmp_path / "a.png").pixels, pixels)
+    assert np.array_equal(read_image(tmp_path / "a.png").pixels, pixels)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
@@ -98,10 +98,10 @@ def test_reads_every_png_filter(tmp_path):
 def test_profile_and_exif_are_kept_upright_and_resized(tmp_path, suffix, dtype):
     source, target = tmp_path / "in.jpg", tmp_path / f"out{suffix}"
     Image.fromarray(random_pixels(3, np.uint8)).save(source, exif=camera_exif(), icc_profile=PROFILE)
-    picture = read_picture(source)
-    assert picture.size == (19, 23), "orientation 6 turns the picture by 90 degrees"
-    picture.pixels = picture.pixels.astype(dtype)
-    write_picture(target, np.zeros((92, 76, 3), np.float32), picture)
+    image = read_image(source)
+    assert (image.width, image.height) == (19, 23), "orientation 6 turns the image by 90 degrees"
+    image.pixels = image.pixels.astype(dtype)
+    write_image(target, np.zeros((92, 76, 3), np.float32), image)
     with Image.open(target) as result:
         assert result.info["icc_profile"] == PROFILE
         exif = result.getexif()
@@ -118,12 +118,12 @@ def test_every_orientation_agrees_with_pillow(tmp_path, orientation):
     Image.fromarray(random_pixels(3, np.uint8)).save(path, exif=camera_exif(orientation))
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
-    assert np.array_equal(read_picture(path).pixels, expected)
+    assert np.array_equal(read_image(path).pixels, expected)
 
 
 def test_structure_of_a_tiff_does_not_leak_into_other_files(tmp_path):
     tifffile.imwrite(tmp_path / "in.tif", random_pixels(3), photometric="rgb", description="a photograph", metadata=None)
-    write_picture(tmp_path / "out.jpg", np.zeros((8, 8, 3)), read_picture(tmp_path / "in.tif"))
+    write_image(tmp_path / "out.jpg", np.zeros((8, 8, 3)), read_image(tmp_path / "in.tif"))
     with Image.open(tmp_path / "out.jpg") as image:
         tags = image.getexif()
     assert "a photograph" in tags[Base.ImageDescription] and not {Base.StripOffsets, Base.BitsPerSample} & set(tags)
@@ -131,35 +131,35 @@ def test_structure_of_a_tiff_does_not_leak_into_other_files(tmp_path):
 
 def test_modes_without_red_green_and_blue(tmp_path):
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
-    red = read_picture(tmp_path / "cmyk.jpg").pixels[2, 2]
+    red = read_image(tmp_path / "cmyk.jpg").pixels[2, 2]
     assert red[0] > 240 and red[1:].max() < 20
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.save(tmp_path / "palette.png", transparency=1)
-    assert read_picture(tmp_path / "palette.png").pixels[0, 0].tolist() == [10, 20, 30, 0]
+    assert read_image(tmp_path / "palette.png").pixels[0, 0].tolist() == [10, 20, 30, 0]
     Image.new("1", (4, 4), 1).save(tmp_path / "bit.png")
-    assert read_picture(tmp_path / "bit.png").pixels.shape == (4, 4, 1)
+    assert read_image(tmp_path / "bit.png").pixels.shape == (4, 4, 1)
 
 
 def test_what_a_format_cannot_hold_is_said(tmp_path):
-    source = PictureFile(np.zeros((2, 2, 4), np.uint16), icc_profile=PROFILE)
+    source = ImageFile(np.zeros((2, 2, 4), np.uint16), icc_profile=PROFILE)
     result = np.zeros((2, 2, 4), np.float32)
-    notices = write_picture(tmp_path / "a.bmp", result, source)
+    notices = write_image(tmp_path / "a.bmp", result, source)
     assert [any(word in notice for notice in notices) for word in ("transparency", "8 bits", "profile")] == [True] * 3
-    assert read_picture(tmp_path / "a.bmp").pixels.min() == 255, "fully transparent black over white is white"
+    assert read_image(tmp_path / "a.bmp").pixels.min() == 255, "fully transparent black over white is white"
 
 
 def test_only_the_first_frame_is_read_and_that_is_said(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (4, 4), 255)])
-    picture = read_picture(tmp_path / "a.gif")
-    assert picture.pixels.max() == 0 and "2 frames" in picture.notices[0]
+    image = read_image(tmp_path / "a.gif")
+    assert image.pixels.max() == 0 and "2 frames" in image.notices[0]
 
 
 def test_bad_files_have_messages_of_their_own(tmp_path, monkeypatch):
     good = tmp_path / "good.png"
     Image.fromarray(random_pixels(3, np.uint8, (64, 64))).save(good)
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:2000])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     tifffile.imwrite(tmp_path / "float.tif", np.zeros((4, 4), np.float32))
     tifffile.imwrite(tmp_path / "long.tif", np.full((4, 4), 1 << 20, np.int32))
@@ -167,19 +167,19 @@ def test_bad_files_have_messages_of_their_own(tmp_path, monkeypatch):
         "none.png": "no file",
         ".": "is a folder",
         "cut.png": "truncated or damaged",
-        "text.png": "not a picture",
-        "empty.png": "not a picture",
+        "text.png": "not an image",
+        "empty.png": "not an image",
         "float.tif": "floating-point",
         "long.tif": "32-bit",
     }.items():
-        with pytest.raises(PictureError, match=expected):
-            read_picture(tmp_path / name)
+        with pytest.raises(ImageFileError, match=expected):
+            read_image(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(PictureError, match="decompression bomb"):
-        read_picture(good)
+    with pytest.raises(ImageFileError, match="decompression bomb"):
+        read_image(good)
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.tif"])
+@pytest.mark.parametrize("name", ["image.png", "image.jpg", "image.tif"])
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, name):
     target = tmp_path / name
     target.write_bytes(b"the old file")
@@ -187,8 +187,8 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, name):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(PictureError, match="disk is full or a size limit"):
-            write_picture(target, as_result(pixels), PictureFile(pixels))
+        with pytest.raises(ImageFileError, match="disk is full or a size limit"):
+            write_image(target, as_result(pixels), ImageFile(pixels))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert target.read_bytes() == b"the old file" and list(tmp_path.iterdir()) == [target]
@@ -201,12 +201,12 @@ def test_unwritable_places_are_reported_beforehand(tmp_path):
         tmp_path / "missing" / "a.png": "does not exist",
         tmp_path / "file" / "a.png": "not a folder",
         tmp_path / "folder.png": "it is a folder",
-        tmp_path / "a.xyz": "no known picture format",
+        tmp_path / "a.xyz": "does not end in a known image format",
     }.items():
-        with pytest.raises(PictureError, match=expected):
+        with pytest.raises(ImageFileError, match=expected):
             check_writable(path)
-    with pytest.raises(PictureError, match="16383"):
-        check_writable(tmp_path / "a.webp", (20000, 10))
+    with pytest.raises(ImageFileError, match="16383"):
+        check_writable(tmp_path / "a.webp", height=10, width=20000)
     check_writable(tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
@@ -216,5 +216,5 @@ def test_no_permission(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(PictureError, match="may not be written"):
+    with pytest.raises(ImageFileError, match="may not be written"):
         check_writable(tmp_path / "a.png")
