@@ -110,7 +110,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of cells and tables")
     parser.add_argument("--table-only", action="store_true", help="only write the tables of what is finished")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    parser.add_argument("--device", type=device_name, default="auto")
     return parser
 
 

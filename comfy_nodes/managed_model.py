@@ -80,7 +80,7 @@ def load_model(name: str, folder: Path, backend: str, dtype: str) -> ManagedMode
     from comfy.model_patcher import ModelPatcher
 
     from qartsr_pipeline.cli.device import choose_dtype
-    from qartsr_pipeline.cli.loading import load_quietly
+    from qartsr_pipeline.loading import load_quietly
 
     device = model_management.get_torch_device()
     chosen, _ = choose_dtype(dtype, device.type)

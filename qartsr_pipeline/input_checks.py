@@ -37,15 +37,15 @@ def check_components(
     if unet is None:
         return
     channels = getattr(vae, "config", {}).get("latent_channels") if vae is not None else None
-    if channels is not None and channels != unet.config.in_channels:
+    if channels is not None and channels != unet.config["in_channels"]:
         raise ValueError(
-            f"`unet` takes {unet.config.in_channels} latent channels, but `vae` has {channels}: they are of different models."
+            f"`unet` takes {unet.config['in_channels']} latent channels, but `vae` has {channels}: they are of different models."
         )
-    width = unet.config.cross_attention_dim
-    if prompt_embedding is not None and isinstance(width, int) and prompt_embedding.config.dim != width:
+    width = unet.config["cross_attention_dim"]
+    if prompt_embedding is not None and isinstance(width, int) and prompt_embedding.config["dim"] != width:
         raise ValueError(
-            f"`prompt_embedding` has tokens of width {prompt_embedding.config.dim}, but `unet` has cross_attention_dim {width}: "
-            "they are of different models."
+            f"`prompt_embedding` has tokens of width {prompt_embedding.config['dim']}, but `unet` has cross_attention_dim"
+            f" {width}: they are of different models."
         )
 
 
@@ -65,7 +65,7 @@ def _check_scheduler(scheduler: DDPMScheduler, timestep: int) -> None:
 def check_upscale(upscale: object) -> None:
     if isinstance(upscale, bool) or not isinstance(upscale, numbers.Real):
         raise TypeError(f"`upscale` must be a number, but is {upscale!r} ({type(upscale).__name__}).")
-    if not math.isfinite(upscale) or not 0 < upscale <= LARGEST_UPSCALE:
+    if not math.isfinite(upscale) or not 0 < float(upscale) <= LARGEST_UPSCALE:
         raise ValueError(
             f"`upscale` must be above 0 and at most {LARGEST_UPSCALE}, but is {upscale!r}. For larger enlargements "
             "call the pipeline on its own result."

@@ -34,7 +34,7 @@ def keep_prepared(pipeline: DiffusionPipeline, kept: bool = True) -> None:
 def offload_buffers(pipeline: DiffusionPipeline) -> None:
     """After `enable_sequential_cpu_offload`: moves the buffers of quantized layers to the device for each call of the layer."""
     for layer in quantized_layers(pipeline):
-        device = layer._hf_hook.execution_device
+        device = layer._hf_hook.execution_device  # type: ignore[union-attr]
         remove_hook_from_module(layer)
         add_hook_to_module(layer, AlignDevicesHook(device, offload=True, offload_buffers=True))
 

@@ -57,7 +57,7 @@ class OneStepNetwork:
         def stage(x: torch.Tensor) -> torch.Tensor:
             posterior = self.vae.encode(x).latent_dist
             latents = posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
-            return latents * self.vae.config.scaling_factor
+            return latents * self.vae.config["scaling_factor"]
 
         return run_finite("encode", stage, self.vae, x.to(self.device), self.overflows)
 
@@ -75,7 +75,7 @@ class OneStepNetwork:
         """z_H -> (B, 3, H, W), about [-1, 1]."""
 
         def stage(z: torch.Tensor) -> torch.Tensor:
-            return self.vae.decode(z / self.vae.config.scaling_factor, return_dict=False)[0]
+            return self.vae.decode(z / self.vae.config["scaling_factor"], return_dict=False)[0]
 
         return run_finite("decode", stage, self.vae, latents, self.overflows)
 
@@ -141,7 +141,7 @@ def run_tiles(
     """
     grid = plan.grid
     kind, shrink = ("image", 1) if settings.decode else ("latents", plan.latent_factor)
-    channels = 3 if settings.decode else network.vae.config.latent_channels
+    channels = 3 if settings.decode else network.vae.config["latent_channels"]
     noise = draw_noise(network, padded, plan.latent_factor, settings)
 
     def run(tile: Tile) -> torch.Tensor:
@@ -192,6 +192,6 @@ def draw_noise(network: OneStepNetwork, padded: torch.Tensor, latent_factor: int
     if not settings.sample_posterior:
         return None
     height, width = (side // latent_factor for side in padded.shape[-2:])
-    shape = (1, network.vae.config.latent_channels, height, width)
+    shape = (1, network.vae.config["latent_channels"], height, width)
     device = torch.device("cpu") if settings.generator is None else settings.generator.device
     return randn_tensor(shape, generator=settings.generator, device=device, dtype=torch.float32).cpu()

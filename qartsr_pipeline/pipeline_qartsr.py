@@ -17,26 +17,12 @@ from diffusers.utils import BaseOutput
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, fetch, write_checksums
-from qartsr_pipeline.checkpoint_files.saving import (
-    forget_origin,
-    take_upload_arguments,
-    upload,
-    without_entry_point,
-    write_entry_point,
-)
+from qartsr_pipeline import input_checks
+from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, fetch, saving, write_checksums
 from qartsr_pipeline.image.conversion import ImageTensors, from_images, stack_if_equal, to_images
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
 from qartsr_pipeline.image.tiles import Tile, TileGrid
-from qartsr_pipeline.input_checks import (
-    check_callback,
-    check_choices,
-    check_components,
-    check_sampling,
-    check_tiles,
-    check_upscale,
-)
 from qartsr_pipeline.offloading import check_group_offload, keep_prepared, offload_buffers
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_network, upscale_image
 from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
@@ -76,7 +62,7 @@ class QArtSRPipeline(DiffusionPipeline):
             sample of it. False leaves every tile its own, which shows as differences in tone; it saves one pass per image.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->unet->vae"  # type: ignore[assignment]
     _optional_components = ["text_encoder", "tokenizer"]
     share_tile_statistics = True
     _callback_tensor_inputs = ["image", "latents"]
@@ -93,15 +79,9 @@ class QArtSRPipeline(DiffusionPipeline):
         scale: int = 4,
     ):
         super().__init__()
-        check_components(unet, vae, scheduler, prompt_embedding, timestep, scale)
-        self.register_modules(
-            unet=unet,
-            vae=vae,
-            scheduler=scheduler,
-            prompt_embedding=prompt_embedding,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-        )
+        input_checks.check_components(unet, vae, scheduler, prompt_embedding, timestep, scale)
+        components = {"unet": unet, "vae": vae, "scheduler": scheduler, "prompt_embedding": prompt_embedding}
+        self.register_modules(**components, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(timestep=timestep, scale=scale)
         self._num_timesteps = 1
         self._current_tile: tuple[Tile, TileGrid] | None = None
@@ -150,7 +130,7 @@ class QArtSRPipeline(DiffusionPipeline):
             ) from error
         return super().from_pretrained(str(folder), **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves the pipeline as a diffusers folder, with the checksums of its weights beside them.
 
         Args:
@@ -159,19 +139,21 @@ class QArtSRPipeline(DiffusionPipeline):
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError("`safe_serialization` must be True: checkpoints are stored as safetensors only.")
-        upload_arguments = take_upload_arguments(kwargs)
+        upload_arguments = saving.take_upload_arguments(kwargs)
         super().save_pretrained(os.fspath(save_directory), **kwargs)
-        write_entry_point(Path(save_directory))
-        forget_origin(Path(save_directory))
+        saving.write_entry_point(Path(save_directory))
+        saving.forget_origin(Path(save_directory))
         write_checksums(Path(save_directory))
         if upload_arguments is not None:
-            upload(self, Path(save_directory), **upload_arguments)
+            saving.upload(self, Path(save_directory), **upload_arguments)
 
     @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> dict | tuple:
+    def load_config(cls, *args: Any, **kwargs: Any) -> dict | tuple:  # type: ignore[override]
         """As in diffusers, but pipeline.py in the folder, meant for the generic `DiffusionPipeline`, is not executed."""
         loaded = super().load_config(*args, **kwargs)
-        return (without_entry_point(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else without_entry_point(loaded)
+        if isinstance(loaded, tuple):
+            return (saving.without_entry_point(loaded[0]), *loaded[1:])
+        return saving.without_entry_point(loaded)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> QArtSRPipeline:
@@ -200,7 +182,7 @@ class QArtSRPipeline(DiffusionPipeline):
     ) -> None:
         """As in diffusers, with `offload_type` by name; ValueError for what cannot work here, see `check_group_offload`."""
         check_group_offload(self, offload_type, kwargs.get("offload_to_disk_path"), kwargs.get("use_stream", False))
-        super().enable_group_offload(onload_device, *args, offload_type=offload_type, **kwargs)
+        super().enable_group_offload(onload_device, *args, offload_type=offload_type, **kwargs)  # type: ignore[misc]
         keep_prepared(self, False)
 
     def remove_all_hooks(self) -> None:
@@ -221,11 +203,11 @@ class QArtSRPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Iterable[str] | None = None,
     ) -> None:
         """Checks the arguments of `__call__` except the images; raises TypeError or ValueError that names the argument."""
-        check_upscale(upscale)
-        check_tiles(tile_size, tile_overlap, self.multiple)
-        check_choices(color_fix, output_type)
-        check_sampling(generator, sample_posterior)
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs or (), self._callback_tensor_inputs)
+        input_checks.check_upscale(upscale)
+        input_checks.check_tiles(tile_size, tile_overlap, self.multiple)
+        input_checks.check_choices(color_fix, output_type)
+        input_checks.check_sampling(generator, sample_posterior)
+        input_checks.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs or (), self._callback_tensor_inputs)
 
     @torch.no_grad()
     def __call__(
@@ -298,15 +280,14 @@ class QArtSRPipeline(DiffusionPipeline):
         plans = [self.plan(one, tile_size, tile_overlap) for one in inputs]
         decode = output_type != "latent"
         settings = Settings(
-            self.config.scale, upscale, color_fix, decode, sample_posterior, generator, self.share_tile_statistics
+            self.config["scale"], upscale, color_fix, decode, sample_posterior, generator, self.share_tile_statistics
         )
         self._num_timesteps, self._current_tile = sum(len(plan.grid) for plan in plans), None
-        images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | list
         try:
             with self.progress_bar(total=self._num_timesteps) as bar:
                 on_tile = TileReporter(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 network = self.network(prompt)
-                each = list(zip(inputs, plans, strict=True))
+                each = zip(inputs, plans, strict=True)
                 if decode:
                     results = [upscale_image(network, one, plan, settings, on_tile) for one, plan in each]
                 else:
@@ -323,7 +304,7 @@ class QArtSRPipeline(DiffusionPipeline):
             pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
             return choose_tile_size(size, pixel_bytes, free_memory(self._execution_device))
 
-        size = enlarged_size((image.height, image.width), self.config.scale)
+        size = enlarged_size((image.height, image.width), self.config["scale"])
         return plan_tiles(size, tile_size, tile_overlap, self.multiple, self.vae_scale_factor, automatic)
 
     def network(self, prompt: str | None = None) -> OneStepNetwork:
@@ -332,8 +313,8 @@ class QArtSRPipeline(DiffusionPipeline):
             unet=self.unet,
             vae=self.vae,
             prompt_embeds=self._prompt_embeds(prompt),
-            timestep=self.config.timestep,
-            alpha_bar=float(self.scheduler.alphas_cumprod[self.config.timestep]),
+            timestep=self.config["timestep"],
+            alpha_bar=float(self.scheduler.alphas_cumprod[self.config["timestep"]]),
             device=self._execution_device,
             overflows=self._overflows,
         )
@@ -358,7 +339,7 @@ class TileReporter:
         self.pipeline._current_tile = (tile, grid)
         if self.callback is not None:
             chosen = {name: tensors[name] for name in self.tensor_inputs if name in tensors}
-            returned = self.callback(self.pipeline, self.step, self.pipeline.config.timestep, chosen)
+            returned = self.callback(self.pipeline, self.step, self.pipeline.config["timestep"], chosen)
             tensors = {name: (returned or {}).get(name, tensor) for name, tensor in tensors.items()}
         self.step += 1
         self.bar.update()

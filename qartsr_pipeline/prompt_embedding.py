@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 
-class PromptEmbedding(ModelMixin, ConfigMixin):
+class PromptEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers defines config_name twice
     """A constant, in the place of a text encoder.
 
     Args:

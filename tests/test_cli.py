@@ -5,10 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
+from qartsr_pipeline.cli.device import choose_device, choose_dtype
 from qartsr_pipeline.cli.main import main
-from qartsr_pipeline.image_files import read_image, write_image
+from qartsr_pipeline.cli.messages import UsageError
+from qartsr_pipeline.image_files import ImageFile, read_image, write_image
+from qartsr_pipeline.offloading import quantized_layers
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 
 @pytest.fixture
@@ -36,6 +41,44 @@ def test_default_output_stands_beside_the_input(upscale, photo, capsys):
         assert result.size == (28, 36)
     said = capsys.readouterr().out
     assert "full-precision model" in said and "device: cpu (" in said and "dtype: float32 (" in said
+    assert "kernels:" not in said
+
+
+def test_the_kernels_that_will_run_are_printed(photo, capsys, monkeypatch):
+    monkeypatch.setenv("QARTSR_BACKEND", "reference")
+    assert main(["upscale", "--model", "tiny-w2a2", str(photo)]) == 0
+    quantized = len(quantized_layers(QArtSRPipeline.from_pretrained("tiny-w2a2")))
+    assert f"kernels: {quantized} layers reference\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, stored", [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"), ("tif", "TIFF"), ("same", "PNG")])
+def test_the_format_of_results_can_be_chosen(upscale, photo, tmp_path, name, stored):
+    suffix = "png" if name == "same" else name
+    assert upscale(photo, "--format", name) == 0
+    assert upscale(tmp_path, "--format", name, "-o", tmp_path / "out") == 0
+    for path in (tmp_path / f"photo_x4.{suffix}", tmp_path / "out" / f"photo_x4.{suffix}"):
+        with Image.open(path) as result:
+            assert result.format == stored and result.size == (28, 36)
+
+
+def test_the_format_of_the_input_is_kept_where_it_can_be_written(upscale, photo, tmp_path, capsys):
+    with Image.open(photo) as image:
+        for name in ("a.JPG", "b.gif", "c.webp"):
+            image.save(tmp_path / name)
+    names = [tmp_path / name for name in ("a.JPG", "b.gif", "c.webp")]
+    assert upscale(*names, "--format", "same", "-o", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_x4.JPG", "b_x4.png", "c_x4.webp"]
+    assert "note: b.gif: results cannot be written in this format; a PNG is written instead." in capsys.readouterr().out
+
+
+def test_a_lower_quality_makes_smaller_files_and_what_a_format_cannot_hold_is_said(upscale, tmp_path, capsys):
+    source, sizes = write_deep_image(tmp_path / "deep.png", channels=4), []
+    for quality in (90, 20):
+        assert upscale(source, "--format", "jpg", "--quality", quality, "-o", tmp_path / str(quality)) == 0
+        sizes.append((tmp_path / str(quality) / "deep_x4.jpg").stat().st_size)
+    assert sizes[1] < sizes[0]
+    said = capsys.readouterr().out
+    assert "note: JPEG holds no transparency" in said and "note: JPEG holds 8 bits" in said
 
 
 def test_any_factor_tiles_and_format(upscale, photo, tmp_path):
@@ -54,8 +97,6 @@ def test_sixteen_bits_alpha_and_profile_go_through(upscale, tmp_path):
 
 def write_deep_image(path, channels):
     """A 16-bit image file with a profile; returns its path."""
-    from qartsr_pipeline.image_files import ImageFile
-
     pixels = np.random.default_rng(0).integers(0, 65535, (8, 6, channels), dtype=np.uint16)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     write_image(path, pixels / 65535, ImageFile(pixels, profile))
@@ -101,6 +142,9 @@ def test_nothing_is_overwritten_unasked(upscale, photo, capsys):
         (["--tile-size", "1"], "tile_size"),
         (["--tile-size", "64", "--tile-overlap", "64"], "tile_overlap"),
         (["--device", "mps"], "has no such device here"),
+        (["--device", "cuda:7"], "has no such device here, only cpu"),
+        (["-o", "out.png", "--format", "jpg"], "out.png is a PNG file by its suffix, but --format asks for jpg"),
+        (["--quality", "80"], "--quality is for JPEG and WebP"),
         (["-o", "out.xyz"], "does not end in a known image format"),
         (["-o", "photo.png/out.png"], "cannot be created"),
         (["photo.png", "-o", "missing.png"], "several images"),
@@ -141,13 +185,11 @@ def test_debug_shows_the_traceback(upscale, tmp_path, capsys):
 
 
 def test_interruption_leaves_nothing_behind(upscale, photo, capsys, monkeypatch):
-    from qartsr_pipeline import pipeline_qartsr
-
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     before = sorted(photo.parent.iterdir())
-    monkeypatch.setattr(pipeline_qartsr.QArtSRPipeline, "__call__", interrupt)
+    monkeypatch.setattr(QArtSRPipeline, "__call__", interrupt)
     assert upscale(photo) == 130
     assert "interrupted" in capsys.readouterr().err
     assert sorted(path for path in photo.parent.iterdir()) == before
@@ -155,28 +197,43 @@ def test_interruption_leaves_nothing_behind(upscale, photo, capsys, monkeypatch)
 
 @pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 3.00 GiB", "DefaultCPUAllocator: can't allocate memory"])
 def test_out_of_memory_names_the_way_out(upscale, photo, capsys, monkeypatch, text):
-    from qartsr_pipeline import pipeline_qartsr
-
     def exhaust(*arguments, **options):
         raise RuntimeError(text)
 
-    monkeypatch.setattr(pipeline_qartsr.QArtSRPipeline, "__call__", exhaust)
+    monkeypatch.setattr(QArtSRPipeline, "__call__", exhaust)
     assert upscale(photo) == 2
     assert "--tile-size" in error_lines(capsys)[0]
 
 
 def test_device_and_dtype_are_chosen_with_a_reason(monkeypatch):
-    import torch
-
-    from qartsr_pipeline.cli.device import choose_device, choose_dtype
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    assert choose_device("auto") == ("cuda", "found a GPU") and choose_device("cpu") == ("cpu", "as asked")
-    for capability, expected in {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert choose_dtype("auto", "cuda")[0] == expected
+    assert choose_device("auto") == ("cuda", "found a GPU")
+    for asked in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert choose_device(asked) == (asked, "as asked")
+    assert choose_device("cuda", own="cuda:1")[0] == "cuda:1"
+    with pytest.raises(UsageError, match="--device cuda:2: .* has no such device here, only cuda:0, cuda:1, cpu"):
+        choose_device("cuda:2")
+    capabilities = {"cuda": (9, 0), "cuda:0": (8, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    assert [choose_dtype("auto", device)[0] for device in capabilities] == [torch.bfloat16, torch.bfloat16, torch.float16]
     assert choose_dtype("auto", "cpu")[0] == torch.float32 and choose_dtype("float16", "cpu")[0] == torch.float16
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--device", "tpu"], "argument --device: must be auto, cuda, cuda:N, mps or cpu, but is 'tpu'"),
+        (["--device", "cuda:x"], "'cuda:x'"),
+        (["--quality", "101"], "argument --quality: must be an integer from 1 to 100, but is '101'"),
+        (["--format", "bmp"], "argument --format: invalid choice: 'bmp'"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_usage_errors(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as caught:
+        main(["upscale", "photo.png", *arguments])
+    assert caught.value.code == 2 and expected in capsys.readouterr().err
 
 
 def test_help_and_usage_errors_are_quick():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
 
+DEVICE_HELP = "auto, cuda, cuda:N for the GPU of that number from 0, mps or cpu; default: auto"
 _MODEL_HELP = f"checkpoint folder, name of a shipped checkpoint, or Hub id owner/name; default: {DEFAULT_CHECKPOINT}"
 
 
@@ -21,8 +23,15 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
     """`--device` and `--dtype`, for `device.choose_device` and `device.choose_dtype`."""
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
+    parser.add_argument("--device", type=device_name, default="auto", metavar="DEVICE", help=DEVICE_HELP)
     parser.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto", help="default: auto")
+
+
+def device_name(text: str) -> str:
+    """The type of `--device`. Whether there is such a device is checked when the command runs, by `device.choose_device`."""
+    if not re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cuda, cuda:N, mps or cpu, but is {text!r}")
+    return text
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

@@ -45,8 +45,8 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     import torch
 
     from qartsr_pipeline.cli.description import describe, kernels
-    from qartsr_pipeline.cli.loading import load_quietly
     from qartsr_pipeline.image.metrics import psnr_y
+    from qartsr_pipeline.loading import load_quietly
 
     original = read_image(SAMPLE).pixels
     reduced = _bicubic(original, 1 / SCALE)

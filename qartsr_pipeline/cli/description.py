@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from qartsr_pipeline.cli.device import choose_device
-from qartsr_pipeline.cli.loading import load_quietly
+from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.quantization.report import ComponentReport, describe_model
 
 

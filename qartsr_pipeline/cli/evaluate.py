@@ -13,7 +13,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from qartsr_pipeline.cli.arguments import add_debug
+from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, device_name
 from qartsr_pipeline.cli.messages import UsageError
 
 REPRODUCE = "reproduce"
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--metrics", nargs="+", default=[], metavar="NAME", help="further ones, by pyiqa: lpips, dists, niqe, musiq, ..")
     add("--output", type=Path, help="the JSON report; the table is written beside it as .md")
     add("--pictures", type=Path, metavar="FOLDER", help="write comparison images there")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
+    add("--device", type=device_name, default="auto", metavar="DEVICE", help=DEVICE_HELP)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
     add("--ours", nargs="+", default=[], metavar="REPORT.json", help="with reproduce: written by --output")
     add_debug(parser)

@@ -69,7 +69,7 @@ def join_processes(asked_device: str) -> Processes:
     """Joins the processes that were launched together.
 
     Args:
-        asked_device: auto, cuda, mps or cpu, as in `choose_device`.
+        asked_device: as in `choose_device`. With `cuda:N` all processes of a machine use that one GPU.
     """
     if not _is_one_of_several():
         return Processes()

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qartsr_pipeline.calibration.data.fingerprint import processor
 from qartsr_pipeline.checkpoint_files import fetch
-from qartsr_pipeline.cli.loading import load_quietly
 from qartsr_pipeline.kernels import BACKENDS, list_backends, use_backend
 from qartsr_pipeline.kernels.cpu.onednn import has_vnni
+from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 
@@ -137,9 +137,10 @@ def contenders_of(model: str, against: str | None, device: str, dtype: torch.dty
     network = network_of(model)
     contenders.append(Contender(model, None, network))
     specs = {m.spec for part in (network.unet, network.vae) for m in part.modules() if isinstance(m, DeployedLayer)}
-    unable = {}
+    unable: dict[str, str] = {}
+    kind = torch.device(device).type
     for backend, unavailable in list_backends().items() if specs else ():
-        reason = unavailable or next(filter(None, (BACKENDS[backend].unsupported(spec, device) for spec in specs)), None)
+        reason = unavailable or next(filter(None, (BACKENDS[backend].unsupported(spec, kind) for spec in specs)), None)
         if reason is None:
             contenders.append(Contender(f"{model} on {backend}", backend, network_of(model)))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,7 +70,7 @@ def to_images(image: object, name: str = "image") -> list[ImageTensors]:
         return _from_numpy(image, name)
     if isinstance(image, torch.Tensor):
         return _from_torch(image, name)
-    hint = " Open the file first: PIL.Image.open(path)." if isinstance(image, str) or hasattr(image, "__fspath__") else ""
+    hint = " Open the file first: PIL.Image.open(path)." if isinstance(image, (str, os.PathLike)) else ""
     raise TypeError(f"`{name}` must be {ACCEPTED}, but is {type(image).__name__}.{hint}")
 
 

@@ -35,7 +35,7 @@ def bytes_per_pixel(vae: AutoencoderKL, itemsize: int) -> int:
 
     The peak is the decoder's last up-sampling: feature maps as large as the image with the channels of the second level.
     """
-    channels = vae.config.block_out_channels
+    channels = vae.config["block_out_channels"]
     return LIVE_MAPS * itemsize * max(channels[: min(2, len(channels))])
 
 

@@ -16,7 +16,7 @@ from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, load_metric
 from qartsr_pipeline.calibration.evaluation.originals import Data, Original, originals_of
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.checkpoint_files import fetch
-from qartsr_pipeline.cli.loading import load_quietly
+from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 Model: TypeAlias = QArtSRPipeline | str | os.PathLike

@@ -1,0 +1,99 @@
+"""The part of `qartsr upscale` that needs torch: loads the pipeline, and takes one image after another through it."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qartsr_pipeline.checkpoint_files import quantization_configs
+from qartsr_pipeline.cli.device import choose_device, choose_dtype
+from qartsr_pipeline.cli.jobs import Job, OutputOptions, is_done
+from qartsr_pipeline.cli.messages import Counts, image_bar, one_line, say
+from qartsr_pipeline.cli.processes import Processes
+from qartsr_pipeline.image.resize import enlarged_size
+from qartsr_pipeline.image_files import check_writable, make_folder, read_image, write_image
+from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.quantization.report import kernel_summary
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Arguments of `QArtSRPipeline.__call__`."""
+
+    upscale: float = 4
+    tile_size: int | None = None
+    tile_overlap: int | None = None
+    color_fix: str | None = "wavelet"
+
+
+def load_pipeline(folder: Path, device: str, dtype: str, processes: Processes) -> QArtSRPipeline:
+    """Loads the checkpoint and prints device, dtype and kernels. `device` and `dtype` as in `cli.device`."""
+    chosen, why_device = choose_device(device, processes.device)
+    chosen_dtype, why_dtype = choose_dtype(dtype, chosen)
+    pipeline = load_quietly(folder, dtype=chosen_dtype).to(chosen)
+    # disable=None: no bar unless stderr is a terminal
+    pipeline.set_progress_bar_config(desc="tiles", leave=False, disable=None if processes.is_local_main else True)
+    number = "" if processes.count == 1 else f"process {processes.index + 1} of {processes.count}: "
+    if processes.is_local_main:
+        quantized = ", ".join(quantization_configs(folder)) or "nothing, this is a full-precision model"
+        say(f"model: {folder} (quantized: {quantized})")
+    say(f"{number}device: {chosen} ({why_device}); dtype: {str(chosen_dtype).removeprefix('torch.')} ({why_dtype})")
+    kernels = kernel_summary(pipeline.unet, pipeline.vae, device=pipeline.device.type)
+    if kernels:
+        say(f"{number}kernels: {kernels}")
+    return pipeline
+
+
+def upscale_images(
+    pipeline: QArtSRPipeline,
+    jobs: Sequence[Job],
+    options: ModelOptions,
+    output: OutputOptions,
+    processes: Processes,
+    debug: bool = False,
+) -> Counts:
+    """Does this process's jobs; errors are printed, with their tracebacks if `debug`."""
+    counts = Counts()
+    pipeline.check_inputs(**asdict(options))
+    with image_bar(len(jobs), processes) as bar:
+        for job in jobs:
+            try:
+                if is_done(job, output.overwrite):  # by another run at the same time
+                    counts.skipped += 1
+                else:
+                    _upscale_file(pipeline, job, options, may_create_folder=output.output is not None)
+                    counts.written += 1
+            except Exception as error:
+                counts.failed += 1
+                if debug:
+                    traceback.print_exc()
+                say(f"qartsr: error: {_naming(job, error)}", error=True)
+            bar.update()
+    return counts
+
+
+def _upscale_file(pipeline: QArtSRPipeline, job: Job, options: ModelOptions, may_create_folder: bool) -> None:
+    start = time.perf_counter()
+    source = read_image(job.source)
+    height, width = enlarged_size((source.height, source.width), options.upscale)
+    if may_create_folder:
+        make_folder(job.target.parent)
+    check_writable(job.target, height, width)  # before the work, not after it
+    result: np.ndarray = pipeline(source.pixels, output_type="np", return_dict=False, **asdict(options))[0][0]
+    notices = [*([job.notice] if job.notice else []), *source.notices, *write_image(job.target, result, source, job.quality)]
+    for notice in notices:
+        say(f"note: {notice}")
+    seconds = time.perf_counter() - start
+    say(f"{job.source} -> {job.target} ({result.shape[1]} x {result.shape[0]}, {seconds:.1f} s)")
+
+
+def _naming(job: Job, error: Exception) -> str:
+    """The message, with the image's name in front unless it is in there."""
+    message = one_line(error)
+    return message if str(job.source) in message or str(job.target) in message else f"{job.source}: {message}"

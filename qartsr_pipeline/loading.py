@@ -1,0 +1,19 @@
+"""Loads a pipeline without diffusers' progress bar over components."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging
+
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+
+def load_quietly(name_or_path: str | Path, **kwargs: Any) -> QArtSRPipeline:
+    """As `QArtSRPipeline.from_pretrained`."""
+    logging.disable_progress_bar()
+    try:
+        return QArtSRPipeline.from_pretrained(name_or_path, **kwargs)
+    finally:
+        logging.enable_progress_bar()
