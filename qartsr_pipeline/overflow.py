@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -95,23 +96,24 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     own = compute_dtype(module)
     owners = [m for m in module.modules() if not isinstance(m, DeployedLayer)] if own != dtype else []
-    slots = [(tensors, name) for m in owners for tensors in (m._parameters, m._buffers) for name in tensors]
-    originals = [(tensors, name, tensors[name]) for tensors, name in slots if _is_of(tensors[name], own)]
+    tables = [table for m in owners for table in (cast("dict[str, torch.Tensor | None]", m._parameters), m._buffers)]
+    originals = [
+        (table, name, tensor)
+        for table in tables
+        for name, tensor in table.items()
+        if tensor is not None and tensor.dtype == own and not tensor.is_meta
+    ]
     data = [tensor.data for _, _, tensor in originals]
     try:
         for (_, _, tensor), values in zip(originals, data, strict=True):
             tensor.data = values.to(dtype)
         yield
     finally:
-        # by slot: an offload hook that ran in between has put other buffer objects there
-        for (tensors, name, tensor), values in zip(originals, data, strict=True):
-            device = tensors[name].device
-            tensor.data = values.to(device)
-            tensors[name] = tensor
-
-
-def _is_of(tensor: torch.Tensor | None, dtype: torch.dtype) -> bool:
-    return tensor is not None and tensor.dtype == dtype and not tensor.is_meta
+        # by name: an offload hook that ran in between has put other buffer objects there
+        for (table, name, tensor), values in zip(originals, data, strict=True):
+            current = table[name]
+            tensor.data = values if current is None else values.to(current.device)
+            table[name] = tensor
 
 
 def _short(dtype: torch.dtype) -> str:

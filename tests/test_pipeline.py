@@ -264,17 +264,17 @@ def test_an_overflow_is_remembered_from_call_to_call_and_said_once(tiny_pipeline
     pipe = overflowing(tiny_pipeline)
     dtypes = decoded_in(pipe, monkeypatch)
     for _ in range(3):
-        pipe(photo())
+        pipe(PHOTO[:8, :8], tile_size=64)
     assert dtypes == [torch.float16, torch.float32, torch.float32, torch.float32]
     assert caplog.text.count("overflowed in float16 and is run in float32 from here on") == 1
 
 
 def test_a_component_in_the_place_of_one_that_overflowed_starts_afresh(tiny_pipeline, caplog, monkeypatch):
     pipe = overflowing(tiny_pipeline)
-    pipe(photo())
+    pipe(PHOTO[:8, :8], tile_size=64)
     pipe.vae = build_tiny_pipeline(seed=0).vae.to(torch.float16)
     dtypes = decoded_in(pipe, monkeypatch)
-    pipe(photo())
+    pipe(PHOTO[:8, :8], tile_size=64)
     assert dtypes == [torch.float16] and caplog.text.count("overflowed") == 1
 
 

@@ -1,7 +1,5 @@
 """Tiles: the same image as untiled up to what the network sees at tile borders, in a memory bounded by the tile."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -139,11 +137,15 @@ def test_several_passes_count_as_one_sample_and_rims_do_not_count():
 
 
 def test_forwards_are_always_restored(tiny_pipeline):
-    norms = [m for m in tiny_pipeline.vae.modules() if isinstance(m, nn.GroupNorm)]
-    statistics = SharedStatistics([tiny_pipeline.vae])
+    encoder = tiny_pipeline.vae.encoder
+    norms = [module for module in encoder.modules() if isinstance(module, nn.GroupNorm)]
+    statistics = SharedStatistics([encoder])
+    with torch.no_grad(), statistics.record():
+        encoder(torch.rand(1, 3, 16, 16))
     for context in (statistics.record, statistics.apply):
-        with contextlib.suppress(RuntimeError), context():
-            raise RuntimeError
+        with pytest.raises(RuntimeError, match="inside"), context():
+            assert all("forward" in norm.__dict__ for norm in norms)
+            raise RuntimeError("inside")
         assert not any("forward" in norm.__dict__ for norm in norms)
 
 

@@ -1,4 +1,8 @@
-"""The shipped model on the shipped photograph: tiles must not show. Bounds: about twice what `benchmarks/seams.py` measures."""
+"""The shipped model on the shipped photograph: tiles must not show.
+
+The bounds are about one and a half times what is measured: 0.31 on average, 2.8 at most, 0.07 in tone and jumps of 0.21. With
+statistics of its own for each tile, jumps are 0.50.
+"""
 
 from pathlib import Path
 
@@ -28,12 +32,12 @@ def whole_and_tiled():
 def test_tiling_changes_the_image_by_less_than_one_8_bit_step(whole_and_tiled):
     whole, tiled = whole_and_tiled
     difference = np.abs(tiled - whole)
-    assert difference.mean() < 1 and difference.max() < 12
-    assert np.abs((tiled - whole).mean((0, 1))).max() < 1  # tone
+    assert difference.mean() < 0.5 and difference.max() < 5
+    assert np.abs((tiled - whole).mean((0, 1))).max() < 0.15  # tone
 
 
 def test_nothing_jumps_at_a_tile_border(whole_and_tiled):
     whole, tiled = whole_and_tiled
     for axis in (0, 1):
         jump = np.abs(np.diff(tiled - whole, axis=axis)).mean(axis=(1 - axis, 2))
-        assert jump.max() < 0.8, f"axis {axis}, after pixel {jump.argmax()}"
+        assert jump.max() < 0.3, f"axis {axis}, after pixel {jump.argmax()}"

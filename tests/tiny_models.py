@@ -10,7 +10,7 @@ from qartsr_pipeline.prompt_embedding import PromptEmbedding
 
 
 def build_tiny_vae() -> AutoencoderKL:
-    """Two levels, so the latent has half the picture's size; 4 latent channels."""
+    """Two levels, so the latent has half the image's size; 4 latent channels."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,

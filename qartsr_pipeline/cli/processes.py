@@ -1,7 +1,7 @@
-"""The processes that share one list of pictures: those of `accelerate launch`, and otherwise one, without accelerate.
+"""The processes that share one list of images: those of `accelerate launch`, or a single one, without accelerate.
 
-Nobody hands out pictures: every process takes each n-th of one list. They meet twice, for the list and for the result, on the CPU
-(gloo): a GPU's own means of exchange would be set up for a few bytes.
+Each of n processes takes every n-th image of the list. They communicate twice, for the list and for the result, and on the CPU
+(gloo), since it is only a few bytes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# A process that is done waits for the others, whose shares may take days; the default would end that after half an hour.
+# A process that has finished waits for the others, which may take days; the default would end the wait after half an hour.
 _PATIENCE = timedelta(days=14)
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """What one process knows of all.
+    """This process among those that were launched together.
 
     Attributes:
-        index, count: this one's number, from 0, and how many there are on all machines.
-        is_local_main: whether this one speaks for its machine.
-        device: the one that the launcher leaves to this process, such as `cuda:1`; None where it has no say.
+        index, count: its number, from 0, and how many there are on all machines.
+        is_local_main: whether it is the one that prints for its machine.
+        device: the device that the launcher assigns to it, such as `cuda:1`; None if it assigns none.
     """
 
     index: int = 0
@@ -39,11 +39,11 @@ class Processes:
         return self.index == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of a list that is the same in all. Every n-th, so that sizes that grow with the name are spread."""
+        """This process's part of a list that is the same in all: every n-th, which spreads sizes that grow with the name."""
         return list(items[self.index :: self.count])
 
     def of_main(self, value: T) -> T:
-        """The first process's `value`, in all."""
+        """The first process's `value`, for all processes."""
         if self.count == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -51,9 +51,9 @@ class Processes:
         return broadcast_object_list([value])[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in all, once every one has come here.
+        """The values of all processes, for all of them; waits until every process has called this.
 
-        A process must not end before: its exit code, if not 0, has the launcher stop those that are still at work.
+        A process must not end before: if its exit code is not 0, the launcher stops those that are still at work.
         """
         if self.count == 1:
             return [value]
@@ -76,15 +76,15 @@ def join_processes(asked_device: str) -> Processes:
     import torch
     from accelerate import PartialState
 
-    told_cpu = asked_device == "auto" and _flag("ACCELERATE_USE_CPU")
-    on_gpu = asked_device in ("auto", "cuda") and not told_cpu and torch.cuda.is_available()
+    forced_to_cpu = asked_device == "auto" and _flag("ACCELERATE_USE_CPU")
+    on_gpu = asked_device in ("auto", "cuda") and not forced_to_cpu and torch.cuda.is_available()
     state = PartialState(cpu=not on_gpu, backend="gloo", timeout=_PATIENCE)
-    device = str(state.device) if on_gpu else "cpu" if told_cpu else None
+    device = str(state.device) if on_gpu else "cpu" if forced_to_cpu else None
     return Processes(state.process_index, state.num_processes, state.is_local_main_process, device)
 
 
 def _is_one_of_several() -> bool:
-    """By the variables of `accelerate launch`'s two ways of starting processes: torchrun, and for `--cpu` mpirun."""
+    """Judged by the environment that `accelerate launch` sets: with torchrun, or with mpirun for `--cpu`."""
     if "LOCAL_RANK" in os.environ and _number("WORLD_SIZE") > 1:
         return True
     return _flag("ACCELERATE_USE_CPU") and any(_number(name) > 1 for name in _MPI_SIZES)

@@ -30,7 +30,7 @@ def compare(images: dict[str, np.ndarray], detail: tuple[int, int, int, int]) ->
     return np.asarray(sheet)
 
 
-def _font_for(caption: str, width: int) -> ImageFont.FreeTypeFont:
+def _font_for(caption: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The largest font, up to 20 pixels, in which the caption takes no more than ``width``."""
     fonts = (ImageFont.load_default(size) for size in range(20, 8, -1))
     return next((font for font in fonts if font.getlength(caption) <= width), ImageFont.load_default(8))

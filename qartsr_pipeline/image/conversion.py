@@ -81,13 +81,13 @@ def _from_pil(image: PIL.Image.Image, name: str) -> ImageTensors:
     if image.mode == "F":
         raise TypeError(f"`{name}` has mode 'F' (floats of unknown range). Pass numpy.asarray(image) scaled to [0, 1].")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(
-                f"`{name}` has mode {image.mode!r} with values from {values.min()} to {values.max()}; expected 16-bit values, "
+                f"`{name}` has mode {image.mode!r} with values from {levels.min()} to {levels.max()}; expected 16-bit values, "
                 "0 to 65535. Pass a float numpy array scaled to [0, 1] instead."
             )
-        return _assemble(torch.from_numpy(values.astype(np.float32) / 65535)[None], sixteen_bit=True)
+        return _assemble(torch.from_numpy(levels.astype(np.float32) / 65535)[None], sixteen_bit=True)
     try:
         image = image.convert(plain_mode(image))
     except ValueError as error:

@@ -21,15 +21,18 @@ second model falls to 53 dB. Smaller windows are worse, and windows of 16 pixels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from qartsr_pipeline.image.tiles import Tile
+
+SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 SMALLEST_WINDOW = 64  # and at least 4 x the network's multiple: see above
 RIM = 1 / 8  # share of a window's side that is not measured, at each end
@@ -169,8 +172,8 @@ def normalize(
     """
     mean, variance = mean.to(x.device), variance.to(x.device)
     if x.device.type in ("cpu", "cuda"):  # the backends whose batch norm takes float32 moments with a 16-bit input
-        affine = (None, None) if weight is None else (weight.float(), bias.float())
-        return F.batch_norm(x, mean, variance, *affine, training=False, eps=eps)
+        gamma, beta = (None if tensor is None else tensor.float() for tensor in (weight, bias))
+        return F.batch_norm(x, mean, variance, gamma, beta, training=False, eps=eps)
     scale, shift = scale_shift(mean, variance, weight, bias, eps)
     shape = (1, -1) + (1,) * (x.ndim - 2)
     return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
@@ -181,7 +184,7 @@ def scale_shift(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The normalisation of `normalize` as one factor and one summand a channel, float32 (C,) each."""
     scale = torch.rsqrt(variance + eps)
-    if weight is None:
+    if weight is None or bias is None:
         return scale, -mean * scale
     scale = scale * weight.float()
     return scale, bias.float() - mean * scale
@@ -200,7 +203,7 @@ def own_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
 
 @contextmanager
 def exchanged_forwards(
-    modules: list[nn.Module], forward_of: Callable[[nn.Module], Callable[..., torch.Tensor]]
+    modules: Sequence[SomeModule], forward_of: Callable[[SomeModule], Callable[..., torch.Tensor]]
 ) -> Iterator[None]:
     """Within this context each module computes ``forward_of(module)`` instead of its own forward.
 
@@ -215,8 +218,8 @@ def exchanged_forwards(
             module.__dict__[name] = forward_of(module)
         yield
     finally:
-        for module, name, original in before:
+        for changed, name, original in before:
             if original is None:
-                module.__dict__.pop(name, None)
+                changed.__dict__.pop(name, None)
             else:
-                module.__dict__[name] = original
+                changed.__dict__[name] = original

@@ -37,7 +37,7 @@ def turn_upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     if turn >= 5:  # rows and columns are exchanged; what is left after that is the same table
         pixels = pixels.transpose(1, 0, 2)
         turn = {5: 1, 6: 2, 7: 3, 8: 4}[turn]
-    mirror = {1: np.s_[:], 2: np.s_[:, ::-1], 3: np.s_[::-1, ::-1], 4: np.s_[::-1]}
+    mirror: dict[int, slice | tuple[slice, slice]] = {1: np.s_[:], 2: np.s_[:, ::-1], 3: np.s_[::-1, ::-1], 4: np.s_[::-1]}
     return np.ascontiguousarray(pixels[mirror[turn]])
 
 

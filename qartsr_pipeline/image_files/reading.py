@@ -81,9 +81,10 @@ def _read_eight_bits(path: Path, image: Image.Image, icc_profile: bytes | None) 
 def _to_srgb(image: Image.Image, icc_profile: bytes | None) -> Image.Image:
     if icc_profile:
         try:
-            return ImageCms.profileToProfile(
-                image, ImageCms.ImageCmsProfile(io.BytesIO(icc_profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
+            profiles = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile)), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+            if converted is not None:  # None is for conversions in place
+                return converted
         except (ImageCms.PyCMSError, OSError):
             pass  # a profile of another colour space or a broken one: the plain conversion below is what viewers do, too
     return image.convert("RGB")
