@@ -22,6 +22,7 @@ from calibration.comparison.setting import Comparison, Sources, prepare
 from calibration.comparison.table import read_cells, write_tables
 from qartsr_pipeline.calibration.evaluation.metrics import NAMES
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
+from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
 
 REPEATED = 3  # so many of the best methods are repeated with further seeds
 BESIDE_MAIN = 2  # so many of the best other methods are also measured on the model before TRQ
@@ -110,7 +111,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of cells and tables")
     parser.add_argument("--table-only", action="store_true", help="only write the tables of what is finished")
-    parser.add_argument("--device", type=device_name, default="auto")
+    parser.add_argument("--device", type=device_name, default="auto", help=DEVICE_HELP)
     return parser
 
 

@@ -13,8 +13,8 @@ from qartsr_pipeline.calibration.data.paired_folders import SCALE
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, Metric
 from qartsr_pipeline.calibration.evaluation.originals import Original
 from qartsr_pipeline.calibration.evaluation.rows import SECONDS, TO_FULL_PRECISION, EvaluationRow, RowKey, make_rows
-from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.image.conversion import ImageTensors
+from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
 from qartsr_pipeline.image.tile_size import MINIMUM_SIDE
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, finish, run_tiles
