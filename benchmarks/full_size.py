@@ -27,13 +27,17 @@ from benchmarks.machine import peak_megabytes
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
-from qartsr_pipeline.calibration.recipe import load_recipe, parse_bits, with_values
+from qartsr_pipeline.calibration.recipe import parse_bits
+from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
 from qartsr_pipeline.calibration.training import engine
+from qartsr_pipeline.calibration.training.calibration_state import StateFile
+from qartsr_pipeline.calibration.training.context import CalibrationContext
 from qartsr_pipeline.calibration.training.engine import begin
 from qartsr_pipeline.calibration.training.losses import load_perceptual
+from qartsr_pipeline.calibration.training.progress import Callbacks
 from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.convert import stable_diffusion_2_1
@@ -93,16 +97,16 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     ends: list[float] = []
     perceptual = load_perceptual("encoder", full_precision.vae) if recipe.is_perceptual else None
     with timed(stages, "begin", device):
-        run = begin(
+        context = CalibrationContext(
             pipeline,
             full_precision,
             recipe,
             parse_bits(args.bits),
             DeadLeaves(),
-            state=folder / "state.pt",
             perceptual=perceptual,
-            watch=lambda *_: bool(ends.append(time.perf_counter())),
+            progress=Callbacks(on_step=lambda *_: ends.append(time.perf_counter())),
         )
+        run = begin(context, StateFile(folder / "state.pt"))
     ends.append(time.perf_counter())
     with timed(stages, "train", device):
         calibrated = run.complete()

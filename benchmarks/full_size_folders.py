@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.full_size import peak_gigabytes, write_random_model
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
-from qartsr_pipeline.calibration.recipe import load_recipe, with_values
+from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import folder_sizes
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.branches import branch_from_weight

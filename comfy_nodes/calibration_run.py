@@ -1,4 +1,4 @@
-"""Runs calibration/run.py inside ComfyUI: with progress, a cancel that can be resumed, and a checkpoint that appears whole.
+"""Runs `qartsr_pipeline.quantize` in ComfyUI: with progress, a cancel that can be resumed, and a checkpoint that appears whole.
 
 A run works in models/qartsr/.runs/NAME, on the same disk as the checkpoint, which is moved out of there once it is done. Folders
 that begin with a dot are never listed as models, and a restart of ComfyUI leaves them alone.
@@ -6,11 +6,9 @@ that begin with a dot are never listed as models, and a restart of ComfyUI leave
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from .model_folders import model_folder
 from .new_checkpoint import typed_path
 
 RUNS = ".runs"
-REPORT = "report"
 SHOWN = "pictures-1.png"  # the first comparison of the report
 
 
@@ -37,77 +34,88 @@ class Order:
     seed: int
     name: str
 
-    def given(self) -> dict[str, object]:
-        """Arguments of calibration/run.py by name; None for its default."""
+    @property
+    def data(self) -> str | None:
+        """The folder of images to calibrate on, None for procedural ones.
+
+        Raises:
+            CheckpointError: there is no such folder.
+        """
         import folder_paths
 
-        data = str(typed_path(self.pictures, folder_paths.get_input_directory())) if self.pictures.strip() else None
-        same = {"recipe": self.recipe, "bits": self.bits, "seed": self.seed}
-        return {"model": str(self.model), "data": data, "steps": self.steps or None, **same}
+        return str(typed_path(self.pictures, folder_paths.get_input_directory())) if self.pictures.strip() else None
 
 
 @dataclass(frozen=True)
 class Made:
-    """A finished checkpoint: the picture that compares it with full precision, and what to say of it."""
+    """A finished checkpoint: the image that compares it with full precision, and what to say of it."""
 
     comparison: Path
     text: str
 
 
 def make_checkpoint(order: Order, target: Path) -> Made:
-    """Begins the run that the order describes, or goes on with it, and moves the result to `target`.
+    """Begins the run that the order describes, or continues it, and moves the result to `target`.
 
     Raises:
-        InterruptProcessingException: cancelled; what was done is kept for the next time. ValueError, OSError: what
-            calibration/run.py says of its arguments and data; or an unfinished run of this name has other inputs.
+        InterruptProcessingException: cancelled; what was done is kept for the next time.
+        ValueError, OSError: what `quantize` says of its arguments and data; or an unfinished run of this name has other inputs.
     """
     progress, working = StepProgress(), model_folder() / RUNS / order.name
     with torch.inference_mode(False), torch.enable_grad():  # imports too: what a module makes when it is loaded is trained with
-        from calibration import run as calibration
+        from qartsr_pipeline import quantize
 
-        arguments = arguments_of(order, working)
+        data = order.data
+        check_unfinished(order, data, working)
         free_memory()
         with interruptible_unless(lambda: progress.training):
-            finished = calibration.run(arguments, watch=progress, preparing=progress.preparing)
-    if not finished:
-        logging.info("QArtSR Quantize: stopped and saved in %s; run it with the same inputs to go on", working)
+            result = quantize(
+                order.model,
+                order.bits,
+                data,
+                recipe=order.recipe,
+                steps=order.steps or None,
+                seed=order.seed,
+                output=working,
+                device=calibration_device(),
+                callback=progress.stepped,
+                progress=progress.preparing,
+            )
+    if not result.finished:
+        logging.info("QArtSR Quantize: stopped and saved in %s; run it with the same inputs to continue", working)
+        assert progress.cancelled is not None  # nothing else stops it
         raise progress.cancelled
     return move_out(working, target)
 
 
-def arguments_of(order: Order, working: Path) -> Namespace:
-    """What calibration/run.py takes, to begin the run in `working`, or to continue it.
-
-    Raises:
-        ValueError: the run there has other inputs. CheckpointError: there is no such folder of pictures.
-    """
-    from calibration import run as calibration
-
-    given = order.given()
-    if (working / calibration.STATE_NAME).exists():
-        before = json.loads((working / calibration.ARGUMENTS_NAME).read_text(encoding="utf-8"))
-        check_same(given, before, working)
-    else:
-        shutil.rmtree(working, ignore_errors=True)  # it ended before anything was saved
-    options = [
-        text for name, value in given.items() if name != "model" and value is not None for text in (f"--{name}", str(value))
-    ]
-    resume = ["--resume"] if working.exists() else []
-    return calibration.parse([given["model"], *options, "--output", str(working), "--device", calibration_device(), *resume])
-
-
-def check_same(given: dict[str, object], before: dict[str, object], working: Path) -> None:
-    """Raises ValueError if an unfinished run, begun with `before`, would be continued with other inputs.
+def check_unfinished(order: Order, data: str | None, working: Path) -> None:
+    """Makes sure that an unfinished run in `working` has the same inputs; removes one that ended before anything was saved.
 
     Of the model, the folder's name is compared: the folder above may have moved, and the run itself compares the weights.
+
+    Raises:
+        ValueError: the run there has other inputs.
     """
-    moved = Path(str(before.get("model"))).name == Path(str(given["model"])).name
-    differing = [name for name, value in given.items() if before.get(name) != value and not (name == "model" and moved)]
-    other = [f"{name} was {'left empty' if before.get(name) is None else before[name]}" for name in differing]
+    from qartsr_pipeline.calibration.arguments import read_arguments
+    from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
+
+    before = read_arguments(working) if (working / STATE_NAME).exists() else None
+    if before is None:
+        shutil.rmtree(working, ignore_errors=True)
+        return
+    compared = {
+        "model": (Path(before.model).name, order.model.name),
+        "data": (before.data, data),
+        "steps": (before.steps, order.steps or None),
+        "recipe": (before.recipe, order.recipe),
+        "bits": (before.bits, order.bits),
+        "seed": (before.seed, order.seed),
+    }
+    other = [f"{name} was {'left empty' if was is None else was}" for name, (was, now) in compared.items() if was != now]
     if other:
         raise ValueError(
             f"An unfinished run has the name {working.name!r}, with other inputs: {', '.join(other)}. Give the same inputs to"
-            f" go on with it, choose another name, or delete {working} to begin anew."
+            f" continue it, choose another name, or delete {working} to begin anew."
         )
 
 
@@ -129,7 +137,9 @@ def free_memory() -> None:
 
 def move_out(working: Path, target: Path) -> Made:
     """The finished run's model becomes `target`, with the report inside; nothing else of the run is kept."""
-    model = working / "model"
+    from qartsr_pipeline.calibration.carry_out import MODEL, REPORT
+
+    model = working / MODEL
     os.replace(working / REPORT, model / REPORT)
     size = sum(file.stat().st_size for file in model.rglob("*.safetensors"))
     os.rename(model, target)
@@ -146,25 +156,26 @@ class StepProgress:
     steps. A cancel during the steps stops the run after the step, so that it is saved.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         from comfy.utils import ProgressBar
 
         self.bar, self.training = ProgressBar(1), False
         self.cancelled: Exception | None = None
 
-    def preparing(self, doing: str, done: int, total: int) -> None:
+    def preparing(self, what: str, done: int, total: int) -> None:
         """Raises InterruptProcessingException once the user cancels."""
-        say_on_node(f"{doing}: {done} of {total}")
+        say_on_node(f"{what}: {done} of {total}")
         self.bar.update_absolute(done, total)
 
-    def __call__(self, done: int, total: int) -> bool:
+    def stepped(self, step: int, steps: int, loss: float) -> bool:
+        """True once the user cancels."""
         from comfy.model_management import InterruptProcessingException
 
         if not self.training:
             say_on_node("train")
-        self.training = done < total
+        self.training = step < steps
         try:
-            self.bar.update_absolute(done, total)
+            self.bar.update_absolute(step, steps)
         except InterruptProcessingException as cancelled:
             self.cancelled = cancelled
         return self.cancelled is not None

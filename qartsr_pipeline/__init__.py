@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qartsr_pipeline.calibration.api import QuantizationResult, quantize
     from qartsr_pipeline.calibration.evaluation import EvaluationRow, evaluate
-    from qartsr_pipeline.calibration.recipe import Recipe, load_recipe
+    from qartsr_pipeline.calibration.recipe import Recipe
+    from qartsr_pipeline.calibration.recipe_files import load_recipe
     from qartsr_pipeline.checkpoint_files import CheckpointError
     from qartsr_pipeline.kernels import list_backends, use_backend
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline, QArtSRPipelineOutput
@@ -42,7 +43,7 @@ _MODULES = {
     "Recipe": "calibration.recipe",
     "evaluate": "calibration.evaluation",
     "list_backends": "kernels",
-    "load_recipe": "calibration.recipe",
+    "load_recipe": "calibration.recipe_files",
     "quantize": "calibration.api",
     "use_backend": "kernels",
 }

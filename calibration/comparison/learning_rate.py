@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from calibration.comparison.methods import Cell
 from calibration.comparison.setting import Comparison, Model, write_json
 from qartsr_pipeline.calibration.data.pairs import held_out_pairs
+from qartsr_pipeline.calibration.family import image_of
 from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
-from qartsr_pipeline.calibration.training.engine import begin
-from qartsr_pipeline.calibration.training.network_run import picture_of
-from qartsr_pipeline.calibration.training.stages import Calibrated, Run
+from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.engine import Run, begin
+from qartsr_pipeline.calibration.training.result import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it
@@ -65,7 +66,8 @@ class Trials:
         model, comparison = self.comparison.models[self.cell.model], self.comparison
         perceptual = model.perceptual if recipe.is_perceptual else None
         bits, seed = parse_bits(self.cell.bits), self.cell.seed
-        return begin(model.fresh(), model.pipeline, recipe, bits, comparison.patches, seed, perceptual=perceptual)
+        context = CalibrationContext(model.fresh(), model.pipeline, recipe, bits, comparison.patches, seed, perceptual=perceptual)
+        return begin(context)
 
 
 @torch.no_grad()
@@ -73,8 +75,8 @@ def held_out_loss(comparison: Comparison, model: Model, pipeline: QArtSRPipeline
     """Mean squared distance to full precision's pictures of the held-out patches, in [-1, 1]."""
     if not model.held_out:
         pairs = held_out_pairs(comparison.held_out, "bicubic")
-        model.held_out = [(up.to(model.device), picture_of(model.pipeline, up.to(model.device))) for up, _ in pairs]
-    losses = [float(F.mse_loss(picture_of(pipeline, up), wanted)) for up, wanted in model.held_out]
+        model.held_out = [(up.to(model.device), image_of(model.pipeline, up.to(model.device))) for up, _ in pairs]
+    losses = [float(F.mse_loss(image_of(pipeline, up), wanted)) for up, wanted in model.held_out]
     loss = sum(losses) / len(losses)
     return loss if math.isfinite(loss) else math.inf
 

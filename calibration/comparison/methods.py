@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from qartsr_pipeline.calibration.recipe import Recipe, Stage, load_recipe
+from qartsr_pipeline.calibration.recipe import Recipe, Stage
+from qartsr_pipeline.calibration.recipe_files import load_recipe
 
 METHODS = ("maxmin", "lsq", "q_dm", "efficientdm", "passionsr", "svdquant", "qartsr")
 MAIN = "qartsr"

@@ -16,9 +16,9 @@ from qartsr_pipeline.calibration.data.pairs import choose_held_out
 from qartsr_pipeline.calibration.data.patches import PhotographPatches
 from qartsr_pipeline.calibration.data.photographs import list_photographs
 from qartsr_pipeline.calibration.evaluation.metrics import load_metrics
+from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
-from qartsr_pipeline.calibration.training.stages import weights_digest
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
@@ -54,7 +54,7 @@ def load_model(name: str, device: str) -> Model:
     pipeline.set_progress_bar_config(disable=True)
     if any(getattr(model, "is_quantized", False) for model in (pipeline.unet, pipeline.vae)):
         raise ValueError(f"{name} is quantized already: compare on the full-precision model")
-    return Model(pipeline, device, weights_digest(pipeline), load_perceptual("encoder", pipeline.vae))
+    return Model(pipeline, device, family_of(pipeline).digest(pipeline), load_perceptual("encoder", pipeline.vae))
 
 
 @dataclass(frozen=True)

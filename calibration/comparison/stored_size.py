@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, GroupedWeights, Offset
-from qartsr_pipeline.calibration.training.stages import all_layers
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.deployed import deployed_like
@@ -17,7 +17,7 @@ def stored_size(pipeline: QArtSRPipeline) -> dict[str, float]:
     Returns:
         "megabytes" (10^6 bytes) and "bits_a_weight" (of the layers' weights; biases do not count as weights).
     """
-    layers = all_layers(pipeline).values()
+    layers = family_of(pipeline).layers(pipeline).values()
     size = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in stored_tensors(layer).values())
     weights = sum(layer.weight.numel() for layer in layers)
     return {"megabytes": round(size / 1e6, 4), "bits_a_weight": round(8 * size / weights, 3)}

@@ -10,15 +10,11 @@ import difflib
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 VERSION = 1
-FOLDER = Path(__file__).parent / "recipes"
 
 BOUNDS = ("minmax", "percentile", "mse")
 SMOOTHING = ("none", "ones", "search")
@@ -31,6 +27,7 @@ ORDERS = ("reversed", "forward", "distributed")
 OTHERS = ("quantized_so_far", "full_precision")
 TRAINED = ("smoothing", "offset", "branch", "adapter", "bounds", "step")
 LOSSES = ("module_l2", "noise_l2", "image_l2", "image_l1", "perceptual")
+DEFAULT_KEEP = dict.fromkeys(("unet.conv_in", "unet.conv_out", "vae.encoder.conv_in", "vae.decoder.conv_out"), "w8a8")
 
 
 class RecipeError(ValueError):
@@ -222,11 +219,7 @@ class Recipe:
     reading: str = ""
     layer: Layer = field(default_factory=Layer)
     stages: tuple[Stage, ...] = ()
-    keep: dict[str, str] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("unet.conv_in", "unet.conv_out", "vae.encoder.conv_in", "vae.decoder.conv_out"), "w8a8"
-        )
-    )
+    keep: dict[str, str] = field(default_factory=DEFAULT_KEEP.copy)
     steps: int = 0
     images: int = 16
     image_size: int = 256
@@ -337,67 +330,3 @@ def check_quantizes(bits: tuple[int, int]) -> None:
     LayerScheme(*bits)
     if min(bits) == 16:
         raise ValueError("bits are w16a16, which quantizes nothing: give weights or activations fewer, such as w4a16 or w8a8")
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the project."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by its name in `recipes/`, or a YAML file.
-
-    Raises:
-        RecipeError: none of that name, not YAML, or not valid; the message names the file.
-    """
-    path = FOLDER / f"{name}.yaml" if re.fullmatch(r"[\w-]+", str(name)) else Path(name)
-    if not path.is_file():
-        raise RecipeError(f"there is no recipe {str(name)!r}; there are {', '.join(recipe_names())}, or give a YAML file")
-    try:
-        return Recipe.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (RecipeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def with_values(recipe: Recipe, assignments: list[str]) -> Recipe:
-    """The recipe with some values changed.
-
-    Args:
-        assignments: "KEY=VALUE" with keys such as steps, layer.branch_rank or stages.0.lr, values in YAML.
-
-    Raises:
-        RecipeError: a key that does not exist or a value that it cannot have.
-    """
-    data = recipe.to_dict()
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise RecipeError(f"{assignment!r} is not of the form KEY=VALUE, such as stages.0.lr=1e-2")
-        try:
-            _assign(data, key.split("."), _value(text))
-        except (KeyError, IndexError, ValueError, TypeError, yaml.YAMLError):
-            raise RecipeError(f"{assignment}: no such key") from None
-    return Recipe.from_dict(data)  # checked once all values are there: they may need each other
-
-
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 takes 1e-2 for text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _assign(node: dict | list, keys: list[str], value: Any) -> None:
-    """Sets ``node[keys[0]][keys[1]]..``; raises KeyError, IndexError, TypeError or ValueError where there is no such place."""
-    if keys[0] in ("keep", "branch_ranks") and len(keys) > 1:
-        node[keys[0]][".".join(keys[1:])] = value  # layer patterns hold dots
-        return
-    key = int(keys[0]) if isinstance(node, list) else keys[0]
-    if len(keys) > 1:
-        _assign(node[key], keys[1:], value)
-    else:
-        node[key]  # noqa: B018 - must be there already
-        node[key] = value

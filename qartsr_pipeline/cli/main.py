@@ -34,6 +34,7 @@ COMMANDS = {
     "upscale": Command("qartsr_pipeline.cli.upscale", "enlarge images"),
     "info": Command("qartsr_pipeline.cli.info", "show what a checkpoint consists of and how each part will run"),
     "bench": Command("qartsr_pipeline.cli.bench", "time a checkpoint on this machine, by stage and kernels"),
+    "quantize": Command("qartsr_pipeline.cli.quantize", "make a checkpoint of fewer bits from a full-precision one"),
     "evaluate": Command("qartsr_pipeline.cli.evaluate", "measure models on photographs, against bicubic and full precision"),
     "demo": Command("qartsr_pipeline.cli.demo", "upscale the sample photograph on the CPU and compare"),
     "convert": Command("qartsr_pipeline.cli.convert", "make a checkpoint folder from published weights"),

@@ -1,11 +1,26 @@
-"""A recipe that runs in seconds on a tiny pipeline, and patches for it."""
+"""A recipe that runs in seconds on a tiny pipeline, patches for it, and the whole calibration with both."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from qartsr_pipeline.calibration.recipe import Recipe, load_recipe, with_values
+from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.family import ImageFamily, family_of
+from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
+from qartsr_pipeline.calibration.training.calibration_state import StateFile
+from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.engine import calibrate
+from qartsr_pipeline.calibration.training.progress import Callbacks
+from qartsr_pipeline.calibration.training.result import Calibrated
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+from tiny_models import build_tiny_pipeline
+
+COMPONENTS = ImageFamily.components
 
 SMALL = [
     "images=4",
@@ -32,3 +47,36 @@ def small_recipe(*changes: str, name: str = "qartsr") -> Recipe:
     """The recipe with small patches; "perceptual" goes, unless a change gives it back."""
     without = ["stages.1.loss={image_l2: 1.0}"] if name == "qartsr" else []
     return with_values(load_recipe(name), [*(SMALL if name == "qartsr" else SMALL[:3]), *without, *changes])
+
+
+def context_of(recipe: Recipe, bits: tuple[int, int] = (4, 4), **options: Any) -> CalibrationContext:
+    """A calibration of the tiny pipeline."""
+    options.setdefault("patches", SmoothPatches())
+    return CalibrationContext(build_tiny_pipeline(), build_tiny_pipeline(), recipe, bits, **options)
+
+
+def calibrated(
+    recipe: Recipe,
+    bits: tuple[int, int] = (4, 4),
+    state: Path | None = None,
+    every: int = 20,
+    start: Path | None = None,
+    stop_after: int | None = None,
+    **options: Any,
+) -> tuple[QArtSRPipeline, Calibrated]:
+    """The quantized tiny pipeline, in simulation; ``options`` are the context's."""
+    if stop_after is not None:
+        options["progress"] = Callbacks(lambda step, *_: step == stop_after)
+    context = context_of(recipe, bits, **options)
+    return context.pipeline, calibrate(context, StateFile(state, every), start)
+
+
+def all_layers(pipeline: QArtSRPipeline) -> dict[str, CalibratingMixin]:
+    """ "component.layer" -> calibrating layer."""
+    return family_of(pipeline).layers(pipeline)
+
+
+def picture(pipeline: QArtSRPipeline) -> torch.Tensor:
+    """What the pipeline makes of a small image, (1, 3, 96, 96)."""
+    low = SmoothPatches().sample(1, 24, np.random.default_rng(5))
+    return pipeline(low, output_type="pt", color_fix=None).images

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qartsr_pipeline.calibration.recipe import Layer, RecipeError, load_recipe, with_values
+from qartsr_pipeline.calibration.recipe import Layer, RecipeError
+from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.start import initialise as initialise_module
 from qartsr_pipeline.calibration.start.branches import fit_branch, leading_vectors, left_by_quantization
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, squared_errors

@@ -22,9 +22,12 @@ from calibration.comparison.methods import Cell, make_method, method_names
 from calibration.comparison.stored_size import stored_size
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import file_digests
-from qartsr_pipeline.calibration.recipe import Layer, load_recipe
+from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.recipe_files import load_recipe
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
-from qartsr_pipeline.calibration.training.stages import Calibrated, all_layers
+from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.result import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.freeze import freeze_layer
@@ -57,19 +60,19 @@ class Engine:
         self.stop_at: int | None = None
         self.diverges_at: float | None = None
 
-    def __call__(self, pipeline, full_precision, recipe, bits, patches, seed, perceptual=None) -> Run:
-        self.begun.append((recipe.method, seed))
-        return Run(self, pipeline, bits, seed)
+    def __call__(self, context: CalibrationContext) -> Run:
+        self.begun.append((context.recipe.method, context.seed))
+        return Run(self, context.pipeline, context.bits, context.seed)
 
 
 class Run:
-    """In the place of `qartsr_pipeline.calibration.training.stages.Run`."""
+    """In the place of `qartsr_pipeline.calibration.training.engine.Run`."""
 
     def __init__(self, engine: Engine, pipeline, bits: tuple[int, int], seed: int):
         self.engine, self.pipeline, self.bits, self.seed = engine, pipeline, bits, seed
         self.weight = pipeline.vae.decoder.conv_out.weight
         prepare(pipeline.vae, QuantizationScheme(LayerScheme(16, 16, 1)))
-        for layer in all_layers(pipeline).values():
+        for layer in family_of(pipeline).layers(pipeline).values():
             layer.quantizing = False
 
     def parameters(self) -> dict[str, torch.Tensor]:

@@ -9,21 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from recipes_for_tests import SmoothPatches, small_recipe
+from recipes_for_tests import COMPONENTS, SmoothPatches, all_layers, calibrated, context_of, picture, small_recipe
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.pairs import degraded_pair
+from qartsr_pipeline.calibration.family import family_of, image_of
 from qartsr_pipeline.calibration.recipe import RecipeError
-from qartsr_pipeline.calibration.start.schemes import COMPONENTS
-from qartsr_pipeline.calibration.training import losses, stages
-from qartsr_pipeline.calibration.training.blocks import distributed, find_blocks, turns
-from qartsr_pipeline.calibration.training.engine import begin, quantize
+from qartsr_pipeline.calibration.training import extended, losses, steps
+from qartsr_pipeline.calibration.training.blocks import distributed, turns
+from qartsr_pipeline.calibration.training.engine import begin
 from qartsr_pipeline.calibration.training.losses import EncoderFeatures
-from qartsr_pipeline.calibration.training.network_run import picture_of
 from qartsr_pipeline.calibration.training.optimization import keep_zero_inside
-from qartsr_pipeline.calibration.training.replay import Recording
+from qartsr_pipeline.calibration.training.progress import Callbacks
 from qartsr_pipeline.calibration.training.rpq import record
-from qartsr_pipeline.calibration.training.stages import all_layers, weights_digest
+from qartsr_pipeline.calibration.training.steps import StagePlan
 from qartsr_pipeline.calibration.training.tensor_store import TensorStore
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.calibrating import prepare
@@ -33,19 +31,9 @@ from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 from tiny_models import build_tiny_pipeline
 
 
-def picture(pipeline):
-    low = SmoothPatches().sample(1, 24, np.random.default_rng(5))
-    return pipeline(low, output_type="pt", color_fix=None).images
-
-
-def calibrated(recipe, bits=(4, 4), **kwargs):
-    pipeline, full_precision = build_tiny_pipeline(), build_tiny_pipeline()
-    return pipeline, quantize(pipeline, full_precision, recipe, bits, SmoothPatches(), **kwargs)
-
-
-def prepared():
+def prepared(pipeline=None):
     """A pipeline with calibrating layers, nothing set."""
-    pipeline = build_tiny_pipeline()
+    pipeline = pipeline or build_tiny_pipeline()
     for component in COMPONENTS:
         prepare(getattr(pipeline, component), QuantizationScheme(LayerScheme(4, 4)))
     return pipeline
@@ -66,7 +54,7 @@ def test_training_comes_closer_and_leaves_the_original_weights_alone():
     pipeline, result = calibrated(
         small_recipe("steps=50", *(f"stages.{i}.{key}" for i in (0, 1) for key in ("share=0.5", "lr=0.01"))), (3, 4)
     )
-    assert weights_digest(pipeline) == weights_digest(full_precision) == result.weights
+    assert family_of(pipeline).digest(pipeline) == family_of(pipeline).digest(full_precision) == result.weights
     assert len(result.losses["RPQ"]) == len(result.losses["ET"]) == 25
     untrained = calibrated(small_recipe("steps=0"), (3, 4))[0]
     wanted = picture(build_tiny_pipeline())[0]
@@ -154,8 +142,7 @@ def test_a_stopped_run_continues_to_the_same_parameters_bit_for_bit(tmp_path, ca
     recipe = small_recipe("steps=40", "stages.0.share=0.7", "stages.1.share=0.3")
     straight, whole = calibrated(recipe)
     state = tmp_path / "state.pt"
-    arguments = build_tiny_pipeline(), build_tiny_pipeline(), recipe, (4, 4)
-    assert quantize(*arguments, Interrupting(call), state=state).stopped
+    assert calibrated(recipe, state=state, patches=Interrupting(call))[1].stopped
     resumed, result = calibrated(recipe, state=state)
     assert not result.stopped and result.losses == whole.losses and result.turns == whole.turns
     for (name, a), b in zip(all_layers(straight).items(), all_layers(resumed).values(), strict=True):
@@ -168,7 +155,7 @@ def test_it_continues_in_a_turn_behind_those_that_train_nothing(tmp_path, others
     only = ["stages.0.layers=unet.*mid_block*", f"stages.0.others={others}"]
     recipe = small_recipe("steps=8", "stages.0.share=1", "stages.1.share=0", *only)
     whole, state = calibrated(recipe)[1], tmp_path / "state.pt"
-    assert calibrated(recipe, state=state, watch=lambda done, total: done == 3)[1].stopped
+    assert calibrated(recipe, state=state, stop_after=3)[1].stopped
     result = calibrated(recipe, state=state)[1]
     assert result.losses == whole.losses and result.turns == whole.turns and len(whole.losses["RPQ"]) == 8
 
@@ -177,7 +164,7 @@ def test_a_finished_run_has_nothing_left_to_train(tmp_path, monkeypatch):
     """The first stage here has no steps, and none of its own saved states."""
     recipe, state = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1"), tmp_path / "state.pt"
     losses_ = calibrated(recipe, state=state)[1].losses
-    monkeypatch.setattr(stages.Run, "_step", lambda *_: pytest.fail("a step is made again"))
+    monkeypatch.setattr(steps.Training, "_step", lambda *_: pytest.fail("a step is made again"))
     assert calibrated(recipe, state=state)[1].losses == losses_
 
 
@@ -195,7 +182,7 @@ def test_a_kill_between_two_saves_loses_only_the_steps_since(tmp_path):
             return super().sample(*arguments)
 
     with pytest.raises(SystemExit):
-        quantize(build_tiny_pipeline(), build_tiny_pipeline(), recipe, (4, 4), Killed(), state=state, every=7)
+        calibrated(recipe, state=state, every=7, patches=Killed())
     assert calibrated(recipe, state=state, every=7)[1].losses == straight.losses
 
 
@@ -242,20 +229,28 @@ class NoGradient(torch.autograd.Function):
 def test_a_loss_or_gradient_that_is_no_number_stops_with_the_way_out(tmp_path, monkeypatch, spoilt, said: str):
     recipe = small_recipe("steps=4", "stages.0.share=0", "stages.1.share=1")
 
-    def diverging(step_of, *arguments, **kwargs):
-        loss = end_to_end_loss(step_of, *arguments, **kwargs)
+    def diverging(*arguments):
+        loss = end_to_end_loss(*arguments)
         return spoilt(loss) if next(calls) == 3 else loss
 
-    calls, end_to_end_loss = itertools.count(1), stages.end_to_end_loss
-    monkeypatch.setattr(stages, "end_to_end_loss", diverging)
+    calls, end_to_end_loss = itertools.count(1), extended.end_to_end_loss
+    monkeypatch.setattr(extended, "end_to_end_loss", diverging)
     with pytest.raises(FloatingPointError, match=f"step 2 of ET.*{said}.* smaller learning rate than 0.003"):
         calibrated(recipe, state=tmp_path / "state.pt", every=1)
     monkeypatch.undo()
     assert not calibrated(recipe, state=tmp_path / "state.pt", every=1)[1].stopped  # what was saved before it is whole
 
 
+def test_a_network_that_gives_nan_while_it_is_trained_advises_a_smaller_rate(monkeypatch):
+    """The pipeline's own advice, to load it anew or to try another image, is for users of a finished model."""
+    recipe = small_recipe("steps=4", "stages.0.share=0", "stages.1.share=1", "stages.1.lr=1e30")
+    with pytest.raises(FloatingPointError, match="step 2 of ET.* smaller learning rate than 1e[+]30 .stages.1.lr") as raised:
+        calibrated(recipe)
+    assert "load the pipeline anew" not in str(raised.value)
+
+
 def test_orders_of_modules():
-    blocks = find_blocks(prepared())
+    blocks = family_of(pipeline := prepared()).blocks(pipeline)
     names = [turn.name for turn in turns(blocks, "blocks", "forward")]
     assert names[0] == "vae.encoder.conv_in" and names[-1] == "vae.decoder.conv_out"
     assert [turn.name for turn in turns(blocks, "blocks", "reversed")] == names[::-1]
@@ -265,33 +260,33 @@ def test_orders_of_modules():
 
 def test_every_quantized_layer_is_in_one_block():
     pipeline = prepared()
-    inside = [id(layer) for block in find_blocks(pipeline) for layer in block.layers]
+    inside = [id(layer) for block in family_of(pipeline).blocks(pipeline) for layer in block.layers]
     running = {id(layer) for name, layer in all_layers(pipeline).items() if "time_emb" not in name}
     assert len(set(inside)) == len(inside) and running <= set(inside)
 
 
 def test_replayed_blocks_give_the_same_picture_and_gradient_as_running_them():
-    pipeline = prepared()
-    blocks = find_blocks(pipeline)
-    up = degraded_pair(SmoothPatches().sample(2, 64, np.random.default_rng(0)))[0]
-    stage = small_recipe().stages[0]
+    context = context_of(small_recipe())
+    pipeline = prepared(context.pipeline)
+    blocks = context.family.blocks(pipeline)
+    plan = StagePlan(0, context.recipe.stages[0], [], [])
     with TensorStore(limit=20_000) as store:  # most of it goes to disk
-        recording = record(pipeline, blocks, stage, SmoothPatches(), [0], 1, store)
+        recording = record(context, blocks, plan, 1, store)
         assert store.folder is not None and any(store.folder.iterdir())
-        up = recording.inputs[0]
+        up = recording.batches[0]
         for turn in turns(blocks, "blocks", "reversed")[::5]:
             for block in blocks:
                 block.quantize(False)
             turn.blocks[0].quantize(True)
             parameter = turn.blocks[0].layers[0].log_smooth.requires_grad_(True)
-            wanted = picture_of(pipeline, up)
+            wanted = image_of(pipeline, up)
             (gradient,) = torch.autograd.grad(wanted.square().sum(), parameter)
             with recording.replayed(0, turn.blocks[0]):
-                got = picture_of(pipeline, up)
+                got = image_of(pipeline, up)
                 (replayed,) = torch.autograd.grad(got.square().sum(), parameter)
             torch.testing.assert_close(got, wanted)
             torch.testing.assert_close(replayed, gradient, rtol=1e-4, atol=1e-4)
-            assert isinstance(recording, Recording) and "forward" not in vars(blocks[0].module)
+            assert "forward" not in vars(blocks[0].module)
     assert store.folder is None or not store.folder.exists()
 
 
@@ -380,20 +375,21 @@ def test_lpips_takes_a_local_backbone_and_is_never_exchanged_silently(monkeypatc
 
 def test_a_run_that_starts_again_with_another_learning_rate_ends_as_a_new_one(tmp_path):
     slow, fast = (small_recipe("steps=6", f"stages.1.lr={lr}") for lr in (0.001, 0.01))
-    pipelines = [(build_tiny_pipeline(), build_tiny_pipeline()) for _ in range(2)]
-    run = begin(*pipelines[0], slow, (4, 4), SmoothPatches())
+    stop_after = []
+    contexts = [context_of(slow, progress=Callbacks(lambda step, *_: [step] == stop_after)), context_of(fast)]
+    run = begin(contexts[0])
     parameters = run.parameters()
     first = run.complete()
     run.start_again(fast, parameters, tmp_path / "state.pt")
     second = run.complete()
-    alone = begin(*pipelines[1], fast, (4, 4), SmoothPatches()).complete()
+    alone = begin(contexts[1]).complete()
     assert second.losses == alone.losses != first.losses
     assert second.layer_errors == alone.layer_errors and second.errors_before == alone.errors_before
-    assert torch.equal(picture(pipelines[0][0]), picture(pipelines[1][0]))
+    assert torch.equal(picture(contexts[0].pipeline), picture(contexts[1].pipeline))
     run.start_again(fast, parameters, tmp_path / "stopped.pt")
-    run.watch = lambda done, _: done == 3
+    stop_after.append(3)
     assert run.complete().stopped
-    run.watch = None
+    stop_after.clear()
     run.start_again(fast, parameters, tmp_path / "stopped.pt")  # where it was stopped
     assert run.complete().losses == alone.losses
     with pytest.raises(ValueError, match="starts again with other steps and learning rates only"):

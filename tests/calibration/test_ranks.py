@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from recipes_for_tests import SmoothPatches, small_recipe
-from test_engine import calibrated, picture
+from recipes_for_tests import COMPONENTS, SmoothPatches, all_layers, calibrated, picture, small_recipe
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.pairs import degraded_pair
+from qartsr_pipeline.calibration.family import image_of
 from qartsr_pipeline.calibration.start.ranks import Sensitivity, choose, sensitivities
-from qartsr_pipeline.calibration.start.schemes import COMPONENTS
-from qartsr_pipeline.calibration.training.network_run import picture_of
-from qartsr_pipeline.calibration.training.stages import all_layers
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.freeze import freeze
 from tiny_models import build_tiny_pipeline
@@ -25,18 +22,18 @@ def test_what_an_error_adds_to_the_picture_is_predicted():
         getattr(pipeline, component).requires_grad_(False)
     layers = {name: getattr(pipeline, name[:3]).get_submodule(name[4:]) for name in (LAST, INNER)}
     up = degraded_pair(SmoothPatches().sample(2, 64, np.random.default_rng(0)))[0]
-    reach = sensitivities(pipeline, layers, [up] * 8)
+    reach = sensitivities(layers, lambda batch: image_of(pipeline, batch), [up] * 8)
     assert torch.equal(reach[LAST].weights, torch.full((3,), float(up[0, 0].numel())))  # an error there is the picture's
     assert reach[LAST].outputs == up[0, 0].numel()
     generator = torch.Generator().manual_seed(1)
     size = torch.linspace(0.5, 1.5, len(reach[INNER].weights)) * 1e-3
     with torch.no_grad():
-        wanted, added = picture_of(pipeline, up), []
+        wanted, added = image_of(pipeline, up), []
         handle = layers[INNER].register_forward_hook(
             lambda _, inputs, out: out + torch.randn(out.shape, generator=generator) * size.view(-1, 1, 1)
         )
         for _ in range(20):
-            added.append(float((picture_of(pipeline, up) - wanted).square().sum() / len(up)))
+            added.append(float((image_of(pipeline, up) - wanted).square().sum() / len(up)))
         handle.remove()
     assert float((reach[INNER].weights * size.square()).sum()) == pytest.approx(np.mean(added), rel=0.2)
 

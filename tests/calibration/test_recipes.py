@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qartsr_pipeline.calibration.recipe import Recipe, load_recipe, recipe_names
+from qartsr_pipeline.calibration.arguments import recipe_names
+from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.recipe_files import load_recipe
 from qartsr_pipeline.calibration.start.initialise import Initialisation
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 

@@ -1,4 +1,4 @@
-"""The command `calibration/run.py`, from its arguments to the folder, the record and the report."""
+"""The command `qartsr quantize`, from its arguments to the folder, the record and the report."""
 
 import json
 import shutil
@@ -9,12 +9,19 @@ from PIL import Image
 from recipes_for_tests import SMALL
 from safetensors import SafetensorError
 
-from calibration import run as command
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration import carry_out, job
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, file_digests
-from qartsr_pipeline.calibration.training.stages import Run
+from qartsr_pipeline.calibration.family import ImageFamily
+from qartsr_pipeline.calibration.training.steps import Training
+from qartsr_pipeline.cli.main import main
 
 TINY = ["--steps", "6", "--set", *SMALL]
+
+
+def quantize(*arguments: object, code: int = 0) -> None:
+    """Runs the command, which ends with this exit code."""
+    assert main(["quantize", *map(str, arguments)]) == code
 
 
 @pytest.fixture
@@ -22,16 +29,14 @@ def small_picture(tmp_path):
     """Arguments: a folder of one small photograph for the report."""
     folder = tmp_path / "evaluated"
     folder.mkdir()
-    Image.open(command.SAMPLE).crop((0, 0, 64, 64)).save(folder / "crop.png")
+    Image.open(job.SAMPLE).crop((0, 0, 64, 64)).save(folder / "crop.png")
     return ["--evaluate", str(folder)]
 
 
 def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, small_picture, tmp_path, capsys):
     output = tmp_path / "run"
     (tiny_folder / "README.md").write_text("---\nlicense: bigscience-openrail-m\n---\n# tiny\n")
-    command.main(
-        [str(tiny_folder), "--bits", "w3a4", "--output", str(output), *small_picture, *TINY, "keep={unet.mid_block*: w16a16}"]
-    )
+    quantize(str(tiny_folder), "--bits", "w3a4", "--output", str(output), *small_picture, *TINY, "keep={unet.mid_block*: w16a16}")
     loaded = QArtSRPipeline.from_pretrained(output / "model")
     assert "DeployedConv2d" not in repr(loaded.unet.mid_block)
     assert loaded.vae.encoder.mid_block.resnets[0].conv1.spec.weight_bits == 3
@@ -44,42 +49,40 @@ def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, s
     page = (output / "report" / "index.html").read_text()
     assert "features of the full-precision VAE encoder" in page and "w3a4" in page
     assert "written:" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        command.main([str(tiny_folder), "--output", str(output), *TINY])
+    quantize(str(tiny_folder), "--output", str(output), *TINY, code=2)
     assert "continue it with --resume" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        command.main([str(output / "model"), "--output", str(tmp_path / "again"), *TINY])
+    quantize(str(output / "model"), "--output", str(tmp_path / "again"), *TINY, code=2)
     assert "quantized already" in capsys.readouterr().err
 
 
 def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
-    real = command.quantize
+    real = carry_out.calibrate
 
-    def stopped(*arguments, **kwargs):
-        result = real(*arguments, **kwargs)
+    def stopped(*arguments):
+        result = real(*arguments)
         result.stopped = True
         return result
 
-    monkeypatch.setattr(command, "quantize", stopped)
-    with pytest.raises(SystemExit, match="130"):
-        command.main([str(tiny_folder), "--bits", "w8a8", "--output", str(output), *small_picture, *TINY])
+    monkeypatch.setattr(carry_out, "calibrate", stopped)
+    quantize(str(tiny_folder), "--bits", "w8a8", "--output", str(output), *small_picture, *TINY, code=130)
     assert f"--resume --output {output}" in capsys.readouterr().err
     assert (output / "state.pt").exists() and not (output / "model").exists()
-    monkeypatch.setattr(command, "quantize", real)
+    monkeypatch.setattr(carry_out, "calibrate", real)
     for changed, said in (
         (["--timestep", "20"], "timestep is 'keep' there, not '20'"),
         (["--seed", "1"], "seed is 0 there, not 1"),
     ):
-        with pytest.raises(SystemExit, match="2"):
-            command.main(["--resume", "--output", str(output), *changed])
+        quantize("--resume", "--output", str(output), *changed, code=2)
         assert said in capsys.readouterr().err
     arguments = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps(arguments | {"bits": "W8A8"}))  # as runs from before have it
     moved, others = tiny_folder.rename(tmp_path / "moved"), Path(small_picture[1]).rename(tmp_path / "others")
-    monkeypatch.setattr(command, "make_report", lambda job, *_: print("reported on", *job.evaluation))
-    command.main([str(moved), "--resume", "--output", str(output), "--evaluate", str(others)])
-    assert f"reported on {others / 'crop.png'}" in capsys.readouterr().out
+    measured = []
+    make_report = ImageFamily.report
+    monkeypatch.setattr(ImageFamily, "report", lambda *given: measured.extend(given[1].evaluation) or make_report(*given))
+    quantize(str(moved), "--resume", "--output", str(output), "--evaluate", str(others))
+    assert measured == [others / "crop.png"]
     assert json.loads((output / "model" / "quantization.json").read_text())["bits"] == "w8a8"
 
 
@@ -98,8 +101,7 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp
     ],
 )
 def test_bad_arguments_are_errors_of_one_line(tiny_folder, tmp_path, capsys, arguments, said):
-    with pytest.raises(SystemExit, match="2"):
-        command.main([str(tiny_folder), "--output", str(tmp_path / "new"), *arguments])
+    quantize(str(tiny_folder), "--output", str(tmp_path / "new"), *arguments, code=2)
     error = capsys.readouterr().err
     assert said in error
     assert not (tmp_path / "new").exists()
@@ -107,15 +109,13 @@ def test_bad_arguments_are_errors_of_one_line(tiny_folder, tmp_path, capsys, arg
 
 def test_a_command_that_failed_before_its_first_step_can_be_corrected(tiny_folder, small_picture, tmp_path, capsys):
     output = tmp_path / "run"
-    with pytest.raises(SystemExit, match="2"):
-        command.main([str(tiny_folder), "--bits", "w16a16", "--output", str(output), *small_picture, *TINY])
+    quantize(str(tiny_folder), "--bits", "w16a16", "--output", str(output), *small_picture, *TINY, code=2)
     assert "w16a16, which quantizes nothing" in capsys.readouterr().err
     (tiny_folder / "vae" / "config.json").rename(tiny_folder / "config.json")
-    with pytest.raises(SystemExit, match="2"):  # once the run has its folder
-        command.main([str(tiny_folder), "--output", str(output), *small_picture, *TINY])
+    quantize(str(tiny_folder), "--output", str(output), *small_picture, *TINY, code=2)  # once the run has its folder
     (tiny_folder / "config.json").rename(tiny_folder / "vae" / "config.json")
     assert list(output.iterdir()) == []
-    command.main([str(tiny_folder), "--bits", "W4A16", "--output", str(output), *small_picture, *TINY])
+    quantize(str(tiny_folder), "--bits", "W4A16", "--output", str(output), *small_picture, *TINY)
     assert json.loads((output / "model" / "quantization.json").read_text())["bits"] == "w4a16"
 
 
@@ -127,21 +127,19 @@ def test_a_disk_that_is_full_at_the_end_loses_no_step(tiny_folder, small_picture
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(QArtSRPipeline, "save_pretrained", full)
-    with pytest.raises(SystemExit, match="2"):
-        command.main([str(tiny_folder), "--output", str(output), *small_picture, *TINY])
+    quantize(str(tiny_folder), "--output", str(output), *small_picture, *TINY, code=2)
     assert "No space left on device" in (error := capsys.readouterr().err) and str(output / "model") in error
     assert sorted(path.name for path in output.iterdir()) == ["run.json", "state.pt"]
     monkeypatch.setattr(QArtSRPipeline, "save_pretrained", real)
-    monkeypatch.setattr(Run, "_step", lambda *_: pytest.fail("a step is made again"))
-    command.main(["--resume", "--output", str(output)])
+    monkeypatch.setattr(Training, "_step", lambda *_: pytest.fail("a step is made again"))
+    quantize("--resume", "--output", str(output))
     assert (output / "model" / "model_index.json").exists()
 
 
 def test_pictures_that_the_model_was_trained_on_are_not_reported_on(tiny_folder, photographs, tmp_path, capsys):
     record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
     (tiny_folder / "training.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="2"):
-        command.main([str(tiny_folder), "--output", str(tmp_path / "new"), "--evaluate", str(photographs), *TINY])
+    quantize(str(tiny_folder), "--output", str(tmp_path / "new"), "--evaluate", str(photographs), *TINY, code=2)
     assert "picture_0.png is one of the photographs that" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -150,24 +148,22 @@ def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, s
     record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
     (tiny_folder / "training.json").write_text(json.dumps(record))
     first = tmp_path / "first"
-    command.main([str(tiny_folder), "--output", str(first), *small_picture, *TINY])  # on procedural pictures
+    quantize(str(tiny_folder), "--output", str(first), *small_picture, *TINY)  # on procedural images
     with pytest.raises(ValueError, match="picture_0.png is one of the photographs that model was made with"):
         check_no_overlap(sorted(photographs.iterdir()), first / "model")
     (tiny_folder / "training.json").unlink()
     for start in (first, first / "model"):
-        with pytest.raises(SystemExit, match="2"):
-            arguments = ["--start", str(start), "--evaluate", str(photographs), "--output", str(tmp_path / "new")]
-            command.main([str(tiny_folder), *arguments, *TINY])
+        arguments = ["--start", start, "--evaluate", photographs, "--output", tmp_path / "new"]
+        quantize(tiny_folder, *arguments, *TINY, code=2)
         assert "picture_0.png is one of the photographs that model" in capsys.readouterr().err
 
 
 def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_picture, photographs, tmp_path, capsys):
     output, short = tmp_path / "run", ["--phases", "latent:1:1e-4:64:1", "--full-phases", "latent:2:1e-4:64:1", "--held-out", "1"]
     arguments = [str(tiny_folder), "--output", str(output), "--data", str(photographs), *small_picture, *TINY, *short]
-    with pytest.raises(SystemExit, match="2"):
-        command.main([*arguments, "--timestep", "search", "--timesteps", "20", "400"])
+    quantize(*arguments, "--timestep", "search", "--timesteps", "20", "400", code=2)
     assert "at no timestep does bypassing the UNet cost 1 dB" in capsys.readouterr().err
-    command.main(["--resume", "--output", str(output), "--least-bypass-cost", "-100"])
+    quantize("--resume", "--output", str(output), "--least-bypass-cost", "-100")
     record = json.loads((output / "model" / "quantization.json").read_text())
     retrained = record["retrained"]
     assert record["timestep"] == retrained["timestep"] in (20, 400) and retrained["phases"][0]["steps"] == 2
@@ -177,16 +173,15 @@ def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_pictu
 
 def test_what_is_left_of_a_killed_process_is_removed(tiny_folder, small_picture, tmp_path):
     output = tmp_path / "run"
-    command.main([str(tiny_folder), "--output", str(output), *small_picture, *TINY])
+    quantize(str(tiny_folder), "--output", str(output), *small_picture, *TINY)
     (output / ".activations.x").mkdir()
     (output / ".activations.x" / "0.safetensors").write_bytes(b"large")
     shutil.rmtree(output / "model")
-    command.main(["--resume", "--output", str(output)])
+    quantize("--resume", "--output", str(output))
     assert (output / "model").exists() and not list(output.glob(".activations*"))
 
 
 def test_pictures_to_evaluate_must_not_be_calibrated_on(tiny_folder, photographs, tmp_path, capsys):
     folders = ["--data", str(photographs), "--evaluate", str(photographs)]
-    with pytest.raises(SystemExit, match="2"):
-        command.main([str(tiny_folder), "--output", str(tmp_path / "new"), *folders, *TINY])
+    quantize(str(tiny_folder), "--output", str(tmp_path / "new"), *folders, *TINY, code=2)
     assert "picture_0.png is among the photographs to calibrate on" in capsys.readouterr().err

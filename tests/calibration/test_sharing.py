@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from recipes_for_tests import SmoothPatches, small_recipe
-from test_engine import picture
+from recipes_for_tests import SmoothPatches, context_of, picture, small_recipe
 
 from qartsr_pipeline.calibration.start import branches
 from qartsr_pipeline.calibration.start.branches import leading_vectors
 from qartsr_pipeline.calibration.training import sharing
-from qartsr_pipeline.calibration.training.engine import quantize
+from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.engine import calibrate
 from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
 from tiny_models import build_tiny_pipeline
 
@@ -18,7 +18,7 @@ def test_two_instances_on_the_same_weights_are_quantized_independently():
     pipeline = build_tiny_pipeline()
     full_precision = on_the_same_weights(pipeline)
     before = picture(full_precision)
-    quantize(pipeline, full_precision, small_recipe("steps=2"), (2, 2), SmoothPatches())
+    calibrate(CalibrationContext(pipeline, full_precision, small_recipe("steps=2"), (2, 2), SmoothPatches()))
     assert torch.equal(picture(full_precision), before) and not torch.equal(picture(pipeline), before)
     weights = [instance.vae.decoder.conv_out.weight.data_ptr() for instance in (pipeline, full_precision)]
     assert weights[0] == weights[1]
@@ -28,11 +28,11 @@ def test_blocks_that_run_again_in_the_backward_pass_train_the_same(monkeypatch):
     recipe, results, runs = small_recipe("steps=4"), [], []
     for large in (sharing.LARGE, 0):
         monkeypatch.setattr(sharing, "LARGE", large)
-        pipeline = build_tiny_pipeline()
-        block = pipeline.vae.decoder.mid_block.resnets[0]
+        context = context_of(recipe)
+        block = context.pipeline.vae.decoder.mid_block.resnets[0]
         calls = []
         block.norm1.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
-        results.append(quantize(pipeline, build_tiny_pipeline(), recipe, (4, 4), SmoothPatches()))
+        results.append(calibrate(context))
         runs.append(sum(calls))
         assert "forward" not in block.__dict__
     assert results[0].losses == results[1].losses and results[0].layer_errors == results[1].layer_errors

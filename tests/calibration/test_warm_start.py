@@ -4,12 +4,9 @@ import json
 
 import pytest
 import torch
-from recipes_for_tests import small_recipe
-from test_engine import calibrated, picture
+from recipes_for_tests import COMPONENTS, all_layers, calibrated, picture, small_recipe
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.start.schemes import COMPONENTS
-from qartsr_pipeline.calibration.training.stages import all_layers
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.freeze import freeze
 from tiny_models import build_tiny_pipeline

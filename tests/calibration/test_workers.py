@@ -13,7 +13,6 @@ import torch
 from recipes_for_tests import small_recipe
 
 from qartsr_pipeline.calibration.training.workers import ALONE, Workers
-from qartsr_pipeline.cli.processes import Processes
 from tiny_models import build_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,13 +22,13 @@ BATCHES = [f"stages.{number}.{setting}" for number in (0, 1) for setting in ("pa
 
 def test_a_batch_is_shared_without_a_rest():
     batch = torch.arange(12).view(6, 2)
-    parts = [Workers(Processes(index, 3)).part(batch) for index in range(3)]
+    parts = [Workers(index, 3).part(batch) for index in range(3)]
     assert torch.equal(torch.cat(parts), batch) and {len(part) for part in parts} == {2}
     assert torch.equal(ALONE.part(batch), batch) and ALONE.mean(torch.tensor(2.5)) == 2.5
     recipe = small_recipe("stages.0.batch=6", "stages.1.batch=4")
-    Workers(Processes(0, 2)).check(recipe)
+    Workers(0, 2).check(recipe)
     with pytest.raises(ValueError, match=r"ET has 4 patches, which 3 processes .* --set stages\.1\.batch=6"):
-        Workers(Processes(0, 3)).check(recipe)
+        Workers(0, 3).check(recipe)
 
 
 def command(processes: int, *arguments: object) -> subprocess.CompletedProcess:

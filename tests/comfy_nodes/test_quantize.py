@@ -28,7 +28,7 @@ SMALL_LAYERS = [
 
 def small(recipe):
     """The recipe with few and small pictures; that of QArtSR with low ranks and a quick start too."""
-    from qartsr_pipeline.calibration.recipe import with_values
+    from qartsr_pipeline.calibration.recipe_files import with_values
 
     stages = [f"stages.{index}.{key}" for index in range(len(recipe.stages)) for key in ("patch=32", "batch=1")]
     return with_values(recipe, [*SMALL, *stages, *(SMALL_LAYERS if recipe.method == "QArtSR" else [])])
@@ -163,7 +163,9 @@ def test_what_cannot_be_made_is_explained_before_anything_runs(nodes, models, tm
 def test_the_lists_are_those_of_calibration(nodes):
     from comfy_nodes.installation import CALIBRATION
     from comfy_nodes.quantize import BITS, RECIPES
-    from qartsr_pipeline.calibration.recipe import load_recipe, parse_bits, recipe_names
+    from qartsr_pipeline.calibration.arguments import recipe_names
+    from qartsr_pipeline.calibration.recipe import parse_bits
+    from qartsr_pipeline.calibration.recipe_files import load_recipe
     from qartsr_pipeline.quantization.scheme import LayerScheme
 
     assert sorted(RECIPES) == [name for name in recipe_names() if load_recipe(name).layer.deployable]

@@ -16,7 +16,7 @@ from qartsr_pipeline.calibration.evaluation.originals import originals_of
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.report.report import ReportData, write_report
-from qartsr_pipeline.calibration.training.stages import Calibrated
+from qartsr_pipeline.calibration.training.result import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SHOWN = 4  # images that are shown; all are measured

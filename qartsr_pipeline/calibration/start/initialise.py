@@ -29,7 +29,8 @@ from qartsr_pipeline.calibration.recipe import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.calibration.start.branches import branch_from_weight, fit_branch, left_by_quantization, unfolded
 from qartsr_pipeline.calibration.start.input_bounds import SHRINK, input_bounds
 from qartsr_pipeline.calibration.start.observers import InputSample
-from qartsr_pipeline.calibration.training.preparation import QUIET, Preparation
+from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, Rotated
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress, follow
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 SEARCHED = (None, 0.25, 0.5, 0.75, 1.0)  # exponents a
@@ -172,7 +173,7 @@ def _set_offset(layers: list[CalibratingMixin], sample: InputSample, options: In
     """Sets the offset of layers that have one; returns the inputs without it."""
     rows, lower, upper = sample.rows, sample.lower, sample.upper
     for layer in layers:
-        if hasattr(layer, "set_input_range"):
+        if isinstance(layer, DynamicActivations):
             layer.set_input_range(float(lower.min()))
         elif _has(layer, "input_offset") and options.offset in ("mean", "centre"):
             layer.input_offset.copy_(rows.mean(0) if options.offset == "mean" else (lower + upper) / 2)
@@ -189,7 +190,7 @@ def _set_input_bounds(layers: list[CalibratingMixin], inputs: _Inputs, seen: tor
     first = layers[0]
     importance = sum(unfolded(layer.residual_weight()).square().sum(0) for layer in layers)
     read = importance > 0  # bounds need not hold channels that nobody reads
-    if hasattr(first, "transform_rows"):
+    if isinstance(first, Rotated):
         ends = torch.stack([seen.amin(0), seen.amax(0)])
     else:
         ends = torch.stack([inputs.lower, inputs.upper]) * first.smooth
@@ -205,7 +206,7 @@ def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor,
     first = layers[0]
     first.log_smooth.copy_(phi.log())
     smoothed = inputs.rows * first.smooth
-    seen = first.transform_rows(smoothed) if hasattr(first, "transform_rows") else smoothed
+    seen = first.transform_rows(smoothed) if isinstance(first, Rotated) else smoothed
     energy = seen.square().mean(0)
     for layer in layers:
         if options.branch_fit and _has(layer, "adapter_up"):
@@ -255,7 +256,7 @@ def initialise(
     layers: dict[str, CalibratingMixin],
     samples: dict[str, InputSample],
     options: Initialisation,
-    preparation: Preparation = QUIET,
+    progress: Progress = SILENT,
 ) -> dict[str, float]:
     """Sets the parameters of all layers; layers that share their input parameters are set together.
 
@@ -266,7 +267,7 @@ def initialise(
     for name, layer in layers.items():
         groups.setdefault(id(layer.log_smooth), []).append(name)
     errors = {}
-    for names in preparation.follow(groups.values(), "set layers", "layer"):
+    for names in follow(progress, groups.values(), "set layers"):
         group, sample = [layers[name] for name in names], samples[names[0]]
         inputs = _set_offset(group, sample, options)
         w_largest = torch.stack([unfolded(layer.weight.float()).abs().amax(0) for layer in group]).amax(0)

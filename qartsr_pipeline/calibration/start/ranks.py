@@ -12,21 +12,50 @@ count of bits and bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, set_branch, squared_errors, weight_bounds
 from qartsr_pipeline.calibration.start.observers import InputSample, as_rows
-from qartsr_pipeline.calibration.training.network_run import picture_of
-from qartsr_pipeline.calibration.training.preparation import QUIET, Preparation
+from qartsr_pipeline.calibration.start.other_grids import DynamicActivations
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress, follow
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 RANKS = (4, 8, 16, 32, 64)
+Layer = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class RankedLayer:
+    """A full-precision layer that gets a rank.
+
+    Attributes:
+        scheme: its bits, and the highest rank that it may get.
+        sample: of its input.
+    """
+
+    layer: Layer
+    scheme: LayerScheme
+    sample: InputSample
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all branches may cost, and how layers are quantized to find out what a branch is worth.
+
+    Attributes:
+        share: multiplications of all branches, as a share of the layers' own.
+        kinds: classes of the calibrating linear and convolution layers.
+        bounds: see `Initialisation`.
+    """
+
+    share: float
+    kinds: Kinds
+    bounds: str = "mse"
 
 
 @dataclass(frozen=True)
@@ -42,19 +71,23 @@ class Sensitivity:
     inputs: int
     outputs: int
 
-    def multiplications(self, layer: nn.Module) -> int:
+    def multiplications(self, layer: Layer) -> int:
         """Of the layer itself."""
         return self.outputs * layer.weight.numel()
 
-    def branch_multiplications(self, layer: nn.Module) -> int:
+    def branch_multiplications(self, layer: Layer) -> int:
         """Of its branch, for each rank."""
         return self.inputs * layer.weight.shape[1] + self.outputs * layer.weight[:, 0].numel()
 
 
 def sensitivities(
-    pipeline: QArtSRPipeline, layers: dict[str, nn.Module], batches: Iterable[torch.Tensor], seed: int = 0
+    layers: dict[str, Layer], run: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], seed: int = 0
 ) -> dict[str, Sensitivity]:
-    """One backward pass of random signs for every batch (B, 3, H, W) of enlarged pictures in [-1, 1]."""
+    """One backward pass of random signs for every batch.
+
+    Args:
+        run: batch -> image (B, 3, H, W), differentiable; runs the layers.
+    """
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, torch.Tensor] = {}
     positions: dict[str, tuple[int, int]] = {}
@@ -68,17 +101,22 @@ def sensitivities(
         positions[name] = len(as_rows(inputs[0])) // batch, len(as_rows(output)) // batch
         return output
 
-    handles = [layer.register_forward_hook(lambda _, i, o, name=name: watch(name, i, o)) for name, layer in layers.items()]
+    def hook_for(name: str) -> Callable[..., torch.Tensor]:
+        return lambda module, inputs, output: watch(name, inputs, output)
+
+    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
     count = 0
     try:
-        for up in batches:
-            picture = picture_of(pipeline, up)
-            signs = torch.randint(0, 2, picture.shape, generator=generator).to(picture) * 2 - 1
-            (picture * signs).sum().backward()
+        for batch in batches:
+            image = run(batch)
+            signs = torch.randint(0, 2, image.shape, generator=generator).to(image) * 2 - 1
+            (image * signs).sum().backward()
             for name, output in outputs.items():
-                sums[name] = sums.get(name, 0) + as_rows(output.grad).square().sum(0)
+                assert output.grad is not None  # retained by `watch`
+                square = as_rows(output.grad).square().sum(0)
+                sums[name] = sums[name] + square if name in sums else square
             outputs.clear()
-            count += len(up)
+            count += len(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -86,17 +124,14 @@ def sensitivities(
 
 
 @torch.no_grad()
-def errors_by_rank(
-    layer: nn.Module, scheme: LayerScheme, kinds: Kinds, sample: InputSample, weights: torch.Tensor, bounds: str
-) -> dict[int, float]:
-    """Rank -> what the layer's error adds to the picture's, for rank 0 and those of `RANKS` up to the scheme's.
+def errors_by_rank(ranked: RankedLayer, weights: torch.Tensor, budget: Budget) -> dict[int, float]:
+    """Rank -> what the layer's error adds to the image's, for rank 0 and those of `RANKS` up to the scheme's.
 
     Args:
-        scheme: its rank is the highest that is tried.
         weights: (N,), see `Sensitivity`.
-        bounds: see `Initialisation`.
     """
-    kind, options = kinds[isinstance(layer, nn.Conv2d)], Initialisation(bounds, smoothing=(0.5,))
+    layer, scheme, sample = ranked.layer, ranked.scheme, ranked.sample
+    kind, options = budget.kinds[isinstance(layer, nn.Conv2d)], Initialisation(budget.bounds, smoothing=(0.5,))
     rows = sample.rows
     plain, widest = (kind.from_layer(layer, replace(scheme, rank=rank)) for rank in (0, scheme.rank_for(layer)))
     initialise({"layer": plain}, {"layer": sample}, options)
@@ -104,7 +139,7 @@ def errors_by_rank(
     set_branch(widest, rows, options)
     candidates = [plain, widest]
     for rank in (rank for rank in RANKS if rank < scheme.rank_for(layer)):
-        candidate: CalibratingMixin = kind.from_layer(layer, replace(scheme, rank=rank))
+        candidate = kind.from_layer(layer, replace(scheme, rank=rank))
         _set_inputs(candidate, plain, sample)
         candidate.branch_up.copy_(widest.branch_up[:, :rank])
         candidate.branch_down.copy_(widest.branch_down[:rank])
@@ -119,7 +154,7 @@ def _set_inputs(layer: CalibratingMixin, other: CalibratingMixin, sample: InputS
     for name, value in other._parameters.items():
         if name.startswith(("log_smooth", "input_")):
             layer._parameters[name].copy_(value)
-    if hasattr(layer, "set_input_range"):  # dynamic activations
+    if isinstance(layer, DynamicActivations):
         layer.set_input_range(float(sample.lower.min()))
 
 
@@ -146,28 +181,22 @@ def choose(errors: dict[str, dict[int, float]], costs: dict[str, int], budget: f
 
 
 def ranks_within_budget(
-    pipeline: QArtSRPipeline,
-    layers: dict[str, tuple[nn.Module, LayerScheme]],
-    kinds: Kinds,
-    samples: dict[str, InputSample],
+    layers: dict[str, RankedLayer],
+    run: Callable[[torch.Tensor], torch.Tensor],
     batches: Iterable[torch.Tensor],
-    budget: float,
-    bounds: str = "mse",
-    preparation: Preparation = QUIET,
+    budget: Budget,
+    progress: Progress = SILENT,
 ) -> dict[str, int]:
-    """The rank of every layer of a full-precision pipeline.
+    """The rank of every layer of a full-precision network.
 
     Args:
-        layers: name -> layer and its scheme, with the highest rank it may get.
-        samples: of the layers' inputs.
-        batches: of enlarged pictures (B, 3, H, W) in [-1, 1], to see how errors spread.
-        budget: multiplications of all branches, as a share of the layers' own.
+        run, batches: see `sensitivities`.
     """
-    reach = sensitivities(pipeline, {name: layer for name, (layer, _) in layers.items()}, batches)
+    reach = sensitivities({name: ranked.layer for name, ranked in layers.items()}, run, batches)
     errors = {
-        name: errors_by_rank(layer, scheme, kinds, samples[name], reach[name].weights, bounds)
-        for name, (layer, scheme) in preparation.follow(layers.items(), "choose ranks", "layer")
+        name: errors_by_rank(ranked, reach[name].weights, budget)
+        for name, ranked in follow(progress, layers.items(), "choose ranks")
     }
-    total = sum(reach[name].multiplications(layer) for name, (layer, _) in layers.items())
-    costs = {name: reach[name].branch_multiplications(layer) for name, (layer, _) in layers.items()}
-    return choose(errors, costs, budget * total)
+    total = sum(reach[name].multiplications(ranked.layer) for name, ranked in layers.items())
+    costs = {name: reach[name].branch_multiplications(ranked.layer) for name, ranked in layers.items()}
+    return choose(errors, costs, budget.share * total)

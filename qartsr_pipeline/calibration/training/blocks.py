@@ -1,22 +1,14 @@
-"""The modules that are quantized one after another: blocks of UNet and VAE, in the order in which they run."""
+"""The modules that are quantized one after another: blocks in the order in which they run, and the turns that they take."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
-
-BLOCKS = (ResnetBlock2D, Transformer2DModel, Attention, Downsample2D, Upsample2D)
-PARTS = ("encoder", "unet", "decoder")
 
 
 @dataclass(frozen=True)
@@ -24,8 +16,8 @@ class Block:
     """A ResNet block, transformer block, sampler, or a layer outside of these, such as the first and the last.
 
     Attributes:
-        name: "unet." or "vae." and the qualified name.
-        part: one of `PARTS`.
+        name: component and qualified name, such as "unet.mid_block.resnets.0".
+        part: one of its family's parts.
         layers: its calibrating layers, at least one.
     """
 
@@ -40,19 +32,36 @@ class Block:
             layer.quantizing = quantizing
 
 
-def part_of(name: str) -> str:
-    """ "vae.post_quant_conv" -> "decoder"."""
-    if name.startswith("unet."):
-        return "unet"
-    return "encoder" if name.startswith(("vae.encoder.", "vae.quant_conv")) else "decoder"
+def blocks_in_running_order(
+    models: dict[str, nn.Module], kinds: tuple[type[nn.Module], ...], part_of: Callable[[str], str], run: Callable[[], object]
+) -> list[Block]:
+    """Every calibrating layer's block, in the order of the blocks' first calls.
+
+    Args:
+        models: component -> model with calibrating layers.
+        kinds: what a block is; a layer outside of these is a block of its own.
+        part_of: block name -> part.
+        run: runs the whole network once.
+
+    Raises:
+        ValueError: if a block is never called: it would never be calibrated.
+    """
+    candidates = {
+        f"{component}.{name}": module for component, model in models.items() for name, module in _outermost(model, kinds).items()
+    }
+    called = _called_during(run, candidates)
+    missing = candidates.keys() - set(called)
+    if missing:
+        raise ValueError(f"the blocks {', '.join(sorted(missing))} do not run: leave them out with keep: PATTERN: w16a16")
+    return [Block(name, part_of(name), candidates[name], _layers(candidates[name])) for name in called]
 
 
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+def _outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
     """Qualified name -> the outermost block around each calibrating layer, or the layer itself."""
     found = {}
     for name in calibrating_layers(model):
         parents = [".".join(name.split(".")[: depth + 1]) for depth in range(name.count("."))]
-        outer = next((parent for parent in parents if isinstance(model.get_submodule(parent), BLOCKS)), name)
+        outer = next((parent for parent in parents if isinstance(model.get_submodule(parent), kinds)), name)
         found[outer] = model.get_submodule(outer)
     return found
 
@@ -62,35 +71,18 @@ def _layers(module: nn.Module) -> tuple[CalibratingMixin, ...]:
 
 
 @torch.no_grad()
-def find_blocks(pipeline: QArtSRPipeline) -> list[Block]:
-    """All blocks of a pipeline with calibrating layers, in the order of their first call on a small picture.
-
-    Raises:
-        ValueError: if a block is never called: it would never be calibrated.
-    """
-    candidates = {
-        f"{component}.{name}": module
-        for component in ("vae", "unet")
-        for name, module in _candidates(getattr(pipeline, component)).items()
-    }
-    called: list[str] = []
-
-    def note(name: str) -> None:
-        if name not in called:
-            called.append(name)
-
-    handles = [module.register_forward_pre_hook(lambda *_, name=name: note(name)) for name, module in candidates.items()]
+def _called_during(run: Callable[[], object], modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the modules that ``run`` calls, in the order of their first calls."""
+    called: dict[str, None] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name)) for name, module in modules.items()
+    ]
     try:
-        network = pipeline.network()
-        side = 2 * pipeline.multiple
-        network.decode(network.step(network.encode(torch.zeros(1, 3, side, side, dtype=pipeline.vae.dtype))))
+        run()
     finally:
         for handle in handles:
             handle.remove()
-    missing = candidates.keys() - set(called)
-    if missing:
-        raise ValueError(f"the blocks {', '.join(sorted(missing))} do not run: leave them out with keep: PATTERN: w16a16")
-    return [Block(name, part_of(name), candidates[name], _layers(candidates[name])) for name in called]
+    return list(called)
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ def distributed(count: int) -> list[int]:
 
 
 def turns(blocks: list[Block], modules: str, order: str) -> list[Turn]:
-    """Who has a turn, in order.
+    """The turns of a stage, in order.
 
     Args:
         blocks: in the order in which they run.
@@ -124,13 +116,10 @@ def turns(blocks: list[Block], modules: str, order: str) -> list[Turn]:
     if modules == "all":
         return [Turn("all", tuple(blocks))]
     if modules == "parts":
-        groups = [Turn(part, tuple(block for block in blocks if block.part == part)) for part in PARTS]
-        groups = [turn for turn in groups if turn.blocks]
+        parts = dict.fromkeys(block.part for block in blocks)
+        groups = [Turn(part, tuple(block for block in blocks if block.part == part)) for part in parts]
     else:
         groups = [Turn(block.name, (block,)) for block in blocks]
-    indices = {
-        "forward": lambda: range(len(groups)),
-        "reversed": lambda: reversed(range(len(groups))),
-        "distributed": lambda: distributed(len(groups)),
-    }[order]()
-    return [groups[index] for index in indices]
+    if order == "distributed":
+        return [groups[index] for index in distributed(len(groups))]
+    return groups[::-1] if order == "reversed" else groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,28 @@ from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 STATE_NAME = "state.pt"
 ENTRIES = {"identity", "parameters", "stage_index", "turn_index", "step", "losses", "turns", "errors_before", "optimizer"}
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """Where a run's state is kept.
+
+    Attributes:
+        path: continued from if it is there, written to; None for no state.
+        every: steps between saves, beside those at the end of every stage; 0 for none.
+        identity: what the run is a function of; a state of another one is not continued.
+    """
+
+    path: Path | None = None
+    every: int = 20
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exists(self) -> bool:
+        return self.path is not None and self.path.exists()
+
+
+NO_STATE = StateFile()
 
 
 def quantization_parameters(layers: dict[str, CalibratingMixin]) -> dict[str, torch.Tensor]:
@@ -32,7 +55,7 @@ def save_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
 def _read(path: Path) -> dict[str, Any]:
     state = load_tensors(path, "a calibration state")
     if not isinstance(state, dict) or ENTRIES - state.keys():
-        raise ValueError(f"{path} is no calibration state: choose another --output, or remove it")
+        raise ValueError(f"{path} is no calibration state: choose another output folder, or remove it")
     return state
 
 
@@ -77,7 +100,7 @@ def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
     if different:
         raise ValueError(
             f"{path} is of a run with other {', '.join(different)}, or of another version: repeat that run's arguments to"
-            " continue it, or choose another --output"
+            " continue it, or choose another output folder"
         )
     own = quantization_parameters(layers)
     for name, tensor in state["parameters"].items():

@@ -1,7 +1,7 @@
-"""Extended end-to-end training (ET, QArtSR's third stage): the parameters of all modules at once, on fresh patches every step.
+"""Extended end-to-end training (ET, QArtSR's third stage, arXiv 2503.05584): the parameters of all modules at once.
 
-The loss compares the quantized model's picture with the full-precision model's, a1 perceptual + a2 L2 (arXiv 2503.05584), so
-that the modules that were quantized last are trained as long as the first.
+Every step draws fresh patches, and compares the quantized model's image with the full-precision model's: a1 perceptual + a2 L2 in
+the paper, the stage's weights here. So the modules that RPQ quantized last are trained as long as the first.
 """
 
 from __future__ import annotations
@@ -9,38 +9,25 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.pairs import Patches, sample_pair
-from qartsr_pipeline.calibration.recipe import Stage
-from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
-from qartsr_pipeline.calibration.training.network_run import outputs_of, picture_of
-from qartsr_pipeline.calibration.training.workers import ALONE, Workers
+from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.steps import StagePlan, Training
 
 
-def end_to_end_loss(
-    pipeline: QArtSRPipeline,
-    full_precision: QArtSRPipeline,
-    patches: Patches,
-    stage: Stage,
-    seed: list[int],
-    perceptual: Perceptual | None,
-    degradation: str = "bicubic",
-    workers: Workers = ALONE,
-) -> torch.Tensor:
-    """The loss of one step, a scalar.
+def train_end_to_end(training: Training, plan: StagePlan) -> None:
+    """The whole stage, from the position on that the training is at."""
+    for block in training.blocks:
+        block.quantize(True)
+    training.take_turn(plan, 0, lambda step: end_to_end_loss(training.context, plan, step))
+    training.next_stage()
 
-    Args:
-        seed: of this step's patches.
-        workers: who share them.
-    """
-    rng = np.random.default_rng(seed)
-    up, _ = sample_pair(patches, stage.batch, stage.patch, rng, degradation)
-    up = workers.part(up).to(pipeline.vae.device)
-    with torch.no_grad(), outputs_of({"unet": full_precision.unet}) as wanted:
-        target = picture_of(full_precision, up)
-    with outputs_of({"unet": pipeline.unet}) as seen:
-        picture = picture_of(pipeline, up)
-    loss = picture_loss(stage.loss, picture, target, perceptual)
-    if stage.loss.get("noise_l2"):
-        loss = loss + stage.loss["noise_l2"] * relative_l2(seen["unet"], wanted["unet"])
-    return loss
+
+def end_to_end_loss(context: CalibrationContext, plan: StagePlan, step: int) -> torch.Tensor:
+    """The loss of one step, a scalar."""
+    family, stage = context.family, plan.stage
+    rng = np.random.default_rng([context.seed, plan.index, 2, step])
+    batch = family.training_batch(context.patches, stage.batch, stage.patch, context.degradation, rng)
+    batch = context.workers.part(batch).to(context.device)
+    with torch.no_grad():
+        target = family.run(context.full_precision, batch)
+    output = family.run(context.pipeline, batch)
+    return family.loss(stage.loss, output, target, context.perceptual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -123,7 +124,7 @@ def relative_l2(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def picture_loss(
-    weights: dict[str, float], picture: torch.Tensor, wanted: torch.Tensor, perceptual: Perceptual | None
+    weights: Mapping[str, float], picture: torch.Tensor, wanted: torch.Tensor, perceptual: Perceptual | None
 ) -> torch.Tensor:
     """The weighted sum of image_l2, image_l1 and perceptual; terms of other names are not the picture's.
 

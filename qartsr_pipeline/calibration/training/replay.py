@@ -5,15 +5,15 @@ So a step neither computes what lies before the first quantized block, nor keeps
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
-from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.calibration.family import Family, Output, tensor_of
 from qartsr_pipeline.calibration.training.blocks import Block
-from qartsr_pipeline.calibration.training.network_run import outputs_of, picture_of, tensor_of
 from qartsr_pipeline.calibration.training.tensor_store import TensorStore
 
 
@@ -25,42 +25,37 @@ class Recording:
         blocks: in the order in which they run.
 
     Attributes:
-        inputs, pictures, noises: of each batch, the enlarged input, the picture and the UNet's output.
+        batches, targets: the network's input, and what it gave for it.
     """
 
-    def __init__(self, pipeline: QArtSRPipeline, blocks: list[Block], store: TensorStore):
-        self.pipeline, self.blocks, self.store = pipeline, blocks, store
-        self.pictures: list[torch.Tensor] = []
-        self.noises: list[torch.Tensor] = []
-        self.inputs: list[torch.Tensor] = []
+    def __init__(self, family: Family, pipeline: DiffusionPipeline, blocks: list[Block], store: TensorStore):
+        self.family, self.pipeline, self.blocks, self.store = family, pipeline, blocks, store
+        self.batches: list[torch.Tensor] = []
+        self.targets: list[Output] = []
         self._shapes: dict[str, torch.Size] = {}
         self._tuples: set[str] = set()
 
     @torch.no_grad()
-    def add(self, up: torch.Tensor) -> None:
-        """Runs the network on ``up`` (B, 3, H, W) in [-1, 1] and keeps what its blocks return, and the picture."""
-        index = len(self.inputs)
+    def add(self, batch: torch.Tensor) -> None:
+        """Runs the network on a training batch and keeps what its blocks and it return."""
+        handles = [block.module.register_forward_hook(self._keep(len(self.batches), block)) for block in self.blocks]
+        try:
+            target = self.family.run(self.pipeline, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.batches.append(batch)
+        self.targets.append(target)
 
-        def keep(block: Block, output: Any) -> None:
+    def _keep(self, index: int, block: Block) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, tuple):
                 self._tuples.add(block.name)
             tensor = tensor_of(output)
             self._shapes[f"{index}.{block.name}"] = tensor.shape
             self.store.put(f"{index}.{block.name}", tensor)
 
-        handles = [
-            block.module.register_forward_hook(lambda module, inputs, output, block=block: keep(block, output))
-            for block in self.blocks
-        ]
-        try:
-            with outputs_of({"unet": self.pipeline.unet}) as seen:
-                picture = picture_of(self.pipeline, up)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.inputs.append(up)
-        self.pictures.append(picture)
-        self.noises.append(seen["unet"])
+        return hook
 
     def output(self, index: int, block: Block) -> torch.Tensor:
         """What a block returned for batch ``index``."""
@@ -80,9 +75,8 @@ class Recording:
             if block.part == upto.part or needed[block.part] is block:
                 tensor = self.output(index, block)
             else:
-                tensor = torch.zeros((), device=self.inputs[index].device).expand(self._shapes[f"{index}.{block.name}"])
-            output = (tensor,) if block.name in self._tuples else tensor
-            block.module.forward = lambda *_, output=output, **__: output
+                tensor = torch.zeros((), device=self.batches[index].device).expand(self._shapes[f"{index}.{block.name}"])
+            block.module.forward = _returning((tensor,) if block.name in self._tuples else tensor)
         try:
             yield
         finally:
@@ -91,3 +85,7 @@ class Recording:
                     del block.module.forward  # the class's own again
                 else:
                     block.module.forward = forward
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output

@@ -1,11 +1,18 @@
-"""Per-module quantization (RPQ, QArtSR's second stage, arXiv 2503.05584): modules get their turn one after another.
+"""Reversed per-module quantization (RPQ, QArtSR's second stage, arXiv 2503.05584): modules are quantized one after another.
 
-While a module has its turn, the loss is its own output's distance to full precision's (`module_l2`) plus the picture's; in
-reversed order what runs before it is still full precision and what runs after it is already quantized. The gradient reaches the
-module and all modules that are quantized already. Other orders, parts instead of blocks, and a network at full precision around
-the module make the stages of other methods.
+The paper's terms, and where they are here:
 
-The patches are the same few batches for every module: their full-precision block outputs are recorded once and replayed.
+- *modules*: the blocks of the network, or its parts, in the order that the stage gives (`StagePlan.turns`). Reversed, what runs
+  before a module is still full precision and what runs after it is quantized already.
+- *module loss*: distance of the module's own output to what it returns at full precision (the term ``module_l2``).
+- *image loss*: distance of the network's image to full precision's (the terms ``image_l2``, ``image_l1``, ``perceptual``).
+
+While a module has its turn the loss is the weighted sum of the two, and its gradient reaches the module and all modules that are
+quantized already. Other orders, parts instead of blocks, and a network at full precision around the module make the stages of
+other methods.
+
+Every module is trained on the same few batches: their full-precision block outputs are recorded once (`replay`), so that a step
+neither computes nor remembers what lies before the first quantized block.
 """
 
 from __future__ import annotations
@@ -13,50 +20,51 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.pairs import Patches, sample_pair
+from qartsr_pipeline.calibration.family import outputs_of
 from qartsr_pipeline.calibration.recipe import Stage
 from qartsr_pipeline.calibration.training.blocks import Block, Turn
-from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
-from qartsr_pipeline.calibration.training.network_run import outputs_of, picture_of
+from qartsr_pipeline.calibration.training.context import CalibrationContext
 from qartsr_pipeline.calibration.training.replay import Recording
+from qartsr_pipeline.calibration.training.steps import StagePlan, Training
 from qartsr_pipeline.calibration.training.tensor_store import TensorStore
-from qartsr_pipeline.calibration.training.workers import ALONE, Workers
+
+MEMORY_FOR_ACTIVATIONS = 2 * 2**30  # bytes of recorded block outputs that stay in memory; more go to disk
 
 
-def record(
-    pipeline: QArtSRPipeline,
-    blocks: list[Block],
-    stage: Stage,
-    patches: Patches,
-    seed: list[int],
-    count: int,
-    store: TensorStore,
-    degradation: str = "bicubic",
-    workers: Workers = ALONE,
-) -> Recording:
-    """Runs the full-precision network on the stage's batches, and keeps what every block returns.
+def quantize_per_module(training: Training, plan: StagePlan) -> None:
+    """The whole stage, from the position on that the training is at."""
+    for block in training.blocks:
+        block.quantize(False)
+    folder = training.state.path.parent if training.state.path else None
+    with TensorStore(MEMORY_FOR_ACTIVATIONS, folder) as store:
+        batches = min(training.context.recipe.cached_batches, sum(plan.steps))
+        recording = record(training.context, training.blocks, plan, batches, store)
+        for number, turn in enumerate(plan.turns):
+            quantize_module(training.blocks, turn, plan.stage)
+            if number >= training.position.turn:
+                training.take_turn(plan, number, ModuleLoss(training.context, recording, plan, number))
+    training.next_stage()
 
-    Args:
-        seed: of the patches.
-        count: batches.
-        workers: who share each batch.
-    """
+
+@torch.no_grad()
+def record(context: CalibrationContext, blocks: list[Block], plan: StagePlan, batches: int, store: TensorStore) -> Recording:
+    """Runs the full-precision network on so many of the stage's batches, and keeps what every block returns."""
     quantizing = {block: block.layers[0].quantizing for block in blocks}
     for block in blocks:
         block.quantize(False)
-    recording = Recording(pipeline, blocks, store)
-    for index in range(count):
-        rng = np.random.default_rng([*seed, index])
-        up, _ = sample_pair(patches, stage.batch, stage.patch, rng, degradation)
-        recording.add(workers.part(up).to(pipeline.vae.device))
+    recording = Recording(context.family, context.pipeline, blocks, store)
+    stage = plan.stage
+    for index in range(batches):
+        rng = np.random.default_rng([context.seed, plan.index, 1, index])
+        batch = context.family.training_batch(context.patches, stage.batch, stage.patch, context.degradation, rng)
+        recording.add(context.workers.part(batch).to(context.device))
     for block, before in quantizing.items():
         block.quantize(before)
     return recording
 
 
-def start_turn(blocks: list[Block], turn: Turn, stage: Stage) -> None:
-    """Quantizes the turn's blocks, beside those before or alone."""
+def quantize_module(blocks: list[Block], turn: Turn, stage: Stage) -> None:
+    """Quantizes the turn's blocks: beside those that had theirs before, or alone in a network of full precision."""
     if stage.others == "full_precision":
         for block in blocks:
             block.quantize(False)
@@ -64,23 +72,25 @@ def start_turn(blocks: list[Block], turn: Turn, stage: Stage) -> None:
         block.quantize(True)
 
 
-def module_loss(
-    recording: Recording, turn: Turn, weights: dict[str, float], step: int, perceptual: Perceptual | None
-) -> torch.Tensor:
-    """The loss of one step of a turn, a scalar.
+class ModuleLoss:
+    """Step of a turn -> its loss, a scalar: image loss plus module loss.
 
-    The module's own target is what it returned at full precision for the full-precision input, also where it now sees a quantized
+    The module's target is what it returned at full precision for the full-precision input, also where it now sees a quantized
     one: what came before is then corrected for as well (our reading).
     """
-    index = step % len(recording.inputs)
-    first = next(block for block in recording.blocks if block.layers[0].quantizing)
-    last = turn.blocks[-1]
-    watched = {"module": last.module, "unet": recording.pipeline.unet}
-    with recording.replayed(index, first), outputs_of(watched) as seen:
-        picture = picture_of(recording.pipeline, recording.inputs[index])
-    loss = picture_loss(weights, picture, recording.pictures[index], perceptual)
-    if weights.get("module_l2"):
-        loss = loss + weights["module_l2"] * relative_l2(seen["module"], recording.output(index, last))
-    if weights.get("noise_l2"):
-        loss = loss + weights["noise_l2"] * relative_l2(seen["unet"], recording.noises[index])
-    return loss
+
+    def __init__(self, context: CalibrationContext, recording: Recording, plan: StagePlan, number: int):
+        self.context, self.recording, self.stage = context, recording, plan.stage
+        self.module = plan.turns[number].blocks[-1]
+        self.first_step = sum(plan.steps[:number])  # so that not every module begins with the same batch
+
+    def __call__(self, step: int) -> torch.Tensor:
+        recording = self.recording
+        index = (self.first_step + step) % len(recording.batches)
+        first_quantized = next(block for block in recording.blocks if block.layers[0].quantizing)
+        with recording.replayed(index, first_quantized), outputs_of({"module": self.module.module}) as seen:
+            output = self.context.family.run(self.context.pipeline, recording.batches[index])
+        module = None
+        if self.stage.loss.get("module_l2"):
+            module = seen["module"], recording.output(index, self.module)
+        return self.context.family.loss(self.stage.loss, output, recording.targets[index], self.context.perceptual, module)

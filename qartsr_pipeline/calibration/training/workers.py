@@ -10,13 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from qartsr_pipeline.calibration.recipe import Recipe
-from qartsr_pipeline.cli.processes import Processes
 
 T = TypeVar("T")
 PATIENCE = 1.0  # seconds: the launcher stops all as soon as one ends, and the first process is to say why
@@ -24,21 +23,28 @@ PATIENCE = 1.0  # seconds: the launcher stops all as soon as one ends, and the f
 
 @dataclass(frozen=True)
 class Workers:
-    """One of them, and how many there are; alone by default, and then nothing here does anything."""
+    """One of them, and how many there are; alone by default, and then nothing here does anything.
 
-    processes: Processes = Processes()
+    Attributes:
+        index, count: this one's number, from 0, and how many there are.
+        device: the one that the launcher leaves to this process, such as "cuda:1"; None where it has no say.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: str | None = None
 
     @property
     def several(self) -> bool:
-        return self.processes.count > 1
+        return self.count > 1
 
     @property
     def is_main(self) -> bool:
-        return self.processes.is_main
+        return self.index == 0
 
     def check(self, recipe: Recipe) -> None:
         """Raises ValueError for a stage whose batch cannot be divided."""
-        count = self.processes.count
+        count = self.count
         for number, stage in enumerate(recipe.stages):
             if stage.batch % count:
                 raise ValueError(
@@ -48,7 +54,7 @@ class Workers:
 
     def part(self, batch: torch.Tensor) -> torch.Tensor:
         """This process's part of a batch (B, ...) that is the same in all."""
-        return batch.chunk(self.processes.count)[self.processes.index]
+        return batch.chunk(self.count)[self.index]
 
     def mean(self, value: torch.Tensor) -> float:
         """Of a scalar over all processes, the same number in all."""
@@ -56,7 +62,7 @@ class Workers:
             return float(value)
         total = value.detach().double().cpu().clone()
         dist.all_reduce(total)
-        return float(total) / self.processes.count
+        return float(total) / self.count
 
     def anyone(self, flag: bool) -> bool:
         """Whether it is true in one of them."""
@@ -68,7 +74,7 @@ class Workers:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
-            parts = flat.div_(self.processes.count).split([gradient.numel() for gradient in gradients])
+            parts = flat.div_(self.count).split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
@@ -85,9 +91,11 @@ class Workers:
         if not self.several:
             return make()
         value, error = _attempt(make) if self.is_main else (None, None)
-        value, error = self.processes.of_main((value, error))
+        both = [(value, error)]
+        dist.broadcast_object_list(both, 0)
+        value, error = both[0]
         self._raise(error)
-        return value
+        return cast(T, value)
 
     def together(self, make: Callable[[], T]) -> T:
         """What ``make`` returns here, once all are done with it. If it raises anywhere, the first process raises that, and the
@@ -96,10 +104,10 @@ class Workers:
         if not self.several:
             return make()
         value, error = _attempt(make)
-        errors: list[BaseException | None] = [None] * self.processes.count
+        errors: list[BaseException | None] = [None] * self.count
         dist.all_gather_object(errors, error)
         self._raise(next((found for found in errors if found is not None), None))
-        return value
+        return cast(T, value)
 
     def _raise(self, error: BaseException | None) -> None:
         if error is None:

@@ -1,0 +1,172 @@
+"""`quantize`: the one call that makes a quantized model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from qartsr_pipeline.calibration.arguments import RunArguments, argument_text, phase_text, read_arguments
+from qartsr_pipeline.calibration.carry_out import QuantizationResult, carry_out
+from qartsr_pipeline.calibration.data.patches import pixels_of
+from qartsr_pipeline.calibration.job import Order
+from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.retraining.settings import TimestepSearch
+from qartsr_pipeline.calibration.training.progress import Callbacks, PreparationCallback, StepCallback
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+MemoryImage = PIL.Image.Image | np.ndarray | torch.Tensor
+
+
+def quantize(
+    model: QArtSRPipeline | str | os.PathLike,
+    bits: str | tuple[int, int] = "w4a4",
+    data: str | os.PathLike | Sequence[MemoryImage] | Iterable[torch.Tensor] | None = None,
+    *,
+    recipe: Recipe | str | os.PathLike = "qartsr",
+    steps: int | None = None,
+    seed: int = 0,
+    degradation: str = "bicubic",
+    perceptual: str = "encoder",
+    perceptual_weights: str | os.PathLike | None = None,
+    timestep: int | str | TimestepSearch = "keep",
+    start: str | os.PathLike | None = None,
+    evaluation_data: str | os.PathLike | Sequence[MemoryImage] | None = None,
+    output: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    callback: StepCallback | None = None,
+    progress: PreparationCallback | None = None,
+) -> QuantizationResult:
+    """Quantizes a full-precision model, calibrates it, measures it, and returns it ready to use.
+
+    The same arguments give the same model, bit for bit, on the same machine with the same number of threads. Where ``output``
+    holds an unfinished run of the same arguments, it is continued, and ends as if it had never been stopped. Prints nothing.
+
+    Args:
+        model: a full-precision pipeline, which is left as it is; a checkpoint folder; the name of a shipped model, such as
+            "tiny-fp"; or a Hub id "owner/name".
+        bits: of weights and activations, as "w4a4" or (4, 4). Each is 2, 3, 4, 6, 8, or 16 for no quantization.
+        data: images to calibrate on, of at least 256 pixels a side: a folder of photographs; a list of PIL images, arrays
+            (H, W, 3) or tensors (3, H, W), uint8 or floats in [0, 1]; or a finite iterable of tensors, which is read once and
+            held in memory with 8 bits. None for procedural images, which need no data; photographs give better results.
+        recipe: the method: a name ("qartsr", "lsq", "efficientdm", "maxmin", ..; see `recipe_names`), a YAML file, or a `Recipe`.
+        steps: optimizer steps in all, 0 or more; None for as many as the recipe says (350 for most). More is better and slower.
+        seed: decides which patches are cut from the images, 0 or more.
+        degradation: how low-resolution images are made of them: "bicubic", or "realesrgan" with blur, noise and JPEG.
+        perceptual: what a recipe's perceptual loss is: "encoder" (features of the model's own encoder), or "lpips", which needs
+            the package of that name.
+        perceptual_weights: for "lpips": a local file with the weights of its backbone; None to let the package download them.
+        timestep: "keep" the model's own; a number from 0 to 999 to retrain it there first; "search", or a `TimestepSearch` with
+            settings of its own, to find the timestep at which quantization costs least. Retraining takes hours.
+        start: a finished run's folder, or a quantized checkpoint, of the same model and of any bits, to start from.
+        evaluation_data: images to measure on, as for ``data`` but not the same; None for the sample that comes with the package.
+        output: folder for the run: `model/` (a checkpoint), `report/`, and what continuing it needs. None keeps nothing on disk,
+            and a stopped run is lost.
+        device: where to compute, such as "cuda:1"; None for the pipeline's own, or the first GPU there is.
+        callback: called after every step as (step, steps, loss), steps counting from 1; returning True stops the run, saved.
+            Where the model is retrained at another timestep first, that training has steps of its own.
+        progress: called as (what, done, total) while the run is prepared: "observe", "choose ranks", "set layers".
+
+    Returns:
+        The pipeline, its report, every layer's error, and metrics; ``finished`` is False if the run was stopped.
+
+    Raises:
+        ValueError: an argument that cannot be, by name; the model is quantized already; ``output`` holds a run with other
+            arguments; an image to measure on is among those that the model was made with.
+        FileExistsError: ``output`` holds something else. OSError: files that cannot be read or written.
+        CheckpointError: a model that is damaged or unavailable.
+        FloatingPointError: training diverged; a smaller learning rate is the way out.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from PIL import Image
+        >>> from qartsr_pipeline import load_recipe, quantize
+        >>> recipe = replace(load_recipe("maxmin"), images=2, image_size=64)  # fewer images than the recipe's 16
+        >>> gradient = Image.linear_gradient("L").convert("RGB").resize((64, 64))
+        >>> result = quantize("tiny-fp", bits="w8a8", recipe=recipe, evaluation_data=[gradient], device="cpu")
+        >>> result.finished, len(result.layers) > 50
+        (True, True)
+        >>> max(layer.after for layer in result.layers) < 0.1  # of the power of the layer's output
+        True
+        >>> result.pipeline(gradient.crop((0, 0, 32, 24))).images[0].size
+        (128, 96)
+    """
+    given = model if isinstance(model, QArtSRPipeline) else None
+    arguments = RunArguments(
+        model=str(given.config.get("_name_or_path") or "") if given is not None else os.fspath(model),
+        recipe=recipe.to_dict() if isinstance(recipe, Recipe) else os.fspath(recipe),
+        bits=bits if isinstance(bits, str) else "w{}a{}".format(*bits),
+        steps=steps,
+        start=None if start is None else os.fspath(start),
+        data=os.fspath(data) if isinstance(data, (str, os.PathLike)) else None,
+        degradation=degradation,
+        perceptual=perceptual,
+        perceptual_weights=None if perceptual_weights is None else os.fspath(perceptual_weights),
+        evaluate=os.fspath(evaluation_data) if isinstance(evaluation_data, (str, os.PathLike)) else None,
+        seed=seed,
+    )
+    order = Order(
+        _at(arguments, timestep),
+        output=Path() if output is None else Path(output),
+        device=device,
+        model=given,
+        data=_pixels(data),
+        evaluation=_pixels(evaluation_data),
+        keeps_output=output is not None,
+    )
+    callbacks = Callbacks(callback, progress)
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="qartsr-") as folder:
+            return carry_out(replace(order, output=Path(folder)), callbacks)
+    return carry_out(replace(order, continues=_continues(order.output, order.arguments)), callbacks)
+
+
+def _at(arguments: RunArguments, timestep: int | str | TimestepSearch) -> RunArguments:
+    """The arguments with what the timestep is to be."""
+    if not isinstance(timestep, TimestepSearch):
+        return replace(arguments, timestep=str(timestep))
+    return replace(
+        arguments,
+        timestep="search",
+        timesteps=timestep.timesteps,
+        phases=tuple(map(phase_text, timestep.phases)),
+        full_phases=tuple(map(phase_text, timestep.full_phases)),
+        least_bypass_cost=timestep.rule.least_bypass_cost,
+        quality_margin=timestep.rule.quality_margin,
+        held_out=timestep.held_out,
+    )
+
+
+def _pixels(data: str | os.PathLike | Iterable[MemoryImage] | None) -> list[np.ndarray] | None:
+    """Images in memory as (H, W, 3) uint8; None for a folder, or nothing."""
+    if data is None or isinstance(data, (str, os.PathLike)):
+        return None
+    pixels = pixels_of(data)
+    if not pixels:
+        raise ValueError("data holds no image: give at least one, or None for procedural images")
+    return pixels
+
+
+def _continues(output: Path, arguments: RunArguments) -> bool:
+    """Whether the folder holds a run with these arguments; False for a new one.
+
+    Raises:
+        ValueError: it holds a run with others, by name. FileExistsError: it holds something else.
+    """
+    there = read_arguments(output)
+    if there is None:
+        if output.exists() and any(output.iterdir()):
+            raise FileExistsError(f"{output} exists and holds something else: choose another output folder")
+        return False
+    for name in there.differing(arguments):
+        raise ValueError(
+            f"{output} holds a run with other arguments: {argument_text(name)} is {getattr(there, name)!r} there, not"
+            f" {getattr(arguments, name)!r}. Repeat that run's arguments to continue it, or choose another output folder"
+        )
+    return True

@@ -1,0 +1,111 @@
+"""The arguments of a calibration run, as the command line and the run's folder know them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qartsr_pipeline.calibration.retraining.settings import FULL, SHORT, TIMESTEPS, Phase, Rule, parse_phase
+
+ARGUMENTS_NAME = "run.json"
+PERCEPTUAL_NAMES = ("encoder", "lpips")  # `losses.PERCEPTUAL`
+RECIPES = Path(__file__).parent / "recipes"
+# What may be another one when a run is continued: what the report alone is of, and what the state knows by its content.
+MAY_CHANGE = ("evaluate", "model", "data", "start", "least_bypass_cost", "quality_margin")
+
+
+def phase_text(phase: Phase) -> str:
+    """NAME:STEPS:LR:PATCH:BATCH."""
+    return f"{phase.name}:{phase.steps}:{phase.lr:g}:{phase.patch}:{phase.batch}"
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a run is made with, under the names that `run.json` and the command line have for it.
+
+    Attributes:
+        model: full-precision checkpoint: folder, shipped name or Hub id.
+        timestep: "keep", "search", or a number as text.
+        timesteps, phases, full_phases, least_bypass_cost, quality_margin, held_out: of the search, see
+            `qartsr_pipeline.calibration.trq`; phases as NAME:STEPS:LR:PATCH:BATCH.
+        recipe: a name, a YAML file, or what `Recipe.to_dict` gives.
+        bits: such as "w4a4".
+        steps: of the optimizer in all, None for the recipe's.
+        set: changes to the recipe, KEY=VALUE.
+        start: folder of a run, or quantized checkpoint, whose parameters this one starts from.
+        data, evaluate: folders of images; None for procedural ones, and for the sample.
+        perceptual_weights: file with the backbone of LPIPS.
+    """
+
+    model: str = "tiny-fp"
+    timestep: str = "keep"
+    timesteps: tuple[int, ...] = TIMESTEPS
+    phases: tuple[str, ...] = SHORT
+    full_phases: tuple[str, ...] = FULL
+    least_bypass_cost: float = Rule.least_bypass_cost
+    quality_margin: float = Rule.quality_margin
+    held_out: int = 8
+    recipe: str | dict[str, Any] = "qartsr"
+    bits: str = "w4a4"
+    steps: int | None = None
+    set: tuple[str, ...] = ()
+    start: str | None = None
+    data: str | None = None
+    degradation: str = "bicubic"
+    perceptual: str = "encoder"
+    perceptual_weights: str | None = None
+    evaluate: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", self.bits.lower())
+        for name in ("timesteps", "set"):  # lists in JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("phases", "full_phases"):
+            phases = map(parse_phase, getattr(self, name))
+            object.__setattr__(self, name, tuple(map(phase_text, phases)))  # 1e-4 and 0.0001 are the same
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> RunArguments:
+        """From a mapping that may hold more than these."""
+        known = {part.name for part in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def differing(self, other: RunArguments) -> list[str]:
+        """Names of the arguments in which ``other`` would make another run."""
+        return [
+            part.name
+            for part in fields(self)
+            if part.name not in MAY_CHANGE and getattr(self, part.name) != getattr(other, part.name)
+        ]
+
+
+def read_arguments(folder: Path) -> RunArguments | None:
+    """Those of the run in ``folder``; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / ARGUMENTS_NAME
+    if not path.is_file():
+        return None
+    try:
+        return RunArguments.of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): restore it, or choose another output folder") from error
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def argument_text(name: str) -> str:
+    """An argument's name as the command line writes it."""
+    return name.replace("_", "-")

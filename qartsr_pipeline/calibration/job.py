@@ -1,0 +1,305 @@
+"""A calibration run before its first step: everything that can be checked is checked, models and data are loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+
+from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, RunArguments
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, photographs_record, recorded_files
+from qartsr_pipeline.calibration.data.patches import ImagePatches, Patches, PhotographPatches, images_record
+from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.data.training_set import TrainingData
+from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
+from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
+from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
+from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
+from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
+from qartsr_pipeline.calibration.training.engine import check_start
+from qartsr_pipeline.calibration.training.losses import Perceptual
+from qartsr_pipeline.calibration.training.progress import Progress
+from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
+from qartsr_pipeline.calibration.training.tensor_store import PREFIX
+from qartsr_pipeline.calibration.training.workers import Workers
+from qartsr_pipeline.calibration.trq import TRQ
+from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "rider.jpg"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made, and where.
+
+    Attributes:
+        output: the run's folder.
+        device: None for the first GPU where there is one, and for that of ``model``.
+        model, data, evaluation: in memory, in the place of what the arguments name; images are (H, W, 3) uint8.
+        keeps_output: False if the folder is removed afterwards: no model is written then.
+        continues: whether the folder holds the run already.
+    """
+
+    arguments: RunArguments
+    output: Path
+    device: str | torch.device | None = None
+    model: QArtSRPipeline | None = None
+    data: Sequence[np.ndarray] | None = None
+    evaluation: Sequence[np.ndarray] | None = None
+    keeps_output: bool = True
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on.
+
+    Attributes:
+        name: of the model, for tables.
+        source: folder of the full-precision model, None for one in memory that was not loaded from a folder.
+        start: state of the run, or quantized folder, whose parameters this one starts from.
+        data: what the record says of the calibration images.
+        evaluation: files to measure on.
+        before: name -> SHA-256 of the photographs that the models it is made from were made with.
+        sweep: rows of the timestep search, if there was one.
+        retrained: how the full-precision model was retrained before it was quantized.
+    """
+
+    order: Order
+    recipe: Recipe
+    bits: tuple[int, int]
+    name: str
+    source: Path | None
+    start: Path | None
+    pipeline: QArtSRPipeline
+    full_precision: QArtSRPipeline
+    patches: Patches
+    data: dict[str, Any]
+    evaluation: list[Path]
+    before: dict[str, str]
+    sweep: list[dict[str, Any]] | None = None
+    retrained: dict[str, Any] | None = None
+
+
+def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: Workers) -> Job:
+    """Checks everything that can be checked before the first step, and loads models and data.
+
+    Args:
+        evaluation: files to measure on.
+        progress: of retraining at another timestep.
+
+    Raises:
+        ValueError, OSError, ImportError: bad arguments, recipe, model or data; images to evaluate on among those to calibrate on.
+        Stopped: retraining at another timestep was stopped.
+    """
+    arguments = order.arguments
+    recipe, bits = recipe_of(arguments), parse_bits(arguments.bits)
+    check_quantizes(bits)
+    start = start_of(arguments.start) if arguments.start else None
+    check_start(recipe, start)
+    workers.check(recipe)
+    _check_timestep(arguments, start, workers)
+    patches, data = calibration_data(order)
+    seen = overlap(evaluation, data.get("files", {}))
+    if seen:
+        raise ValueError(f"{seen[0]} is among the photographs to calibrate on: evaluate on others")
+    source = source_of(order)
+    before: dict[str, str] = {}
+    starts = [start.parent / "model" if start.is_file() else start] if start else []
+    for folder in ([source] if source else []) + starts:
+        check_no_overlap(evaluation, folder)
+        before |= recorded_files(folder) or {}
+    if workers.is_main:
+        start_folder(order)
+    model, sweep, retrained = order.model, None, None
+    if arguments.timestep != "keep":
+        if recipe.is_perceptual:  # what it lacks is said before the model is retrained, not after
+            perceptual_of(arguments, model or load_pipeline(_folder(source)))
+        folder, sweep = at_timestep(order, progress)
+        model, retrained = None, json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
+    else:
+        folder = source
+    pipeline = instance_of(model, workers.device or order.device) if model else load_pipeline(_folder(folder))
+    if model is None:
+        pipeline = pipeline.to(workers.device or order.device or default_device())
+    full_precision = on_the_same_weights(pipeline)
+    for each in (pipeline, full_precision):
+        each.set_progress_bar_config(disable=True)
+    name = Path(arguments.model).name or "model"
+    models = (name, source, start, pipeline, full_precision)
+    return Job(order, recipe, bits, *models, patches, data, evaluation, before, sweep, retrained)
+
+
+def recipe_of(arguments: RunArguments) -> Recipe:
+    """The recipe with the changes that the arguments make to it."""
+    recipe = Recipe.from_dict(arguments.recipe) if isinstance(arguments.recipe, dict) else load_recipe(arguments.recipe)
+    changes = [] if arguments.steps is None else [f"steps={arguments.steps}"]
+    return with_values(recipe, [*changes, *arguments.set])
+
+
+def start_of(start: str) -> Path:
+    """A run's state, or the quantized folder that this names."""
+    state = Path(start) / STATE_NAME
+    return state if state.exists() else fetch(start)
+
+
+def _check_timestep(arguments: RunArguments, start: Path | None, workers: Workers) -> None:
+    timestep = arguments.timestep
+    if timestep == "keep":
+        return
+    if start and start.is_file():
+        raise ValueError("--start: the run is of the model as it is, and --timestep retrains it; give one of the two")
+    if timestep != "search" and not (timestep.isdecimal() and int(timestep) < 1000):
+        raise ValueError(f"--timestep {timestep}: expected keep, search, or a number from 0 to 999")
+    if workers.several:
+        raise ValueError("--timestep: one process retrains the model; give what it wrote, OUTPUT/timestep/model, to several")
+
+
+def calibration_data(order: Order) -> tuple[Patches, dict[str, Any]]:
+    """Where patches are cut from, and what the record says of it."""
+    if order.data is not None:
+        return ImagePatches(order.data), images_record(order.data)
+    if order.arguments.data:
+        paths = list_photographs(order.arguments.data)
+        return PhotographPatches(paths), photographs_record(paths)
+    return DeadLeaves(), {"procedural": "dead leaves"}
+
+
+@contextmanager
+def evaluation_files(order: Order) -> Iterator[list[Path]]:
+    """The images to measure on, as files; those in memory are written into a temporary folder."""
+    if order.evaluation is not None:
+        with tempfile.TemporaryDirectory(prefix="qartsr-") as folder:
+            yield _write_images(order.evaluation, Path(folder))
+    elif order.arguments.evaluate:
+        yield list_photographs(order.arguments.evaluate)
+    else:
+        yield [SAMPLE]
+
+
+def _write_images(images: Sequence[np.ndarray], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"image-{number:06d}.png" for number in range(1, len(images) + 1)]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
+    return paths
+
+
+def source_of(order: Order) -> Path | None:
+    """The folder of the full-precision model."""
+    if order.model is None:
+        return fetch(order.arguments.model)
+    folder = Path(order.arguments.model)
+    return folder if (folder / "model_index.json").is_file() else None
+
+
+def _folder(source: Path | None) -> Path:
+    assert source is not None  # there is one wherever the model is not in memory
+    return source
+
+
+def load_pipeline(folder: Path) -> QArtSRPipeline:
+    """The full-precision pipeline on the CPU, without text encoder: the fixed prompt is folded into the weights."""
+    shown = diffusers_logging._tqdm_active  # there is no public way to ask
+    diffusers_logging.disable_progress_bar()
+    try:
+        return QArtSRPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
+
+
+def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QArtSRPipeline:
+    """Another instance of a pipeline in memory, in float32, on the same weights where these are so already.
+
+    Raises:
+        ValueError: its components are moved around by offloading.
+    """
+    if getattr(model, "_all_hooks", None):  # a private attribute of diffusers'
+        raise ValueError("the pipeline is offloaded: call its remove_all_hooks(), or give its folder")
+    pipeline = on_the_same_weights(model)
+    pipeline.register_modules(text_encoder=None, tokenizer=None)
+    wanted = torch.device(device or model.device)
+    if model.dtype != torch.float32 or wanted.type != model.device.type or wanted.index not in (None, model.device.index):
+        pipeline = copy.deepcopy(pipeline).to(wanted, torch.float32)
+    return pipeline
+
+
+def default_device() -> str:
+    """The first GPU, or the processor."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def perceptual_of(arguments: RunArguments, full_precision: QArtSRPipeline) -> Perceptual:
+    """The perceptual loss that the arguments ask for; raises what `load_perceptual` does."""
+    weights = Path(arguments.perceptual_weights) if arguments.perceptual_weights else None
+    return family_of(full_precision).perceptual(full_precision, arguments.perceptual, weights)
+
+
+def at_timestep(order: Order, progress: Progress) -> tuple[Path, list[dict[str, Any]] | None]:
+    """The full-precision pipeline folder, retrained at another timestep, and the search's rows if there was one.
+
+    Raises:
+        ValueError: none fits the rule of the search. Stopped: call it again to continue.
+    """
+    arguments, folder = order.arguments, order.output / "timestep"
+    searched = arguments.timestep == "search"
+    search = TimestepSearch.parse(
+        arguments.timesteps if searched else (int(arguments.timestep),),
+        arguments.phases,
+        arguments.full_phases,
+        arguments.least_bypass_cost,
+        arguments.quality_margin,
+        arguments.held_out,
+    )
+    images = order.data if order.data is not None else arguments.data
+    data = TrainingData(images, 1.0 if images is None else 0.0, arguments.degradation, arguments.held_out).load()
+    settings = Settings(seed=arguments.seed, every=250, degradation=arguments.degradation)
+    model = _model_for_retraining(order, folder)
+    stage = TRQ(model, data, folder, search, settings, device=order.device or default_device(), progress=progress)
+    if not searched:
+        return stage.retrain(model, int(arguments.timestep), search.full_phases, folder), None
+    chosen = stage.run()
+    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    return chosen, [row | {"chosen": row["timestep"] == sweep["chosen"]} for row in sweep["rows"]]
+
+
+def _model_for_retraining(order: Order, folder: Path) -> str:
+    """What is retrained, by name; a pipeline in memory is written into ``folder`` first."""
+    if order.model is None:
+        return order.arguments.model
+    given = folder / (Path(order.arguments.model).name or "given")
+    if not given.exists():
+        order.model.save_pretrained(given)
+    return str(given)
+
+
+def start_folder(order: Order) -> None:
+    """Makes the run's folder and writes its arguments into it; removes what a killed process left there."""
+    order.output.mkdir(parents=True, exist_ok=True)
+    for left_over in order.output.glob(PREFIX + "*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    write_whole(order.output / ARGUMENTS_NAME, order.arguments.to_json().encode())
+
+
+def forget_unbegun(output: Path) -> None:
+    """Removes the arguments of a run that ended with an error before it made anything: the call can be corrected."""
+    if output.is_dir() and [path.name for path in output.iterdir()] == [ARGUMENTS_NAME]:
+        (output / ARGUMENTS_NAME).unlink()

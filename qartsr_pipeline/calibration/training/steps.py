@@ -1,0 +1,227 @@
+"""The steps of one calibration: optimizer, learning rate, position, saving and stopping. What a step's loss is, the stages say.
+
+A step is a function of the parameters, the seed and its number: what is resumed from a saved state ends bit for bit as if never
+stopped, on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from qartsr_pipeline.calibration.recipe import Stage
+from qartsr_pipeline.calibration.stopping import Stopped, StopSignals
+from qartsr_pipeline.calibration.training.blocks import Block, Turn, turns
+from qartsr_pipeline.calibration.training.calibration_state import StateFile, load_calibration, save_calibration
+from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.optimization import has_any, keep_zero_inside, parameter_groups
+from qartsr_pipeline.calibration.training.progress import Step
+from qartsr_pipeline.calibration.training.result import Calibrated
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+
+LossOfStep = Callable[[int], torch.Tensor]
+WARM_UP = 10  # steps until the learning rate is the stage's
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage with its turns, in order, and the steps of each; ``index`` is its number in the recipe."""
+
+    index: int
+    stage: Stage
+    turns: list[Turn]
+    steps: list[int]
+
+
+@dataclass
+class Position:
+    """How far training is: stage, turn within it, steps within that."""
+
+    stage: int = 0
+    turn: int = 0
+    step: int = 0
+
+
+class Training:
+    """The training of one calibration while it goes on.
+
+    Args:
+        context: its pipeline has calibrating layers.
+        result: losses are added to it.
+        state: where position, parameters and optimizer are saved.
+
+    Raises:
+        ValueError: a stage that has steps trains nothing.
+    """
+
+    def __init__(self, context: CalibrationContext, result: Calibrated, state: StateFile):
+        self.context, self.result, self.state = context, result, state
+        self.blocks: list[Block] = context.family.blocks(context.pipeline)
+        self.layers = context.family.layers(context.pipeline)
+        self._names = {id(layer): name for name, layer in self.layers.items()}
+        self._check_something_is_trained()
+        self.stop = StopSignals()
+        self.to_the_beginning()
+
+    def _check_something_is_trained(self) -> None:
+        recipe = self.context.recipe
+        for stage in recipe.stages:
+            if sum(recipe.steps_of(stage, 1)) and not any(self._trained(block, stage) for block in self.blocks):
+                raise ValueError(
+                    f"stage {stage.name!r} trains {', '.join(stage.train)} of the layers {stage.layers!r}, and there are none:"
+                    f" layers have names such as {', '.join(list(self.layers)[:2]) or '(none is quantized)'}"
+                )
+
+    def _trained(self, block: Block, stage: Stage) -> list[CalibratingMixin]:
+        matching = [layer for layer in block.layers if fnmatchcase(self._names[id(layer)], stage.layers)]
+        return [layer for layer in matching if has_any(layer, stage.train)]
+
+    def to_the_beginning(self) -> None:
+        self.position = Position()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._optimizer_state: dict[str, Any] | None = None
+
+    @property
+    def done(self) -> int:
+        """Steps made so far."""
+        return sum(len(losses) for losses in self.result.losses.values())
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        recipe = self.context.recipe
+        return sum(sum(recipe.steps_of(stage, 1)) for stage in recipe.stages)
+
+    def plan(self, index: int, stage: Stage) -> StagePlan:
+        """The stage's turns; its steps are divided between those that train anything."""
+        order = turns(self.blocks, stage.modules, stage.order)
+        trained = [any(self._trained(block, stage) for block in turn.blocks) for turn in order]
+        shares = iter(self.context.recipe.steps_of(stage, sum(trained)))
+        return StagePlan(index, stage, order, [next(shares) if any_trained else 0 for any_trained in trained])
+
+    def take_turn(self, plan: StagePlan, number: int, loss_of: LossOfStep) -> None:
+        """All steps of one turn, from the position on.
+
+        Raises:
+            Stopped: asked to; saved. FloatingPointError: the loss became NaN or infinite; the last saved state is kept.
+        """
+        stage, steps, several = plan.stage, plan.steps[number], len(plan.turns) > 1
+        self._make_optimizer(stage, plan.turns[: number + 1] if stage.others == "quantized_so_far" else [plan.turns[number]])
+        place = f"{stage.name} {plan.turns[number].name}" if several else stage.name
+        losses = self.result.losses.setdefault(stage.name, [])
+        total, done = self.total, self.done
+        while self.position.step < steps:
+            loss = self._step(plan, place, self._rate(stage, steps), loss_of)
+            losses.append(loss)
+            self.position.step += 1
+            done += 1
+            if self.context.progress.stepped(Step(done, total, loss, place)):
+                self.stop.requested = True
+            stop = self.context.workers.anyone(self.stop.requested)  # asked once: a signal may come at any moment
+            if stop or (self.state.every and len(losses) % self.state.every == 0):
+                self.save()
+            if stop:
+                raise Stopped(f"stopped after step {done} of {total}")
+        if several and steps:
+            last = losses[-steps:]
+            self.result.turns.append({"stage": stage.name, "module": plan.turns[number].name, "first": last[0], "last": last[-1]})
+        self.position.turn, self.position.step = number + 1, 0
+
+    def next_stage(self) -> None:
+        """Moves the position behind the stage, and saves."""
+        self.position = Position(self.position.stage + 1)
+        self.optimizer = None
+        self.save()
+
+    def _make_optimizer(self, stage: Stage, so_far: list[Turn]) -> None:
+        """Adam over the parameters of the turns so far; what it knows of those before is kept."""
+        known: set[int] = set()
+        if self.optimizer is None or stage.others == "full_precision":
+            for layer in self.layers.values():
+                layer.requires_grad_(False)
+            self.optimizer, fresh = None, so_far
+        else:
+            known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            fresh = so_far[-1:]
+        groups = [
+            group
+            for turn in fresh
+            for block in turn.blocks
+            for group in parameter_groups(self._trained(block, stage), stage.train, known)
+        ]
+        if self.optimizer is None and not groups:
+            return  # nothing of these modules is trained: the next one begins
+        if self.optimizer is None:
+            self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        else:
+            for group in groups:
+                self.optimizer.add_param_group(group)
+        if self._optimizer_state is not None:
+            self.optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+
+    def _rate(self, stage: Stage, steps: int) -> float:
+        if stage.modules != "all" and stage.others == "quantized_so_far":
+            return stage.lr
+        step = self.position.step
+        return stage.lr * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    def _step(self, plan: StagePlan, place: str, rate: float, loss_of: LossOfStep) -> float:
+        optimizer = self.optimizer
+        assert optimizer is not None  # a turn that has steps trains something
+        try:
+            loss = loss_of(self.position.step)
+        except FloatingPointError as error:  # of the network; what it advises is for images, not for training
+            raise self._diverged(plan, place, "the network's output became NaN or infinite") from error
+        value = self.context.workers.mean(loss.detach())
+        if not math.isfinite(value):
+            raise self._diverged(plan, place, f"the loss is {value}")
+        for group in optimizer.param_groups:
+            group["lr"] = group["relative"] * rate
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.context.workers.average_gradients(parameters)
+        if not all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None):
+            raise self._diverged(plan, place, "a gradient is not finite")
+        optimizer.step()
+        keep_zero_inside(self.layers.values())
+        return value
+
+    def _diverged(self, plan: StagePlan, place: str, what: str) -> FloatingPointError:
+        path = self.state.path
+        kept = f"{path} has the state before it. " if path and path.exists() else ""
+        return FloatingPointError(
+            f"step {self.position.step} of {plan.stage.name}, {place}: {what}. {kept}Begin another run with a smaller learning"
+            f" rate than {plan.stage.lr:g} (stages.{plan.index}.lr of the recipe)"
+            + (f"; it can start from this one's parameters, {path.parent}" if path and kept else "")
+        )
+
+    def save(self) -> None:
+        """Writes the state, where the run has one."""
+        if self.state.path is None or not self.context.workers.is_main:
+            return
+        entries = {
+            "stage_index": self.position.stage,
+            "turn_index": self.position.turn,
+            "step": self.position.step,
+            "losses": self.result.losses,
+            "turns": self.result.turns,
+            "errors_before": self.result.errors_before,
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+        }
+        save_calibration(self.state.path, self.layers, self.state.identity, entries)
+
+    def restore(self) -> None:
+        """Takes up the state's position, parameters and optimizer; see `load_calibration` for what is raised."""
+        assert self.state.path is not None
+        entries = load_calibration(self.state.path, self.layers, self.state.identity)
+        self.position = Position(entries["stage_index"], entries["turn_index"], entries["step"])
+        self.result.losses, self.result.turns = entries["losses"], entries["turns"]
+        self.result.errors_before = entries["errors_before"]
+        self._optimizer_state = entries["optimizer"]
