@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,14 +37,14 @@ def models(comfy, tiny_folder, monkeypatch, tmp_path):
     """models/qartsr with the tiny model as `base`; recipes and the report's photograph are small."""
     import folder_paths
 
-    from calibration import run
+    from qartsr_pipeline.calibration import job
 
     folder = Path(folder_paths.models_dir) / "qartsr"
     shutil.copytree(tiny_folder, folder / "base")
-    Image.open(run.SAMPLE).crop((0, 0, 64, 64)).save(tmp_path / "sample.png")
-    real = run.load_recipe
-    monkeypatch.setattr(run, "SAMPLE", tmp_path / "sample.png")
-    monkeypatch.setattr(run, "load_recipe", lambda name: small(real(name)))
+    Image.open(job.SAMPLE).crop((0, 0, 64, 64)).save(tmp_path / "sample.png")
+    real = job.load_recipe
+    monkeypatch.setattr(job, "SAMPLE", tmp_path / "sample.png")
+    monkeypatch.setattr(job, "load_recipe", lambda name: small(real(name)))
     return folder
 
 
@@ -147,21 +145,9 @@ def test_what_cannot_be_made_is_explained_before_anything_runs(nodes, models, tm
         with pytest.raises((ValueError, OSError), match=said):
             quantize(nodes, **changes)
     assert listed(models) in (["base"], [".runs", "base"]) and not any(models.glob(".runs/*"))
-    real = importlib.metadata.version
-
-    def version(name):
-        if name == "scikit-image":
-            raise importlib.metadata.PackageNotFoundError
-        return real(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ImportError) as raised:
-        quantize(nodes)
-    assert str(raised.value).endswith(f'scikit-image is missing. Run: "{sys.executable}" -m pip install "scikit-image>=0.24.0"')
 
 
 def test_the_lists_are_those_of_calibration(nodes):
-    from comfy_nodes.installation import CALIBRATION
     from comfy_nodes.quantize import BITS, RECIPES
     from qartsr_pipeline.calibration.arguments import recipe_names
     from qartsr_pipeline.calibration.recipe import parse_bits
@@ -170,5 +156,3 @@ def test_the_lists_are_those_of_calibration(nodes):
 
     assert sorted(RECIPES) == [name for name in recipe_names() if load_recipe(name).layer.deployable]
     assert all(LayerScheme(*parse_bits(bits)) for bits in BITS)
-    extra = [line.split(";")[0].strip() for line in importlib.metadata.requires("qartsr") if 'extra == "calibration"' in line]
-    assert sorted(CALIBRATION) == sorted(extra)

@@ -74,12 +74,10 @@ def test_from_the_command_line_to_a_picture(made, checkpoint, tmp_path, capsys):
 
 def test_what_is_quantized_of_it_leaves_the_text_encoder_behind(made, checkpoint, tmp_path):
     """It is of no use once the fixed prompt is folded into the weights, and larger than they are."""
-    from calibration import run
-
     convert_osediff(made.base, checkpoint, tmp_path / "full", None)
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
     options = ["--recipe", "maxmin", "--bits", "w8a8", "--evaluate", str(tmp_path), "--set", "images=1", "image_size=64"]
-    run.main([str(tmp_path / "full"), "--output", str(tmp_path / "run"), *options])
+    assert main(["quantize", str(tmp_path / "full"), "--output", str(tmp_path / "run"), *options]) == 0
     made_of_it = tmp_path / "run" / "model"
     assert (tmp_path / "full" / "text_encoder").is_dir() and not (made_of_it / "text_encoder").exists()
     assert "license: openrail++" in (made_of_it / "README.md").read_text()

@@ -1,0 +1,170 @@
+"""`quantize`, the public call: every kind of input, stopping and continuing, and what it leaves alone."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from recipes_for_tests import small_recipe
+from safetensors.torch import load_file
+
+from qartsr_pipeline import QArtSRPipeline, quantize
+from qartsr_pipeline.calibration import api
+from qartsr_pipeline.calibration.retraining.settings import Phase, TimestepSearch
+from tiny_models import build_tiny_pipeline
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """A folder of two small photographs."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        coarse = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((96, 112), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> list[np.ndarray]:
+    """An image to measure on."""
+    return [np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8)]
+
+
+def tiny(*changes: str):
+    return small_recipe(f"steps={STEPS}", "images=2", *changes)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "state.pt", weights_only=True)["parameters"]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.fixture(scope="module")
+def from_folders(photographs, evaluated, tmp_path_factory):
+    """The output folder of a run of the tiny model's folder on a folder of photographs, and its result."""
+    base = tmp_path_factory.mktemp("from-folders")
+    build_tiny_pipeline().save_pretrained(base / "tiny")
+    output = base / "run"
+    result = quantize(base / "tiny", "w4a4", photographs, recipe=tiny(), evaluation_data=evaluated, output=output, device="cpu")
+    return output, result
+
+
+def test_the_result_has_everything(from_folders):
+    output, result = from_folders
+    assert result.finished and result.output == output
+    assert result.report == output / "report" / "index.html" and result.report.is_file()
+    assert {layer.name.partition(".")[0] for layer in result.layers} == {"unet", "vae"}
+    assert all(layer.before >= 0 and layer.after >= 0 for layer in result.layers)
+    assert {row.kind for row in result.rows} == {"bicubic", "model"}
+    assert result.record["bits"] == "w4a4" and sum(map(len, result.record["loss"].values())) == STEPS
+    loaded = QArtSRPipeline.from_pretrained(output / "model")
+    image = Image.new("RGB", (24, 16), "teal")
+    assert np.array_equal(np.asarray(loaded(image).images[0]), np.asarray(result.pipeline(image).images[0]))
+
+
+def test_a_pipeline_and_images_in_memory_give_what_folders_give_and_stay_as_they_are(
+    from_folders, photographs, evaluated, tmp_path
+):
+    pipeline = build_tiny_pipeline()
+    image = Image.new("RGB", (24, 16), "teal")
+    before = np.asarray(pipeline(image).images[0])
+    weights = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    images = [Image.open(path) for path in sorted(photographs.iterdir())]
+    as_tensors = (torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images)  # can be read once
+    seen: list[tuple[int, int]] = []
+    result = quantize(
+        pipeline,
+        (4, 4),
+        as_tensors,
+        recipe=tiny(),
+        evaluation_data=evaluated,
+        output=tmp_path / "run",
+        callback=lambda step, steps, loss: seen.append((step, steps)),
+    )
+    assert seen == [(step, STEPS) for step in range(1, STEPS + 1)]
+    assert equal(state(tmp_path / "run"), state(from_folders[0]))
+    assert np.array_equal(np.asarray(pipeline(image).images[0]), before)
+    assert equal(dict(pipeline.unet.state_dict()), weights)
+    assert all(parameter.requires_grad for parameter in pipeline.unet.parameters())
+    mine = {tensor.data_ptr() for tensor in pipeline.vae.state_dict().values()}
+    assert not mine & {tensor.data_ptr() for tensor in result.pipeline.vae.state_dict().values()}
+    result.pipeline.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "run" / "model").rglob("*.safetensors"):
+        assert equal(load_file(path), load_file(tmp_path / "saved" / path.relative_to(tmp_path / "run" / "model")))
+
+
+def test_a_stopped_run_continues_to_the_same_bits_and_with_no_other_arguments(from_folders, photographs, evaluated, tmp_path):
+    def again(**changes):
+        arguments = {"recipe": tiny(), "evaluation_data": evaluated, "output": tmp_path / "run"} | changes
+        return quantize(build_tiny_pipeline(), "w4a4", photographs, **arguments)
+
+    stopped = again(callback=lambda step, steps, loss: step == 2)
+    assert not stopped.finished and stopped.pipeline is None and stopped.report is None
+    with pytest.raises(ValueError, match="other arguments: seed is 0 there, not 1"):
+        again(seed=1)
+    with pytest.raises(ValueError, match="other arguments: recipe is"):
+        again(recipe="lsq")
+    assert again().finished
+    assert equal(state(tmp_path / "run"), state(from_folders[0]))
+    with pytest.raises(FileExistsError, match="holds something else"):
+        again(output=photographs)
+
+
+def test_without_data_and_output_nothing_is_kept(evaluated, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    result = quantize(
+        build_tiny_pipeline(),
+        "w8a8",
+        recipe=small_recipe("images=2", name="svdquant"),
+        evaluation_data=evaluated,
+        progress=lambda what, done, total: said.append(what),
+    )
+    assert result.finished and result.pipeline is None  # this recipe's grid exists in simulation only
+    assert result.output is None and result.report is None and result.layers and result.rows
+    assert set(said) == {"observe", "set layers"}
+    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"bits": "w5a4"}, "weight_bits is 5"),
+        ({"bits": (16, 16)}, "quantizes nothing"),
+        ({"recipe": "nonesuch"}, "no recipe 'nonesuch'"),
+        ({"timestep": 1000}, "from 0 to 999"),
+        ({"data": []}, "holds no image"),
+        ({"model": "tiny-w4a4"}, "quantized already"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named(changes, said, tmp_path):
+    arguments = {"model": build_tiny_pipeline(), "recipe": small_recipe("images=1"), "output": tmp_path / "run"} | changes
+    with pytest.raises(ValueError, match=said):
+        quantize(**arguments)
+    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_memory_is_retrained_at_another_timestep(photographs, evaluated, tmp_path):
+    short = (Phase("latent", 1, 1e-4, 64, 1),)
+    search = TimestepSearch((20, 400), short, short, held_out=1)
+    with pytest.raises(ValueError, match="at no timestep does bypassing the UNet cost 1 dB"):
+        quantize(build_tiny_pipeline(), data=photographs, timestep=search, recipe=tiny(), output=tmp_path / "run")
+    result = quantize(build_tiny_pipeline(), data=photographs, timestep=20, recipe=tiny(), evaluation_data=evaluated)
+    assert result.pipeline.config.timestep == 20
+
+
+@pytest.mark.slow
+def test_the_example_in_its_documentation_runs():
+    failures, examples = doctest.testmod(api)
+    assert examples and not failures
