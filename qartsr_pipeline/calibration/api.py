@@ -99,7 +99,7 @@ def quantize(
     """
     given = model if isinstance(model, QArtSRPipeline) else None
     arguments = RunArguments(
-        model=str(given.config.get("_name_or_path") or "") if given is not None else os.fspath(model),
+        model=_name_of(model),
         recipe=recipe.to_dict() if isinstance(recipe, Recipe) else os.fspath(recipe),
         bits=bits if isinstance(bits, str) else "w{}a{}".format(*bits),
         steps=steps,
@@ -125,6 +125,13 @@ def quantize(
         with tempfile.TemporaryDirectory(prefix="qartsr-") as folder:
             return carry_out(replace(order, output=Path(folder)), callbacks)
     return carry_out(replace(order, continues=_continues(order.output, order.arguments)), callbacks)
+
+
+def _name_of(model: QArtSRPipeline | str | os.PathLike) -> str:
+    """The folder, shipped name or Hub id; of a pipeline that it was loaded from, or nothing."""
+    if isinstance(model, QArtSRPipeline):
+        return str(model.config.get("_name_or_path") or "")
+    return os.fspath(model)
 
 
 def _at(arguments: RunArguments, timestep: int | str | TimestepSearch) -> RunArguments:

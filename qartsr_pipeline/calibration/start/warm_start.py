@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.arithmetic.affine import code_range
 from qartsr_pipeline.calibration.start.branches import set_adapter
 from qartsr_pipeline.calibration.start.initialise import Initialisation, set_branch, weight_bounds
 from qartsr_pipeline.calibration.start.observers import InputSample
 from qartsr_pipeline.kernels.reference import weight_codes
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 
