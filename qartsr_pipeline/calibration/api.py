@@ -154,10 +154,7 @@ def _pixels(data: str | os.PathLike | Iterable[MemoryImage] | None) -> list[np.n
     """Images in memory as (H, W, 3) uint8; None for a folder, or nothing."""
     if data is None or isinstance(data, (str, os.PathLike)):
         return None
-    pixels = pixels_of(data)
-    if not pixels:
-        raise ValueError("data holds no image: give at least one, or None for procedural images")
-    return pixels
+    return pixels_of(data)
 
 
 def _continues(output: Path, arguments: RunArguments) -> bool:

@@ -30,6 +30,7 @@ from qartsr_pipeline.calibration.arguments import (
     recipe_names,
 )
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
+from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.cli.training_bar import TrainingBar
 
@@ -75,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--seed", type=int, help=f"default: {DEFAULTS.seed}")
     add("--output", type=Path, default=OUTPUT, help=f"the run's folder; default: {OUTPUT}")
     add("--resume", action="store_true", default=False, help="continue the run in --output, with its arguments")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: auto")
+    add("--device", type=device_name, default="auto", metavar="DEVICE", help=DEVICE_HELP)
     add("--debug", action="store_true", default=False, help="show the traceback of an error")
     _add_timestep(parser)
     parser.set_defaults(run=run)

@@ -143,7 +143,7 @@ def test_without_data_and_output_nothing_is_kept(evaluated, capsys, monkeypatch,
         ({"bits": (16, 16)}, "quantizes nothing"),
         ({"recipe": "nonesuch"}, "no recipe 'nonesuch'"),
         ({"timestep": 1000}, "from 0 to 999"),
-        ({"data": []}, "holds no image"),
+        ({"data": []}, "`data` is an empty list"),
         ({"model": "tiny-w4a4"}, "quantized already"),
     ],
 )
