@@ -60,7 +60,7 @@ class Trials:
         if calibrated.stopped:
             raise StoppedError
         state.unlink(missing_ok=True)
-        return self._run.pipeline, calibrated
+        return self._run.pipeline, calibrated  # type: ignore[return-value]  # the engine takes any pipeline
 
     def _begin(self, recipe: Recipe) -> Run:
         model, comparison = self.comparison.models[self.cell.model], self.comparison

@@ -172,7 +172,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
     arguments = job.order.arguments
     return {
         "model": job.name,
-        "timestep": job.pipeline.config.timestep,
+        "timestep": job.pipeline.config["timestep"],
         "retrained": job.retrained and {name: value for name, value in job.retrained.items() if name != "data"},
         "bits": arguments.bits,
         "recipe": job.recipe.to_dict(),

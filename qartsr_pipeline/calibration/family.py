@@ -178,7 +178,7 @@ class ImageFamily(Family):
     block_kinds: tuple[type[nn.Module], ...] = (ResnetBlock2D, Transformer2DModel, Attention, Downsample2D, Upsample2D)
 
     def fold(self, pipeline: QArtSRPipeline) -> dict[str, Folding]:
-        return {"unet": fold(pipeline.unet, pipeline.config.timestep, pipeline.prompt_embedding(1))}
+        return {"unet": fold(pipeline.unet, pipeline.config["timestep"], pipeline.prompt_embedding(1))}
 
     @staticmethod
     def part_of(name: str) -> str:

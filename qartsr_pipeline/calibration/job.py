@@ -121,19 +121,17 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     source = source_of(order)
     before: dict[str, str] = {}
     starts = [start.parent / "model" if start.is_file() else start] if start else []
-    for folder in ([source] if source else []) + starts:
-        check_no_overlap(evaluation, folder)
-        before |= recorded_files(folder) or {}
+    for made_from in ([source] if source else []) + starts:
+        check_no_overlap(evaluation, made_from)
+        before |= recorded_files(made_from) or {}
     if workers.is_main:
         start_folder(order)
-    model, sweep, retrained = order.model, None, None
+    folder, model, sweep, retrained = source, order.model, None, None
     if arguments.timestep != "keep":
         if recipe.is_perceptual:  # what it lacks is said before the model is retrained, not after
             perceptual_of(arguments, model or load_pipeline(_folder(source)))
         folder, sweep = at_timestep(order, progress)
         model, retrained = None, json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
-    else:
-        folder = source
     pipeline = instance_of(model, workers.device or order.device) if model else load_pipeline(_folder(folder))
     if model is None:
         pipeline = pipeline.to(workers.device or order.device or default_device())

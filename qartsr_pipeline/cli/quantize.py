@@ -89,7 +89,7 @@ def _add_timestep(parser: argparse.ArgumentParser) -> None:
         f" default: {DEFAULTS.timestep}",
     )
     group = parser.add_argument_group("with --timestep")
-    phases = {"nargs": "+", "metavar": "NAME:STEPS:LR:PATCH:BATCH"}
+    phases: dict[str, Any] = {"nargs": "+", "metavar": "NAME:STEPS:LR:PATCH:BATCH"}
     candidates = " ".join(map(str, DEFAULTS.timesteps))
     group.add_argument("--timesteps", type=int, nargs="+", metavar="T", help=f"candidates; default: {candidates}")
     group.add_argument("--phases", help=f"at each candidate; default: {' '.join(DEFAULTS.phases)}", **phases)

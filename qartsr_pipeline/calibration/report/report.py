@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
 from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.calibration.training.result import Histogram
 from qartsr_pipeline.image.comparison import compare
 
 PICTURE_SIDE = 512  # larger images are cut to this around their detail
@@ -59,7 +60,7 @@ class ReportData:
     losses: dict[str, list[float]] = field(default_factory=dict)
     module_losses: list[tuple[str, float, float]] = field(default_factory=list)
     layer_errors: dict[str, float] = field(default_factory=dict)
-    bounds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bounds: Mapping[str, Histogram] = field(default_factory=dict)
     sweep: list[dict[str, Any]] | None = None
     metrics: list[EvaluationRow] = field(default_factory=list)
     pictures: list[dict[str, np.ndarray]] = field(default_factory=list)

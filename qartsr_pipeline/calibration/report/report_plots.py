@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qartsr_pipeline.calibration.report.figures import png_of
+from qartsr_pipeline.calibration.training.result import Histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +79,7 @@ def worst_layers(errors: dict[str, float], count: int) -> list[str]:
     return sorted(errors, key=lambda name: -errors[name] if math.isfinite(errors[name]) else -math.inf)[:count]
 
 
-def plot_bounds(bounds: dict[str, dict[str, Any]], errors: dict[str, float]) -> bytes:
+def plot_bounds(bounds: Mapping[str, Histogram], errors: dict[str, float]) -> bytes:
     """Histograms of layer inputs with the learned bounds, for the `MOST_BOUNDS` layers with the largest error.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -58,7 +58,8 @@ class EncoderFeatures(nn.Module):
     def forward(self, picture: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             targets = self.features(wanted)
-        return sum((a - b).square().sum(1).mean() for a, b in zip(self.features(picture), targets, strict=True))
+        terms = [(a - b).square().sum(1).mean() for a, b in zip(self.features(picture), targets, strict=True)]
+        return total(terms)
 
 
 class Lpips(nn.Module):
@@ -113,6 +114,14 @@ def load_perceptual(kind: str, vae: AutoencoderKL, weights: Path | None = None) 
         raise OSError(f"the weights of LPIPS's backbone cannot be had ({error}): give a local file, or use encoder") from error
 
 
+def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of at least one scalar."""
+    first, *others = terms
+    for term in others:
+        first = first + term
+    return first
+
+
 def norms(difference: torch.Tensor) -> torch.Tensor:
     """Root mean square of every picture or feature map of a batch, (B,)."""
     return difference.float().square().flatten(1).mean(1).clamp(min=1e-12).sqrt()
@@ -135,7 +144,7 @@ def picture_loss(
     terms = {
         "image_l2": lambda: norms(picture - wanted).mean(),
         "image_l1": lambda: F.l1_loss(picture, wanted),
-        "perceptual": lambda: perceptual(picture, wanted),
+        "perceptual": lambda: perceptual(picture, wanted),  # type: ignore[misc]  # the engine checks
     }
     chosen = [weight * terms[name]() for name, weight in weights.items() if name in terms and weight > 0]
-    return sum(chosen) if chosen else picture.new_zeros(())
+    return total(chosen) if chosen else picture.new_zeros(())
