@@ -39,7 +39,9 @@ def prepared(pipeline=None):
     return pipeline
 
 
-@pytest.mark.parametrize(("bounds", "fit"), [("percentile", "false"), ("mse", "false"), ("mse", "true")])
+@pytest.mark.parametrize(
+    ("bounds", "fit"), [("percentile", "false"), pytest.param("mse", "false", marks=pytest.mark.slow), ("mse", "true")]
+)
 def test_eight_bits_keep_the_picture_and_fewer_bits_lose_more(bounds, fit):
     wanted = picture(build_tiny_pipeline())
     recipe = small_recipe("steps=0", f"layer.bounds={bounds}", f"layer.branch_fit={fit}")
@@ -145,7 +147,9 @@ def straight_run():
     return recipe, *calibrated(recipe)
 
 
-@pytest.mark.parametrize("call", [2, 6])  # while module inputs are recorded, in the end-to-end stage
+@pytest.mark.parametrize(
+    "call", [2, pytest.param(6, marks=pytest.mark.slow)]
+)  # while module inputs are recorded, in the end-to-end stage
 def test_a_stopped_run_continues_to_the_same_parameters_bit_for_bit(straight_run, tmp_path, call):
     recipe, straight, whole = straight_run
     state = tmp_path / "state.pt"
@@ -157,6 +161,7 @@ def test_a_stopped_run_continues_to_the_same_parameters_bit_for_bit(straight_run
             assert torch.equal(x, y), f"{name}.{key}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", ["quantized_so_far", "full_precision"])
 def test_it_continues_in_a_turn_behind_those_that_train_nothing(tmp_path, others):
     only = ["stages.0.layers=unet.*mid_block*", f"stages.0.others={others}"]
@@ -175,6 +180,7 @@ def test_a_finished_run_has_nothing_left_to_train(tmp_path, monkeypatch):
     assert calibrated(recipe, state=state)[1].losses == losses_
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_saves_loses_only_the_steps_since(tmp_path):
     recipe = small_recipe("steps=30", "stages.0.share=0.8", "stages.1.share=0.2")
     state = tmp_path / "state.pt"

@@ -158,6 +158,7 @@ def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, s
         assert "picture_0.png is one of the photographs that model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_picture, photographs, tmp_path, capsys):
     output, short = tmp_path / "run", ["--phases", "latent:1:1e-4:64:1", "--full-phases", "latent:2:1e-4:64:1", "--held-out", "1"]
     arguments = [str(tiny_folder), "--output", str(output), "--data", str(photographs), *small_picture, *TINY, *short]

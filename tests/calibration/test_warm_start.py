@@ -36,7 +36,9 @@ def of_folder(folder):
     return pipeline
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 3)])
+@pytest.mark.parametrize(
+    "bits", [pytest.param((8, 8), marks=pytest.mark.slow), (4, 4), pytest.param((2, 3), marks=pytest.mark.slow)]
+)
 def test_it_begins_with_what_the_folder_computes(quantized, bits):
     folder = quantized(bits)
     pipeline, result = calibrated(small_recipe("steps=0", FULL), bits, start=folder)
