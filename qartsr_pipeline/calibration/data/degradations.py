@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from qartsr_pipeline.calibration.data import SCALE
-from qartsr_pipeline.calibration.data.filters import convolve, gaussian_kernel
+from qartsr_pipeline.calibration.data.filters import convolve, gaussian_blur, gaussian_kernel, random_sinc_kernel
 from qartsr_pipeline.calibration.data.photographs import as_pixels, as_tensor
 from qartsr_pipeline.image.resize import resize
 
 Size = tuple[int, int]
+Degradation = Callable[[torch.Tensor, int, np.random.Generator], torch.Tensor]
 
 
 def as_bytes(image: torch.Tensor) -> torch.Tensor:
@@ -65,28 +66,6 @@ class Order:
 # Real-ESRGAN's numbers.
 FIRST = Order(1.0, (0.2, 3.0), 0.2, 0.7, (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95))
 SECOND = Order(0.8, (0.2, 1.5), 0.3, 0.4, (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95))
-
-
-def realesrgan_degradation(high: torch.Tensor, scale: int, rng: np.random.Generator) -> torch.Tensor:
-    """As in the real world: blur, resampling, noise and JPEG, twice over, each with random parameters for every image.
-
-    After Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data" (arXiv 2107.10833),
-    without its sinc filters. The second resampling is relative to the final size.
-    """
-    final = reduced_size(high, scale)
-    return torch.cat([_degrade_twice(image[None], final, rng) for image in high])
-
-
-def _degrade_twice(image: torch.Tensor, final: Size, rng: np.random.Generator) -> torch.Tensor:
-    """(1, 3, H, W) -> (1, 3, *final)."""
-    low = blur(image, FIRST, rng)
-    low = resample(low, random_size((image.shape[-2], image.shape[-1]), FIRST, rng), rng)
-    low = compress(add_noise(low, FIRST, rng), FIRST.jpeg, rng)
-    low = blur(low, SECOND, rng)
-    low = add_noise(resample(low, random_size(final, SECOND, rng), rng), SECOND, rng)
-    if rng.random() < 0.5:  # the image is reduced, then saved; or it is reduced after it was saved
-        return compress(resample(low, final, rng), SECOND.jpeg, rng)
-    return as_bytes(resample(compress(low, SECOND.jpeg, rng), final, rng))
 
 
 def blur(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
@@ -139,5 +118,108 @@ def compress(image: torch.Tensor, quality: tuple[int, int], rng: np.random.Gener
         return as_tensor(np.asarray(decoded))
 
 
-Degradation = Callable[[torch.Tensor, int, np.random.Generator], torch.Tensor]
-DEGRADATIONS: dict[str, Degradation] = {"bicubic": bicubic_degradation, "realesrgan": realesrgan_degradation}
+@dataclass(frozen=True)
+class Round:
+    """The parts of a single, milder round of degradation.
+
+    Attributes:
+        blur: largest standard deviation in pixels of the original. noise: of Gaussian noise, in 255ths. jpeg: quality from, to.
+        present: probability of each of the three, independent of the others.
+        other_filters: probability that the reduction is not bicubic.
+    """
+
+    blur: float
+    noise: float
+    jpeg: tuple[int, int]
+    present: float
+    other_filters: float
+
+
+MILD = Round(blur=2.0, noise=12.0, jpeg=(40, 95), present=0.75, other_filters=0.25)
+REAL = Round(blur=2.0, noise=12.0, jpeg=(40, 90), present=1.0, other_filters=0.0)
+SINC_BLUR = 0.1  # share of sinc filters among the blurs, where there are any
+FINAL_SINC = 0.8  # probability of one at the end of the second round
+
+
+def one_round(image: torch.Tensor, scale: int, rng: np.random.Generator, parts: Round = MILD) -> torch.Tensor:
+    """(1, 3, H, W) -> (1, 3, H / scale, W / scale): blur, reduction, noise and JPEG as ``parts`` says."""
+    final = reduced_size(image, scale)
+    blurred, noisy, compressed = rng.random(3) < parts.present
+    if blurred:
+        image = gaussian_blur(image, rng.uniform(0, parts.blur))
+    if rng.random() < parts.other_filters:
+        low = F.interpolate(image, size=final, mode="area") if rng.integers(2) else resample(image, final, rng)
+    else:
+        low = resize(image, final).clamp(0, 1)
+    if noisy:
+        low = _add_gaussian_noise(low, rng.uniform(0, parts.noise), rng)
+    return compress(low, parts.jpeg, rng) if compressed else as_bytes(low)
+
+
+def _add_gaussian_noise(image: torch.Tensor, deviation: float, rng: np.random.Generator) -> torch.Tensor:
+    """Of that standard deviation in 255ths; grey in one case of three."""
+    channels = 1 if rng.random() < 1 / 3 else image.shape[1]
+    noise = rng.standard_normal((1, channels, *image.shape[-2:])).astype(np.float32)
+    return (image + torch.from_numpy(noise) * (deviation / 255)).clamp(0, 1)
+
+
+def two_rounds(image: torch.Tensor, scale: int, rng: np.random.Generator, sinc: bool = True) -> torch.Tensor:
+    """(1, 3, H, W) -> (1, 3, H / scale, W / scale) as Real-ESRGAN trains, with its sinc filters or without.
+
+    After Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data" (arXiv 2107.10833). The
+    second resampling is relative to the final size.
+    """
+    final = reduced_size(image, scale)
+    low = _blur_or_ring(image, FIRST, rng, sinc)
+    low = resample(low, random_size((image.shape[-2], image.shape[-1]), FIRST, rng), rng)
+    low = compress(add_noise(low, FIRST, rng), FIRST.jpeg, rng)
+    low = _blur_or_ring(low, SECOND, rng, sinc)
+    low = add_noise(resample(low, random_size(final, SECOND, rng), rng), SECOND, rng)
+    ringing = random_sinc_kernel(rng) if sinc and rng.random() < FINAL_SINC else None
+    if rng.random() < 0.5:  # the image is reduced, then saved; or it is reduced after it was saved
+        return compress(_ring(resample(low, final, rng), ringing), SECOND.jpeg, rng)
+    return as_bytes(_ring(resample(compress(low, SECOND.jpeg, rng), final, rng), ringing))
+
+
+def _blur_or_ring(image: torch.Tensor, order: Order, rng: np.random.Generator, sinc: bool) -> torch.Tensor:
+    if sinc and rng.random() < SINC_BLUR:
+        return _ring(image, random_sinc_kernel(rng))
+    return blur(image, order, rng)
+
+
+def _ring(image: torch.Tensor, kernel: torch.Tensor | None) -> torch.Tensor:
+    return image if kernel is None else convolve(image, kernel).clamp(0, 1)
+
+
+def realesrgan_degradation(high: torch.Tensor, scale: int, rng: np.random.Generator) -> torch.Tensor:
+    """As in the real world: `two_rounds` without sinc filters, each with random parameters for every image."""
+    return torch.cat([two_rounds(image[None], scale, rng, sinc=False) for image in high])
+
+
+MIXTURE: dict[str, tuple[float, Degradation]] = {  # shares of `photo_degradation`
+    "bicubic": (0.4, bicubic_degradation),
+    "one round": (0.4, one_round),
+    "two rounds": (0.2, two_rounds),
+}
+
+
+def photo_degradation(high: torch.Tensor, scale: int, rng: np.random.Generator) -> torch.Tensor:
+    """The photograph model's mixture: each image of the batch in one of the ways of `MIXTURE`.
+
+    Most are mild and many are reduced and nothing else: a model trained on bad images alone smooths good ones.
+    """
+    kinds = rng.choice(list(MIXTURE), len(high), p=[share for share, _ in MIXTURE.values()])
+    return torch.cat([MIXTURE[kind][1](image[None], scale, rng) for kind, image in zip(kinds, high, strict=True)])
+
+
+def real_degradation(high: torch.Tensor, scale: int, rng: np.random.Generator) -> torch.Tensor:
+    """Blur up to 2 pixels, bicubic reduction, noise up to 12 and JPEG of quality 40 to 90, all of them, for every image."""
+    return torch.cat([one_round(image[None], scale, rng, REAL) for image in high])
+
+
+DEGRADATIONS: dict[str, Degradation] = {
+    "bicubic": bicubic_degradation,
+    "realesrgan": realesrgan_degradation,
+    "photo": photo_degradation,
+    "real": real_degradation,
+}
