@@ -8,7 +8,19 @@ from typing import Any
 from qartsr_pipeline.calibration.report.figures import png_of
 from qartsr_pipeline.calibration.saving import write_whole
 
-CURVES = {"model": "model", "bypass": "UNet bypassed", "autoencoder": "autoencoder on the original", "bicubic": "bicubic"}
+CURVES = {
+    "model": "model",
+    "model_real": "model, real degradation",
+    "bypass": "UNet bypassed",
+    "autoencoder": "autoencoder on the original",
+    "bicubic": "bicubic",
+}
+LPIPS_CURVES = {
+    "lpips": "model",
+    "lpips_real": "model, real degradation",
+    "lpips_bicubic": "bicubic",
+    "lpips_bicubic_real": "bicubic, real degradation",
+}
 
 
 def plot_if_possible(history: list[dict[str, Any]], path: Path) -> bool:
@@ -23,10 +35,11 @@ def plot_if_possible(history: list[dict[str, Any]], path: Path) -> bool:
 
 
 def plot_training(history: list[dict[str, Any]], path: Path) -> None:
-    """Draws PSNR-Y and loss over all phases' steps into a PNG.
+    """Draws PSNR-Y and loss over all phases' steps into a PNG, and LPIPS where it was measured.
 
     Args:
-        history: the rows of history.json: phase, step within the phase, loss, and PSNR-Y in dB under the keys of `CURVES`.
+        history: the rows of history.json: phase, step within the phase, loss, PSNR-Y in dB under the keys of `CURVES`, LPIPS
+            under those of `LPIPS_CURVES`, and single terms of the loss under names that begin with "loss_".
 
     Raises:
         ImportError: matplotlib is not installed. SavingError: the file cannot be written.
@@ -34,18 +47,21 @@ def plot_training(history: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot: no display is needed, and no state is kept
 
     steps, borders = running_steps(history)
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    quality, loss = figure.subplots(2, 1, sharex=True)
-    for key, label in CURVES.items():
-        points = [(step, row[key]) for step, row in zip(steps, history, strict=True) if key in row]
-        if points:
-            quality.plot(*zip(*points, strict=True), label=label, linestyle="--" if key == "bicubic" else "-")
+    measured = any(key in row for row in history for key in LPIPS_CURVES)
+    figure = Figure(figsize=(9, 12 if measured else 8), layout="constrained")
+    quality, *perceptual, loss = figure.subplots(3 if measured else 2, 1, sharex=True)
+    _draw(quality, CURVES, steps, history)
+    for axes in perceptual:
+        _draw(axes, LPIPS_CURVES, steps, history)
+        axes.set(ylabel="LPIPS (Alex) of held-out patches")
+    terms = sorted({key for row in history for key in row if key.startswith("loss_")})
+    _draw(loss, {key: key.removeprefix("loss_") for key in terms}, steps, history)
     start = 0
     for name, end in borders:  # losses of different phases cannot be compared: one colour each
         chosen = [index for index, step in enumerate(steps) if start < step <= end]
         loss.plot([steps[i] for i in chosen], [history[i]["loss"] for i in chosen], label=name)
         start = end
-    for axes in (quality, loss):
+    for axes in (quality, *perceptual, loss):
         for _, end in borders[:-1]:
             axes.axvline(end, color="0.8", zorder=0)
         if axes.get_legend_handles_labels()[0]:
@@ -53,6 +69,14 @@ def plot_training(history: list[dict[str, Any]], path: Path) -> None:
     quality.set(ylabel="PSNR-Y of held-out patches, dB")
     loss.set(ylabel="training loss", xlabel="steps", yscale="log")
     write_whole(path, png_of(figure))
+
+
+def _draw(axes: Any, curves: dict[str, str], steps: list[int], history: list[dict[str, Any]]) -> None:
+    """The rows' values under the keys of ``curves``, labelled with its values; bicubic ones dashed."""
+    for key, label in curves.items():
+        points = [(step, row[key]) for step, row in zip(steps, history, strict=True) if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linestyle="--" if "bicubic" in key else "-")
 
 
 def running_steps(history: list[dict[str, Any]]) -> tuple[list[int], list[tuple[str, int]]]:

@@ -23,7 +23,7 @@ class Phase:
     """One stretch of training.
 
     Attributes:
-        name: one of `PHASES`.
+        name: one of `PHASES`, or of the phases that a subclass of `Trainer` adds.
         patch: side of the high-resolution patches in pixels.
     """
 
@@ -34,9 +34,9 @@ class Phase:
     batch: int
 
 
-def parse_phase(text: str) -> Phase:
-    """From NAME:STEPS:LR:PATCH:BATCH; raises ValueError that says what is wrong with it."""
-    example = f"expected NAME:STEPS:LR:PATCH:BATCH such as pixel:4000:5e-4:128:8, with NAME one of {', '.join(PHASES)}"
+def parse_phase(text: str, names: Sequence[str] = PHASES) -> Phase:
+    """From NAME:STEPS:LR:PATCH:BATCH with one of ``names``; raises ValueError that says what is wrong with it."""
+    example = f"expected NAME:STEPS:LR:PATCH:BATCH such as pixel:4000:5e-4:128:8, with NAME one of {', '.join(names)}"
     parts = text.split(":")
     if len(parts) != 5:
         raise ValueError(f"the phase {text!r} has {len(parts)} parts; {example}")
@@ -44,7 +44,7 @@ def parse_phase(text: str) -> Phase:
         phase = Phase(parts[0], int(parts[1]), float(parts[2]), int(parts[3]), int(parts[4]))
     except ValueError as error:
         raise ValueError(f"the phase {text!r} has a part that is no number ({error}); {example}") from None
-    if phase.name not in PHASES:
+    if phase.name not in names:
         raise ValueError(f"the phase {text!r} has an unknown name; {example}")
     if phase.steps < 1 or phase.batch < 1 or not 0 < phase.lr < math.inf:
         raise ValueError(f"the phase {text!r}: steps, learning rate and batch must be above 0; {example}")

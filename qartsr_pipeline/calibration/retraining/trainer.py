@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qartsr_pipeline.calibration.data.pairs import sample_pair
+from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
 from qartsr_pipeline.calibration.data.training_set import TrainingSet
 from qartsr_pipeline.calibration.retraining.adapters import trained_parameters
 from qartsr_pipeline.calibration.retraining.losses import PhaseLoss, set_scaling_factor, trained_modules, validate
@@ -48,6 +48,9 @@ def load_state(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]
 @dataclass
 class Trainer:
     """One run. Step i of phase p depends only on the weights, the seed, p and i: stopping and resuming changes nothing.
+
+    A subclass adds phases of its own by overriding `_trained_modules`, `_batch`, `_loss`, `_before_step`, `_scores` and
+    `_further_state`.
 
     Args:
         output: folder of the state, the history and the curves.
@@ -107,6 +110,7 @@ class Trainer:
             "history": self.history,
             "phases": [asdict(phase) for phase in self.phases],
             "record": self.record,
+            **self._further_state(),
         }
         save_tensors(self.state_path, state)
         write_whole(self.output / "history.json", json.dumps(self.history, indent=1).encode())
@@ -153,7 +157,7 @@ class Trainer:
     def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
         """Over what the phase trains; all else is frozen."""
         self.model.requires_grad_(False)
-        parameters = trained_parameters(trained_modules(phase.name, self.model, self.settings.train_encoder))
+        parameters = trained_parameters(self._trained_modules(phase))
         for parameter in parameters:
             parameter.requires_grad_(True)
         return torch.optim.AdamW(parameters, lr=phase.lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -179,21 +183,42 @@ class Trainer:
         rng = np.random.default_rng([self.settings.seed, self.phase_index, self.step])
         torch.manual_seed(int(rng.integers(2**31)))
         device = self.model.device
-        pair = sample_pair(self.data.patches, phase.batch, phase.patch, rng, self.settings.degradation)
-        up, high = (images.to(device) for images in pair)
+        up, high = (images.to(device) for images in self._batch(phase, rng))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16):
-            loss = self.loss(phase.name, self.model, up, high)
+            loss = self._loss(phase, up, high)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise FloatingPointError(self._diverged(float(loss.detach())))
+        self._before_step(phase)
         for group in optimizer.param_groups:
             group["lr"] = self._learning_rate(phase)
         optimizer.step()
         self._update_average()
         return float(loss.detach())
+
+    def _trained_modules(self, phase: Phase) -> list[torch.nn.Module]:
+        return trained_modules(phase.name, self.model, self.settings.train_encoder)
+
+    def _batch(self, phase: Phase, rng: np.random.Generator) -> Pair:
+        """Input and target of one step."""
+        return sample_pair(self.data.patches, phase.batch, phase.patch, rng, self.settings.degradation)
+
+    def _loss(self, phase: Phase, up: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        return self.loss(phase.name, self.model, up, high)
+
+    def _before_step(self, phase: Phase) -> None:
+        """What else is done once the gradients are known to be finite."""
+
+    def _scores(self, phase: Phase) -> dict[str, float]:
+        """What a validation measures, with the averaged weights in place."""
+        return validate(self.model, self.data.held_out)
+
+    def _further_state(self) -> dict[str, Any]:
+        """Entries of the state that a subclass adds."""
+        return {}
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -211,7 +236,7 @@ class Trainer:
     def _validate(self, phase: Phase) -> None:
         live = self._weights()
         self.model.load_state_dict(self.average)
-        scores = validate(self.model, self.data.held_out)
+        scores = self._scores(phase)
         self.model.load_state_dict(live)
         self.history.append({"phase": phase.name, "step": self.step, "loss": self.smooth_loss, "seconds": time.time(), **scores})
         shown = {"loss": self.smooth_loss, **scores}
