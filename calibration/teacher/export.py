@@ -22,6 +22,8 @@ from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, 
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.trainer import load_state
 
+PATHS = ("start", "backbone", "alex", "distilled")  # arguments of which the record keeps the last part
+
 
 def export(
     state_path: str | Path, folder: str | Path, record: dict[str, Any] | None = None, dtype: torch.dtype = torch.float16
@@ -70,7 +72,7 @@ def training_record(state: dict[str, Any], record: dict[str, Any] | None = None)
     """What `training.json` says: how far training went, seed, versions, data. Unknown entries are None."""
     recorded = {**(record or {}), **(state.get("record") or {})}
     arguments = {
-        name: Path(value).name if name == "start" and value else value
+        name: Path(value).name if name in PATHS and value else value
         for name, value in (recorded.get("arguments") or {}).items()
         if name != "data"
     }  # without paths of the machine

@@ -5,7 +5,7 @@
     python -m calibration.teacher.train --resume --output runs/teacher                after Ctrl-C, or with more --phases
     python -m calibration.teacher.train --start MODEL --timestep 999 --data PHOTOS    an existing model, at another timestep
 
-Four phases, each with its own steps and learning rate (`retraining.settings.Phase`):
+Five phases, each with its own steps and learning rate (`retraining.settings.Phase`):
 
 1. ``autoencoder``: the VAE learns to reproduce high-resolution patches (and their bicubic versions, so that it is an identity
    for whatever the UNet has to express). Afterwards ``scaling_factor`` makes its latents unit variance.
@@ -13,6 +13,12 @@ Four phases, each with its own steps and learning rate (`retraining.settings.Pha
    of the photograph. No pixel is decoded, so this is cheap.
 3. ``pixel``: decoder still frozen, the loss is on the decoded image. Encoder frozen too, unless ``--train-encoder``.
 4. ``joint`` (optional): everything trains, with the autoencoder's loss kept beside the image's.
+5. ``photo`` (optional): everything trains for what people prefer: L1, LPIPS (VGG), DISTS and a discriminator's verdict, each with
+   its weight, on photographs and on pairs with another upscaler's outputs. Made for an existing model and bad images:
+
+    python -m calibration.teacher.make_pairs PHOTOS PAIRS --net WEIGHTS/realesrgan-x4plus
+    python -m calibration.teacher.train --start MODEL --data PHOTOS --output runs/photo --phases photo:3000:5e-4:96:4
+        --degradation photo --backbone vgg16_features.safetensors --distilled PAIRS --adversarial 0.02
 
 The decoder never learns to restore before phase 4, so that the UNet does the work: what bypassing it costs is printed with every
 validation. Everything is a function of the seed and of the step number: a stopped run continues as if it had not been stopped.
@@ -21,20 +27,26 @@ validation. Everything is a function of the seed and of the step number: a stopp
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibration.teacher.model import TIMESTEP, new_model
+from calibration.teacher.perceptual.distilled_pairs import DistilledPairs
+from calibration.teacher.perceptual.settings import PHOTO, PhotoSettings, add_photo_arguments
+from calibration.teacher.perceptual.trainer import PhotoTrainer
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
+from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import versions
+from qartsr_pipeline.calibration.data.pairs import Pair, choose_held_out, held_out_pairs, procedural_pairs
 from qartsr_pipeline.calibration.data.patches import Patches
+from qartsr_pipeline.calibration.data.photographs import list_photographs
 from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
-from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, Phase, Settings, parse_phase, phase_text
+from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, PHASES, Phase, Settings, parse_phase, phase_text
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
 from qartsr_pipeline.calibration.saving import SavingError
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
@@ -52,6 +64,7 @@ class TeacherRun:
         start: full-precision model to begin at; None for fresh weights.
         timestep: T; None for that of ``start``.
         resume: continue from the state in ``output``.
+        photo: of the phase "photo"; None where there is none.
     """
 
     data: TrainingData
@@ -62,6 +75,7 @@ class TeacherRun:
     timestep: int | None
     device: str = "cpu"
     resume: bool = False
+    photo: PhotoSettings | None = None
 
     @property
     def state_path(self) -> Path:
@@ -71,7 +85,7 @@ class TeacherRun:
         """What the state records, under the names of the command's arguments: `--resume` takes them from there."""
         data = {name: getattr(self.data, name) for name in ("data", "procedural", "degradation", "held_out")}
         settings = {name: getattr(self.settings, name) for name in ("train_encoder", "loss", "seed", "ema", "every", "bf16")}
-        return {**data, "start": self.start, "timestep": timestep, **settings}
+        return {**data, "start": self.start, "timestep": timestep, **settings, **(asdict(self.photo) if self.photo else {})}
 
     def model(self, patches: Patches) -> OneStepModel:
         """Fresh weights, or those of ``start``, moved to ``timestep``.
@@ -91,14 +105,21 @@ class TeacherRun:
 
         Raises:
             ValueError, OSError: bad data or model, or a state that does not fit them.
+            ImportError: the package with the weights of LPIPS or DISTS is not installed.
         """
-        images = self.data.load()
+        images = (replace(self.data, degradation="bicubic") if self.photo else self.data).load()
         model = self.model(images.patches)
         self.output.mkdir(parents=True, exist_ok=True)
         own = {"seed": self.settings.seed, "timestep": model.timestep, "arguments": self.arguments(model.timestep)}
         record = {**images.record, **own, "versions": versions()}
         model = model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trainer = Trainer(model, self.phases, images, self.settings, self.output, record, progress=progress)
+        run = (model, self.phases, images, self.settings, self.output, record)
+        if self.photo is None:
+            trainer = Trainer(*run, progress=progress)
+        else:
+            distilled = DistilledPairs(self.photo.distilled) if self.photo.distilled else None
+            real = self._really_degraded()
+            trainer = PhotoTrainer(*run, progress=progress, photo=self.photo, real=real, distilled=distilled)
         if self.resume:
             before = (load_state(self.state_path).get("record") or {}).get("data", record["data"])
             if (before or {}).get("sha256") != (record["data"] or {}).get("sha256"):
@@ -107,6 +128,13 @@ class TeacherRun:
                 )
             trainer.resume()
         return trainer
+
+    def _really_degraded(self) -> list[Pair]:
+        """The held-out images in the degradation "real"."""
+        if self.data.data is None:
+            return procedural_pairs(DeadLeaves(), self.data.held_out, "real")
+        assert isinstance(self.data.data, str)  # the command takes a folder
+        return held_out_pairs(choose_held_out(list_photographs(self.data.data), self.data.held_out), "real")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -129,6 +157,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --output, with its arguments unless given anew"
     )
+    add_photo_arguments(parser)
     return parser
 
 
@@ -155,15 +184,20 @@ def parse(argv: list[str] | None) -> TeacherRun:
     if args.every < 1 or args.held_out < 1 or not 0 <= args.ema < 1 or not 0 <= (args.timestep or 0) < 1000:
         raise ValueError("--every and --held-out must be above 0, --ema at least 0 and below 1, --timestep from 0 to 999")
     settings = Settings(args.seed, args.train_encoder, args.ema, args.every, args.bf16, args.degradation, args.loss)
+    phases = [parse_phase(text, (*PHASES, PHOTO)) for text in args.phases or DEFAULT_PHASES[1 if args.start else 0 :]]
+    photo = None
+    if any(phase.name == PHOTO for phase in phases):
+        photo = PhotoSettings(**{part.name: getattr(args, part.name) for part in fields(PhotoSettings)})
     return TeacherRun(
         data=TrainingData(args.data, args.procedural, args.degradation, args.held_out),
-        phases=[parse_phase(text) for text in args.phases or DEFAULT_PHASES[1 if args.start else 0 :]],
+        phases=phases,
         settings=settings,
         output=args.output,
         start=args.start,
         timestep=args.timestep,
         device=args.device,
         resume=args.resume,
+        photo=photo,
     )
 
 
@@ -173,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             run = parse(argv)
             trainer = run.trainer(bar)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             parser.error(" ".join(str(error).split()))
         how = f"python -m calibration.teacher.train --resume --output {run.output}"
         try:
