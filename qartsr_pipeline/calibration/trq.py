@@ -149,9 +149,9 @@ class TRQ:
             ValueError: a candidate's folder was made with other settings; see also `choose`. Stopped: call it again to continue.
         """
         candidates = [self.candidate(timestep) for timestep in self.search.timesteps]
-        self._write(candidates, None)  # the measurements are there also when the rule refuses them all
+        self.write(candidates, None)  # the measurements are there also when the rule refuses them all
         chosen = choose(candidates, self.search.rule)
-        self._write(candidates, chosen)
+        self.write(candidates, chosen)
         return candidates, chosen
 
     def candidate(self, timestep: int) -> Candidate:
@@ -265,7 +265,8 @@ class TRQ:
             "versions": versions(),
         }
 
-    def _write(self, candidates: list[Candidate], chosen: Candidate | None) -> None:
+    def write(self, candidates: list[Candidate], chosen: Candidate | None) -> None:
+        """Writes table, its data and the plot."""
         sweep = {
             "model": Path(self.model).name,
             "chosen": chosen and chosen.timestep,

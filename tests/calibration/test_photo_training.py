@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from test_teacher import same
 
 from calibration.teacher import export as export_teacher
+from calibration.teacher import timestep_from_scratch
 from calibration.teacher import train as teacher
 from calibration.teacher.make_pairs import write_pairs
 from calibration.teacher.perceptual.backbone import Backbone
@@ -34,6 +35,9 @@ from qartsr_pipeline.calibration.retraining.trainer import Trainer, load_state
 
 PHOTO = ("--phases", "photo:6:1e-3:32:2", "--held-out", "1", "--every", "3", "--seed", "3", "--fp32", "--degradation", "photo",
          "--lpips", "0", "--adversarial", "0.01")  # fmt: skip
+
+
+SHORT = ("--held-out", "1", "--every", "2", "--seed", "3", "--fp32")
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:
@@ -224,3 +228,22 @@ def test_nan_stops_before_the_step(trained, photographs, tmp_path, monkeypatch, 
     said = capsys.readouterr().err
     assert stopped.value.code == 1 and "diverged" in said and "adversarial" in said and "--resume" in said
     assert (output / "state.pt").read_bytes() == before
+
+
+def test_the_timestep_from_scratch_is_chosen_among_equals(trained, photographs, tmp_path, capsys):
+    """Each candidate begins at the same autoencoder; a second call takes the finished ones as they are."""
+    autoencoder, output = tmp_path / "autoencoder", tmp_path / "sweep"
+    arguments = [str(autoencoder), "--output", str(output), "--timesteps", "20", "500", "--phases", "latent:2:1e-3:32:2"]
+    teacher.main(["--data", str(photographs), "--output", str(autoencoder), "--phases", "autoencoder:2:1e-3:32:2", *SHORT])
+    timestep_from_scratch.main([*arguments, "--least-bypass-cost", "-100"])
+    sweep = json.loads((output / "sweep.json").read_text())
+    assert [row["timestep"] for row in sweep["rows"]] == [20, 500] and sweep["chosen"] in (20, 500)
+    states = [load_state(output / name / "state.pt") for name in ("t020", "t500")]
+    assert [state["record"]["timestep"] for state in states] == [20, 500]
+    assert same(*({key: state["model"][key] for key in state["model"] if key.startswith("vae.")} for state in states))
+    with pytest.raises(SystemExit):
+        timestep_from_scratch.main([*arguments, "--least-bypass-cost", "100"])
+    assert "at no timestep does bypassing the UNet cost 100 dB" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        timestep_from_scratch.main([str(trained), *arguments[1:]])
+    assert "begin at a finished autoencoder" in capsys.readouterr().err
