@@ -19,9 +19,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST)
 
-# The long tests: at most 25 minutes on two cores.
+# The long tests: at most 25 minutes. One after another, because some start several processes of their own.
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # The fast tests on exactly the lowest versions that pyproject.toml declares, in an environment of their own.
 test-minimum: $(MINIMUM)/.installed

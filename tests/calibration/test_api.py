@@ -155,7 +155,11 @@ def test_arguments_that_cannot_be_are_named(changes, said, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pipeline_in_memory_is_retrained_at_another_timestep(photographs, evaluated, tmp_path):
+def test_a_pipeline_in_memory_is_retrained_at_another_timestep(evaluated, tmp_path):
+    photographs = [
+        np.asarray(Image.fromarray(image).resize((208, 208)))
+        for image in np.random.default_rng(0).integers(0, 255, (2, 12, 12, 3), dtype=np.uint8)
+    ]
     short = (Phase("latent", 1, 1e-4, 64, 1),)
     search = TimestepSearch((20, 400), short, short, held_out=1)
     with pytest.raises(ValueError, match="at no timestep does bypassing the UNet cost 1 dB"):
