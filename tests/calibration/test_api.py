@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from qartsr_pipeline import QArtSRPipeline, quantize
 from qartsr_pipeline.calibration import api
-from qartsr_pipeline.calibration.retraining.settings import Phase, TimestepSearch
+from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch
 from tiny_models import build_tiny_pipeline
 
 STEPS = 4
@@ -164,7 +164,8 @@ def test_a_pipeline_in_memory_is_retrained_at_another_timestep(evaluated, tmp_pa
     search = TimestepSearch((20, 400), short, short, held_out=1)
     with pytest.raises(ValueError, match="at no timestep does bypassing the UNet cost 1 dB"):
         quantize(build_tiny_pipeline(), data=photographs, timestep=search, recipe=tiny(), output=tmp_path / "run")
-    result = quantize(build_tiny_pipeline(), data=photographs, timestep=20, recipe=tiny(), evaluation_data=evaluated)
+    search = TimestepSearch((20,), short, short, Rule(least_bypass_cost=-99), held_out=1)
+    result = quantize(build_tiny_pipeline(), data=photographs, timestep=search, recipe=tiny(), evaluation_data=evaluated)
     assert result.pipeline.config.timestep == 20
 
 
