@@ -243,3 +243,13 @@ def test_help_and_usage_errors_are_quick():
     for arguments, code in ((["--help"], 0), (["upscale"], 2), (["upscale", "x.png", "--model", "a/b/c"], 0)):
         result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert result.returncode == code and result.stdout.splitlines()[-1] == "False", result
+
+
+def test_an_input_is_never_overwritten_by_the_result_of_another(tiny_folder, tmp_path, capsys):
+    first, second = tmp_path / "photo.png", tmp_path / "photo_x4.png"
+    for path, colour in ((first, "red"), (second, "blue")):
+        Image.new("RGB", (16, 16), colour).save(path)
+    before = second.read_bytes()
+    code = main(["upscale", str(first), str(second), "--overwrite", "--model", str(tiny_folder), "--device", "cpu"])
+    assert code == 2 and second.read_bytes() == before
+    assert "photo_x4.png is another of the inputs" in capsys.readouterr().err

@@ -89,12 +89,15 @@ def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
     pending: list[Job] = []
     refusals: list[str] = []
     taken: set[Path] = set()
+    sources = {job.source.resolve() for job in jobs}
     skipped = 0
     for job in jobs:
         try:
             _check_target(job, taken)
             if is_done(job, overwrite):
                 skipped += 1
+            elif job.target.resolve() in sources:
+                raise UsageError(f"{job.target} is another of the inputs, which would be lost. Give another output with -o.")
             else:
                 pending.append(job)
         except UsageError as error:

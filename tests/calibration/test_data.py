@@ -13,7 +13,7 @@ from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS, bicubic_
 from qartsr_pipeline.calibration.data.filters import convolve, gaussian_kernel
 from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint
 from qartsr_pipeline.calibration.data.pairs import MARGIN, degraded_pair, held_out_pairs
-from qartsr_pipeline.calibration.data.patches import ImagePatches, MixedPatches, PhotographPatches, images_record
+from qartsr_pipeline.calibration.data.patches import ImagePatches, MixedPatches, PhotographPatches, images_record, pixels_of
 from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
 from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.image_files import ImageFileError
@@ -204,3 +204,10 @@ def test_photographs_of_every_kind_become_rgb_of_eight_bits(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:60])
     with pytest.raises(ImageFileError, match="cut.png is truncated or damaged"):
         read_photograph(tmp_path / "cut.png")
+
+
+def test_one_image_by_itself_is_one_image():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for given in (image, torch.from_numpy(image).permute(2, 0, 1), Image.fromarray(image)):
+        (pixels,) = pixels_of(given)
+        assert np.array_equal(pixels, image)

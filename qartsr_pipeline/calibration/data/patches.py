@@ -33,12 +33,14 @@ def pixels_of(images: Iterable[MemoryImage]) -> list[np.ndarray]:
     """Images in memory as uint8 RGB, (H, W, 3) each; transparency is dropped, 16 bits are rounded to 8.
 
     Args:
-        images: PIL images, numpy arrays (H, W[, C]) or tensors ([C, ]H, W), of uint8, uint16 or floats in [0, 1]; a batch counts
-            as several images.
+        images: PIL images, numpy arrays (H, W[, C]) or tensors ([C, ]H, W), of uint8, uint16 or floats in [0, 1], or one of
+            these by itself; a batch counts as several images.
 
     Raises:
         TypeError, ValueError: an image is of another kind, shape or range; the message says which.
     """
+    if isinstance(images, (PIL.Image.Image, np.ndarray, torch.Tensor)):
+        images = [images]  # taken apart, a tensor (3, H, W) would be three grey images
     return [as_pixels(picture.rgb) for picture in to_images(list(images), "data")]
 
 
