@@ -11,9 +11,11 @@ from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 
 def load_quietly(name_or_path: str | Path, **kwargs: Any) -> QArtSRPipeline:
-    """As `QArtSRPipeline.from_pretrained`."""
+    """As `QArtSRPipeline.from_pretrained`; afterwards the bar is on or off as it was before."""
+    shown = logging._tqdm_active  # there is no public way to ask
     logging.disable_progress_bar()
     try:
         return QArtSRPipeline.from_pretrained(name_or_path, **kwargs)
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()

@@ -8,18 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qartsr_pipeline.calibration.retraining.settings import FULL, SHORT, TIMESTEPS, Phase, Rule, parse_phase
+from qartsr_pipeline.calibration.retraining.settings import FULL, SHORT, TIMESTEPS, Rule, parse_phase, phase_text
 
 ARGUMENTS_NAME = "run.json"
 PERCEPTUAL_NAMES = ("encoder", "lpips")  # `losses.PERCEPTUAL`
 RECIPES = Path(__file__).parent / "recipes"
 # What may be another one when a run is continued: what the report alone is of, and what the state knows by its content.
 MAY_CHANGE = ("evaluate", "model", "data", "start", "least_bypass_cost", "quality_margin")
-
-
-def phase_text(phase: Phase) -> str:
-    """NAME:STEPS:LR:PATCH:BATCH."""
-    return f"{phase.name}:{phase.steps}:{phase.lr:g}:{phase.patch}:{phase.batch}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, RunArguments
@@ -38,6 +37,7 @@ from qartsr_pipeline.calibration.training.tensor_store import PREFIX
 from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "rider.jpg"
@@ -213,13 +213,7 @@ def _folder(source: Path | None) -> Path:
 
 def load_pipeline(folder: Path) -> QArtSRPipeline:
     """The full-precision pipeline on the CPU, without text encoder: the fixed prompt is folded into the weights."""
-    shown = diffusers_logging._tqdm_active  # there is no public way to ask
-    diffusers_logging.disable_progress_bar()
-    try:
-        return QArtSRPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
-    finally:
-        if shown:
-            diffusers_logging.enable_progress_bar()
+    return load_quietly(folder, text_encoder=None, tokenizer=None)
 
 
 def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QArtSRPipeline:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from qartsr_pipeline import QArtSRPipeline, quantize
 from qartsr_pipeline.calibration import api
-from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch
+from qartsr_pipeline.calibration.arguments import RunArguments
+from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch, parse_phase
 from tiny_models import build_tiny_pipeline
 
 STEPS = 4
@@ -173,3 +174,8 @@ def test_a_pipeline_in_memory_is_retrained_at_another_timestep(evaluated, tmp_pa
 def test_the_example_in_its_documentation_runs():
     failures, examples = doctest.testmod(api)
     assert examples and not failures
+
+
+def test_a_learning_rate_of_a_phase_is_kept_to_the_last_digit():
+    kept = RunArguments(phases=("latent:1:1.23456789e-4:64:1",)).phases
+    assert [parse_phase(text).lr for text in kept] == [1.23456789e-4]
