@@ -16,8 +16,7 @@ from qartsr_pipeline.kernels.dispatch import (
     run_layer,
     use_backend,
 )
-from qartsr_pipeline.kernels.prepared import PreparedWeights, low_memory
-from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.stored_layer import LayerSpec, PreparedWeights, StoredLayer, low_memory
 
 __all__ = [
     "BACKENDS",

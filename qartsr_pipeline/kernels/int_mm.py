@@ -5,7 +5,7 @@ signed byte, u = c + z - 128, which is put right afterwards: sum(w c) = sum(w u)
 patches of a convolution (kh kw bytes for every input byte) are built for as many output rows at a time as fit `PATCH_BYTES`.
 
 Memory: on CUDA weights stay packed, and are unpacked in every call, for that layer alone (what this costs was not measured). On a
-CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `prepared.low_memory`. At 8 bits
+CPU one byte per weight stands beside the stored ones, twice the stored bytes at 4 bits, unless `low_memory`. At 8 bits
 the stored bytes are the codes.
 """
 

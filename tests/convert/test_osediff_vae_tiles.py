@@ -14,7 +14,7 @@ from torch import nn
 
 from qartsr_pipeline.convert.osediff_vae_tiles import ENCODER_MARGIN, Span, in_tiles, osediff_vae_tiles, spans
 from qartsr_pipeline.kernels import forced_backend, low_memory, use_backend
-from qartsr_pipeline.kernels.prepared import saves_memory
+from qartsr_pipeline.kernels.stored_layer import saves_memory
 
 
 def small_vae(**options):

@@ -4,7 +4,7 @@ Codes are rounded and clamped as in every backend, and are exact in float32; sca
 the 16-bit branch in place. Against the reference: constants are made once, and every pass over a feature map that can be left out
 is. Feature maps are channels-last.
 
-Memory: one byte a weight beside the stored ones, none at 8 bits, where the stored bytes are the codes; with `prepared.low_memory`
+Memory: one byte a weight beside the stored ones, none at 8 bits, where the stored bytes are the codes; with `low_memory`
 none ever. A layer's weights are floats during its own call only.
 """
 

@@ -5,7 +5,7 @@ the integers are those of the reference. Scale and bias are oneDNN's own epilogu
 oneDNN adds to the result in place. Feature maps are channels-last throughout: others are converted, and so are all results.
 
 Memory: beside the stored weights of b bits stands a prepacked copy of them, one byte per weight (twice the stored bytes at 4
-bits), and the branch in the model's dtype. With `prepared.low_memory` neither is kept.
+bits), and the branch in the model's dtype. With `low_memory` neither is kept.
 """
 
 from __future__ import annotations
