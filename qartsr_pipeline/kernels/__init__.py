@@ -4,9 +4,8 @@ A backend is a class that implements the protocol in `backend`; `dispatch` holds
 the first entry of `BACKENDS` that can; `use_backend` and the environment variable QARTSR_BACKEND override that.
 """
 
-from qartsr_pipeline.kernels.backend import Backend, NormFusion
+from qartsr_pipeline.kernels.backend import Backend, Constraints, NormFusion
 from qartsr_pipeline.kernels.compiled import register
-from qartsr_pipeline.kernels.constraints import Constraints
 from qartsr_pipeline.kernels.dispatch import (
     BACKENDS,
     choose_backend,

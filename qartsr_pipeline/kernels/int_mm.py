@@ -18,9 +18,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from qartsr_pipeline.kernels.backend import Backend
+from qartsr_pipeline.kernels.backend import Backend, Constraints
 from qartsr_pipeline.kernels.codes import quantized_rows, weight_bytes
-from qartsr_pipeline.kernels.constraints import Constraints
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 
 STAYS_PACKED_ON = {"cuda"}

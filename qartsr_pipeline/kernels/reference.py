@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from qartsr_pipeline.arithmetic.affine import centred_codes
-from qartsr_pipeline.kernels.backend import Backend
+from qartsr_pipeline.kernels.backend import Backend, Constraints
 from qartsr_pipeline.kernels.codes import weight_bytes
-from qartsr_pipeline.kernels.constraints import Constraints
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from qartsr_pipeline.kernels.backend import Backend
+from qartsr_pipeline.kernels.backend import Backend, Constraints
 from qartsr_pipeline.kernels.codes import quantized_floats, weight_bytes
-from qartsr_pipeline.kernels.constraints import Constraints
 from qartsr_pipeline.kernels.cpu.branch import (
     BRANCH_OPERATORS,
     Branch,

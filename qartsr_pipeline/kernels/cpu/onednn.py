@@ -15,9 +15,8 @@ from functools import cache
 
 import torch
 
-from qartsr_pipeline.kernels.backend import Backend
+from qartsr_pipeline.kernels.backend import X86, Backend, Constraints
 from qartsr_pipeline.kernels.codes import quantized_rows, weight_bytes
-from qartsr_pipeline.kernels.constraints import X86, Constraints
 from qartsr_pipeline.kernels.cpu.branch import (
     BRANCH_OPERATORS,
     Branch,

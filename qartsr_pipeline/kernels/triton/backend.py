@@ -17,8 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from qartsr_pipeline.kernels.backend import Backend, NormFusion
-from qartsr_pipeline.kernels.constraints import Constraints
+from qartsr_pipeline.kernels.backend import Backend, Constraints, NormFusion
 from qartsr_pipeline.kernels.stored_layer import StoredLayer
 from qartsr_pipeline.kernels.triton import interpreted
 
