@@ -5,13 +5,13 @@ the first entry of `BACKENDS` that can; `use_backend` and the environment variab
 """
 
 from qartsr_pipeline.kernels.backend import Backend, Constraints, NormFusion
-from qartsr_pipeline.kernels.compiled import register
 from qartsr_pipeline.kernels.dispatch import (
     BACKENDS,
     choose_backend,
     forced_backend,
     list_backends,
     norm_fusion,
+    register,
     run_layer,
     use_backend,
 )

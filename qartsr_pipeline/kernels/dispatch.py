@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from weakref import WeakValueDictionary
 
 import torch
 
 from qartsr_pipeline.kernels.backend import Backend, NormFusion
-from qartsr_pipeline.kernels.compiled import make_operator
 from qartsr_pipeline.kernels.cpu.float_product import FloatProduct
 from qartsr_pipeline.kernels.cpu.onednn import OneDNN
 from qartsr_pipeline.kernels.int_mm import IntMM
@@ -31,6 +32,8 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OneDNN(), 
 ONLY_WHEN_ASKED_FOR = {"triton"}  # until its kernels have run on a GPU, which `benchmarks/triton_gpu_check.py` is for
 
 _forced: ContextVar[str | None] = ContextVar("qartsr_backend", default=None)
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, StoredLayer] = WeakValueDictionary()
 
 
 def list_backends() -> dict[str, str | None]:
@@ -160,11 +163,36 @@ def _run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
     return backend.conv2d(x, layer) if x.dim() == 4 else backend.conv2d(x[None], layer)[0]
 
 
-_operator = make_operator(_run_layer)
-
-
 def norm_fusion(x: torch.Tensor, layer: StoredLayer) -> NormFusion | None:
     """What takes a GroupNorm and SiLU before the layer into its own pass over x (B, C, H, W); None if its backend cannot."""
     if torch.is_grad_enabled() or x.numel() == 0:
         return None
     return choose_backend(layer.spec, x.device.type).norm_fusion()
+
+
+# `torch.compile` sees a deployed layer as one operator, whose inside it does not trace. Its arguments are the input and the layer's
+# number; everything else is looked up when it runs. Which backend computes the layer, what that prepared, and operators that only
+# some builds of torch have thus stay out of the graph, which has no break.
+
+
+def register(layer: StoredLayer) -> int:
+    """A number for the layer, of its own, as long as it lives."""
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
+
+
+def _in_order(y: torch.Tensor) -> torch.Tensor:
+    """Backends differ in the memory format they return; a graph needs one. Maps are channels-last."""
+    return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.contiguous_format)
+
+
+@torch.library.custom_op("qartsr::layer", mutates_args=())
+def _operator(x: torch.Tensor, number: int) -> torch.Tensor:
+    y = _in_order(_run_layer(x, _layers[number]))
+    return y.clone() if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else y
+
+
+@_operator.register_fake
+def _(x: torch.Tensor, number: int) -> torch.Tensor:
+    return _in_order(x.new_empty(_layers[number].spec.output_shape(x.shape)))

@@ -57,7 +57,7 @@ class StoredLayer(Protocol):
     reads them, so their types leave None out; only a bias may be there or not.
 
     Attributes:
-        number: what `compiled` finds the layer by.
+        number: what `dispatch` finds the layer by within `torch.compile`.
         prepared: where a backend keeps what it made of the buffers.
     """
 
