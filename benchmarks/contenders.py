@@ -21,7 +21,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.arithmetic.affine import affine_parameters, centred_codes
 from qartsr_pipeline.arithmetic.packing import pack
 from qartsr_pipeline.convert import stable_diffusion_2_1
-from qartsr_pipeline.kernels.cpu.branch import compute_dtype
+from qartsr_pipeline.kernels.cpu import compute_dtype
 from qartsr_pipeline.kernels.stored_layer import LOW_MEMORY_VARIABLE
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like

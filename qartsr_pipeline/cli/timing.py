@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from qartsr_pipeline.calibration.data.fingerprint import processor
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.kernels import BACKENDS, list_backends, use_backend
-from qartsr_pipeline.kernels.cpu.onednn import has_vnni
+from qartsr_pipeline.kernels.cpu import has_vnni
 from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.quantization.deployed import DeployedLayer

@@ -14,8 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from qartsr_pipeline.kernels.backend import Backend, NormFusion
-from qartsr_pipeline.kernels.cpu.float_product import FloatProduct
-from qartsr_pipeline.kernels.cpu.onednn import OneDNN
+from qartsr_pipeline.kernels.cpu import FloatProduct, OneDNN
 from qartsr_pipeline.kernels.int_mm import IntMM
 from qartsr_pipeline.kernels.reference import Reference
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
@@ -170,9 +169,9 @@ def norm_fusion(x: torch.Tensor, layer: StoredLayer) -> NormFusion | None:
     return choose_backend(layer.spec, x.device.type).norm_fusion()
 
 
-# `torch.compile` sees a deployed layer as one operator, whose inside it does not trace. Its arguments are the input and the layer's
-# number; everything else is looked up when it runs. Which backend computes the layer, what that prepared, and operators that only
-# some builds of torch have thus stay out of the graph, which has no break.
+# `torch.compile` sees a deployed layer as one operator, whose inside it does not trace. Its arguments are the input and the
+# layer's number; everything else is looked up when it runs. Which backend computes the layer, what that prepared, and operators
+# that only some builds of torch have thus stay out of the graph, which has no break.
 
 
 def register(layer: StoredLayer) -> int:

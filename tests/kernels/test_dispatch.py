@@ -10,7 +10,7 @@ import torch
 
 from qartsr_pipeline import list_backends, use_backend
 from qartsr_pipeline.kernels import BACKENDS, Backend, Constraints, LayerSpec, choose_backend
-from qartsr_pipeline.kernels.cpu.onednn import OneDNN
+from qartsr_pipeline.kernels.cpu import OneDNN
 
 SPEC = LayerSpec("linear", 4, 4, 0, 8, 8)
 

@@ -10,7 +10,7 @@ from quantized_models import quantized_pipeline
 from torch import nn
 
 from qartsr_pipeline.kernels import BACKENDS, dispatch, use_backend
-from qartsr_pipeline.kernels.cpu.onednn import OneDNN
+from qartsr_pipeline.kernels.cpu import OneDNN
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 from qartsr_pipeline.quantization.freeze import freeze

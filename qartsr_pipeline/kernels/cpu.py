@@ -1,0 +1,261 @@
+"""The two backends for CPUs, both on oneDNN: `onednn` multiplies bytes, `float` the same integers as float32 numbers.
+
+Feature maps are channels-last throughout: others are converted, and so are all results. The 16-bit branch is a float convolution
+that oneDNN adds to the product in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from qartsr_pipeline.kernels.backend import X86, Backend, Constraints
+from qartsr_pipeline.kernels.codes import quantized_floats, quantized_rows, weight_bytes
+from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
+
+BRANCH_OPERATORS = ("mkldnn._linear_pointwise", "mkldnn._convolution_pointwise_")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Both factors in the dtype computed in; `down` (r, C) has phi in it."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+def prepare_branch(layer: StoredLayer, dtype: torch.dtype) -> Branch | None:
+    """None at rank 0."""
+    if not layer.spec.rank:
+        return None
+    return Branch((layer.branch_down * layer.smooth).to(dtype), layer.branch_up.to(dtype))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the branch is computed in and the product is returned in, for inputs of this dtype; float16 is too slow or absent on
+    processors, and so is bfloat16 on older ones.
+    """
+    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def hidden_rows(rows: torch.Tensor, branch: Branch) -> torch.Tensor:
+    """(rows, C) -> (rows, r), the branch's down-projection. oneDNN's: the BLAS is several times slower for so few outputs."""
+    return torch.ops.mkldnn._linear_pointwise(rows.to(branch.down.dtype), branch.down, None, "none", [], "")
+
+
+def add_branch(y: torch.Tensor, hidden: torch.Tensor, branch: Branch, spec: LayerSpec) -> None:
+    """y (B, N, H', W') += the up-convolution of hidden (B, r, H, W), in place and in the convolution's own epilogue."""
+    torch.ops.mkldnn._convolution_pointwise_(
+        y, hidden, branch.up, None, spec.padding, spec.stride, (1, 1), 1, "add", 1.0, None, [], None
+    )
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B H W, C), a view of channels-last input."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def as_map(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(B H W, K) -> (B, K, H, W) channels-last, for B, H and W of `x`."""
+    return rows.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """A layer's constants. `scale` is weights' times input's."""
+
+    codes: torch.Tensor  # int8, as `weight_bytes` gives them
+    scale: torch.Tensor  # (N,), shaped to broadcast over `codes`
+    multiplier: torch.Tensor  # (C,)
+    zero_point: int
+    branch: Branch | None
+
+    def weight(self) -> torch.Tensor:
+        """The float weights that the input's codes are multiplied by."""
+        return self.codes.float().mul_(self.scale)
+
+
+def _make_constants(layer: StoredLayer, dtype: torch.dtype) -> Constants:
+    codes = weight_bytes(layer)
+    return Constants(
+        codes,
+        (layer.weight_scale * layer.input_scale).view(-1, *[1] * (codes.dim() - 1)),
+        layer.smooth / layer.input_scale,
+        int(layer.input_zero_point),
+        prepare_branch(layer, dtype),
+    )
+
+
+def _constants(layer: StoredLayer, dtype: torch.dtype) -> Constants:
+    computed = compute_dtype(dtype)
+    return layer.prepared.get(layer, ("float", computed), lambda stored: _make_constants(stored, computed))
+
+
+def _codes(rows: torch.Tensor, ready: Constants, layer: StoredLayer) -> torch.Tensor:
+    return quantized_floats(rows, ready.multiplier, ready.zero_point, layer.spec.activation_bits)
+
+
+class FloatProduct(Backend):
+    """Any CPU whose torch was built with oneDNN; for those that multiply bytes no faster than floats.
+
+    Codes are rounded and clamped as in every backend, and are exact in float32; scale and bias ride on the product. Against the
+    reference: constants are made once, and every pass over a feature map that can be left out is.
+
+    Memory: one byte a weight beside the stored ones, none at 8 bits, where the stored bytes are the codes; with `low_memory` none
+    ever. A layer's weights are floats during its own call only.
+    """
+
+    name = "float"
+    constraints = (Constraints(device="cpu", operators=BRANCH_OPERATORS),)
+
+    def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
+        _constants(layer, dtype)
+
+    def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        ready = _constants(layer, x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = F.linear(_codes(rows, ready, layer), ready.weight(), layer.bias)
+        if ready.branch is not None:
+            y += F.linear(hidden_rows(rows, ready.branch), ready.branch.up)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        """The result is channels-last."""
+        spec, ready, rows = layer.spec, _constants(layer, x.dtype), as_rows(x)
+        codes = as_map(_codes(rows, ready, layer), x)
+        y = F.conv2d(codes, ready.weight(), layer.bias, spec.stride, spec.padding).to(compute_dtype(x.dtype))
+        if ready.branch is not None:
+            add_branch(y, as_map(hidden_rows(rows, ready.branch), x), ready.branch, spec)
+        return y.to(x.dtype)
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether sums are in 32 bits. Without VNNI two neighbouring products are added in 16 bits, saturating: 2 x 255 x 127 is
+    beyond 2^15, 2 x 63 x 127 and 2 x 255 x 31 are not.
+    """
+    codes, weight = torch.full((8, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+    scale, zero_point = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    sums = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((sums == 64 * 255 * 127).all())
+
+
+@dataclass(frozen=True)
+class Prepacked:
+    """A layer's constants as oneDNN wants them."""
+
+    weight: torch.Tensor  # opaque layout
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor
+    multiplier: torch.Tensor
+    input_scale: float
+    input_zero_point: int
+    branch: Branch | None
+
+
+def _make_prepacked(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
+    spec, weight = layer.spec, weight_bytes(layer)
+    input_scale, input_zero_point = float(layer.input_scale), int(layer.input_zero_point)
+    if spec.kind == "conv2d":
+        weight = torch.ops.onednn.qconv_prepack(
+            weight, layer.weight_scale, input_scale, input_zero_point, spec.stride, spec.padding, (1, 1), 1, None
+        )
+    else:
+        weight = torch.ops.onednn.qlinear_prepack(weight, None)
+    return Prepacked(
+        weight,
+        layer.weight_scale,
+        torch.zeros_like(layer.weight_scale, dtype=torch.int32),
+        layer.smooth / layer.input_scale,
+        input_scale,
+        input_zero_point,
+        prepare_branch(layer, dtype),
+    )
+
+
+def _prepacked(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
+    computed = compute_dtype(dtype)
+    return layer.prepared.get(layer, ("onednn", computed), lambda stored: _make_prepacked(stored, computed))
+
+
+def _input_codes(rows: torch.Tensor, packed: Prepacked, spec: LayerSpec) -> torch.Tensor:
+    """Unsigned codes of (rows, C)."""
+    zero_point = packed.input_zero_point
+    return quantized_rows(rows, packed.multiplier, zero_point, spec.activation_bits, zero_point)
+
+
+class OneDNN(Backend):
+    """x86 processors; W8A8 only with VNNI. Integer products: unsigned activations with a zero point, signed weights.
+
+    Centred weight codes of 2 to 8 bits are signed bytes, codes of activations unsigned ones, and products are summed in 32 bits,
+    so the integers are those of the reference. Scale and bias are oneDNN's own epilogue.
+
+    Memory: beside the stored weights of b bits stands a prepacked copy of them, one byte per weight (twice the stored bytes at 4
+    bits), and the branch in the model's dtype. With `low_memory` neither is kept.
+    """
+
+    name = "onednn"
+    constraints = (
+        Constraints(
+            device="cpu",
+            machines=X86,
+            operators=(
+                "onednn.qconv_prepack",
+                "onednn.qconv2d_pointwise",
+                "onednn.qlinear_prepack",
+                "onednn.qlinear_pointwise",
+                *BRANCH_OPERATORS,
+            ),
+            needs_vnni=frozenset({(8, 8)}),
+            has_vnni=has_vnni,
+        ),
+    )
+
+    def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
+        _prepacked(layer, dtype)
+
+    def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        packed = _prepacked(layer, x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = _linear_product(_input_codes(rows, packed, layer.spec), packed, layer, compute_dtype(x.dtype))
+        if packed.branch is not None:
+            y.addmm_(hidden_rows(rows, packed.branch), packed.branch.up.t())
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        """The result is channels-last."""
+        packed, rows = _prepacked(layer, x.dtype), as_rows(x)
+        codes = as_map(_input_codes(rows, packed, layer.spec), x)
+        y = _conv2d_product(codes, packed, layer, compute_dtype(x.dtype))
+        if packed.branch is not None:
+            add_branch(y, as_map(hidden_rows(rows, packed.branch), x), packed.branch, layer.spec)
+        return y.to(x.dtype)
+
+
+def _linear_product(codes: torch.Tensor, packed: Prepacked, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
+    """Codes (rows, C) -> scaled product with bias (rows, N) in `dtype`."""
+    return torch.ops.onednn.qlinear_pointwise(*_operands(codes, packed), layer.bias, *_epilogue(dtype))
+
+
+def _conv2d_product(codes: torch.Tensor, packed: Prepacked, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
+    """Codes (B, C, H, W) channels-last -> scaled product with bias (B, N, H', W') in `dtype`, channels-last."""
+    spec = layer.spec
+    geometry = (spec.stride, spec.padding, (1, 1), 1)  # no dilation, one group
+    return torch.ops.onednn.qconv2d_pointwise(*_operands(codes, packed), layer.bias, *geometry, *_epilogue(dtype))
+
+
+def _operands(codes: torch.Tensor, packed: Prepacked) -> tuple[torch.Tensor | float | int, ...]:
+    quantizer = (packed.input_scale, packed.input_zero_point)
+    return codes, *quantizer, packed.weight, packed.weight_scale, packed.weight_zero_point
+
+
+def _epilogue(dtype: torch.dtype) -> tuple[float, int, torch.dtype, str, list[float], str]:
+    """A float output (scale 1, zero point 0) and nothing after it."""
+    return 1.0, 0, dtype, "none", [], ""
