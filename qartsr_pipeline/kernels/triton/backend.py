@@ -46,18 +46,18 @@ class Triton(Backend, NormFusion):
         return self
 
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-        from qartsr_pipeline.kernels.triton.layers import linear
+        from qartsr_pipeline.kernels.triton.product import linear
 
         return linear(x, layer)
 
     def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         """The result is channels-last."""
-        from qartsr_pipeline.kernels.triton.layers import conv2d
+        from qartsr_pipeline.kernels.triton.conv import conv2d
 
         return conv2d(x, layer)
 
     def group_scale_shift(self, x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
-        from qartsr_pipeline.kernels.triton.layers import group_scale_shift
+        from qartsr_pipeline.kernels.triton.norm import group_scale_shift
 
         return group_scale_shift(x, norm)
 
@@ -71,7 +71,7 @@ class Triton(Backend, NormFusion):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The normalized feature map is never written to memory."""
-        from qartsr_pipeline.kernels.triton.layers import conv2d
+        from qartsr_pipeline.kernels.triton.conv import conv2d
         from qartsr_pipeline.kernels.triton.quantize import ChannelNorm
 
         return conv2d(x, layer, residual, ChannelNorm(scale, shift, silu))

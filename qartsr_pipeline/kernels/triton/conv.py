@@ -4,7 +4,7 @@ A row of the product is an output pixel, its inner dimension goes through the ta
 weights are stored. What lies outside the image is read as the code of zero. The branch is a second, shorter such loop over the
 hidden values in 16 bit. All offsets of pixels are 64-bit: 4096 x 4096 x 128 codes do not fit 32.
 
-Assumed of the GPU: as in `linear`; neighbouring programs share pixels, and neighbouring taps most of them, through the
+Assumed of the GPU: as in `product`; neighbouring programs share pixels, and neighbouring taps most of them, through the
 cache. ``branch_up`` is read in whatever memory format it lies; with the rank fastest (torch.channels_last) those reads are
 coalesced.
 """
@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from qartsr_pipeline.kernels.stored_layer import StoredLayer
-from qartsr_pipeline.kernels.triton.numbers import convert, dot_float
+from qartsr_pipeline.kernels.triton.device_functions import convert, dot_float, weight_tile
 from qartsr_pipeline.kernels.triton.product import (
+    autotune_product,
+    linear_product,
     outside_code,
     product_arguments,
     product_constants,
@@ -25,9 +27,7 @@ from qartsr_pipeline.kernels.triton.product import (
     scaled,
     write_output,
 )
-from qartsr_pipeline.kernels.triton.quantize import QuantizedInput
-from qartsr_pipeline.kernels.triton.tuning import autotune_product, size_class
-from qartsr_pipeline.kernels.triton.weights import weight_tile
+from qartsr_pipeline.kernels.triton.quantize import ChannelNorm, QuantizedInput, computable, quantize, size_class
 
 
 @triton.jit
@@ -171,3 +171,24 @@ def conv_product(operand: QuantizedInput, layer: StoredLayer, residual: torch.Te
             **constants,
         )
     return out
+
+
+def conv2d(
+    x: torch.Tensor, layer: StoredLayer, residual: torch.Tensor | None = None, norm: ChannelNorm | None = None
+) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, H', W'), in x's dtype and channels-last memory.
+
+    Args:
+        residual: of the output's shape and dtype, added to it.
+        norm: applied to x before it is quantized.
+    """
+    spec, pixels = layer.spec, computable(x).permute(0, 2, 3, 1)
+    operand = quantize(pixels, layer, norm)
+    if residual is not None:
+        residual = residual.permute(0, 2, 3, 1).contiguous()
+    if spec.is_pointwise:
+        rows = None if residual is None else residual.flatten(0, 2)
+        y = linear_product(operand, layer, rows, pixels.dtype).view(*pixels.shape[:3], spec.out_channels)
+    else:
+        y = conv_product(operand, layer, residual, pixels.dtype)
+    return y.permute(0, 3, 1, 2).to(x.dtype)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import nn
 
 from qartsr_pipeline.kernels.triton import interpreted
+from qartsr_pipeline.kernels.triton.quantize import computable
 
 PIXEL_BLOCK, CHANNEL_BLOCK = (16, 16) if interpreted() else (128, 32)
 
@@ -106,21 +108,11 @@ def _group_kernel(
     tl.store(shift_ptr + out, shift, mask=exists)
 
 
-def group_scale_shift(
-    x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor, groups: int, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a GroupNorm multiplies every channel of every image by, and what it then adds.
-
-    Args:
-        x: (B, H, W, C), float32, float16 or bfloat16, any strides.
-        gamma, beta: the norm's weight and bias, (C,), any floating dtype.
-        groups: a divisor of C.
-
-    Returns:
-        float32 (B, C), twice.
-    """
+def group_scale_shift(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a GroupNorm multiplies every channel of each image of x (B, C, H, W) by, and then adds: float32 (B, C), twice."""
+    x = computable(x).permute(0, 2, 3, 1)
     batch, height, width, channels = x.shape
-    pixels, group = height * width, channels // groups
+    pixels, group = height * width, channels // norm.num_groups
     scale, shift = torch.empty(2, batch, channels, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return scale, shift
@@ -139,16 +131,16 @@ def group_scale_shift(
             BLOCK_C=CHANNEL_BLOCK,
             num_warps=4,
         )
-        _group_kernel[(groups, batch)](
+        _group_kernel[(norm.num_groups, batch)](
             means,
             deviations,
-            gamma,
-            beta,
+            norm.weight,
+            norm.bias,
             scale,
             shift,
             pixels,
             blocks,
-            epsilon,
+            norm.eps,
             CHANNELS=channels,
             GROUP=group,
             PIXELS=PIXEL_BLOCK,

@@ -18,8 +18,16 @@ import triton.language as tl
 
 from qartsr_pipeline.arithmetic.affine import code_range
 from qartsr_pipeline.kernels.stored_layer import StoredLayer
-from qartsr_pipeline.kernels.triton.numbers import convert, dot_float, round_into
-from qartsr_pipeline.kernels.triton.tuning import autotune_quantize, size_class
+from qartsr_pipeline.kernels.triton import interpreted
+from qartsr_pipeline.kernels.triton.device_functions import convert, dot_float, round_into
+
+# Block sizes that are tried. One is chosen, by measuring, for a layer's shape and a power of two of rows.
+QUANTIZE_CONFIGS = [
+    triton.Config({"BLOCK_M": rows, "BLOCK_C": channels}, num_warps=4, num_stages=2)
+    for rows, channels in ((128, 32), (64, 64), (32, 64), (32, 128), (16, 128))
+]
+if interpreted():  # one small configuration: what is proven does not depend on the block size, and nothing can be measured
+    QUANTIZE_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_C": 32})]
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,16 @@ class ChannelNorm:
     silu: bool
 
 
+def size_class(rows: int) -> int:
+    """Rows rounded up to a power of two: images of similar size share one choice."""
+    return triton.next_power_of_2(rows)
+
+
+def computable(x: torch.Tensor) -> torch.Tensor:
+    """float64 is computed in float32, as the integers are anyway."""
+    return x.float() if x.dtype == torch.float64 else x
+
+
 @triton.jit
 def _normalized(values, scale_ptr, shift_ptr, image, channels, valid, CHANNELS: tl.constexpr, SILU: tl.constexpr):
     """values * scale + shift per channel of this image, then SiLU if asked for, in float32."""
@@ -56,7 +74,7 @@ def _normalized(values, scale_ptr, shift_ptr, image, channels, valid, CHANNELS: 
     return values
 
 
-@autotune_quantize(["size_class", "CHANNELS", "RANK"])
+@triton.autotune(QUANTIZE_CONFIGS, ["size_class", "CHANNELS", "RANK"])
 @triton.jit
 def _quantize_kernel(
     x_ptr,
