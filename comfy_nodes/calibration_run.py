@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .interruption import interruptible_unless
 from .model_folders import model_folder
 from .new_checkpoint import typed_path
+from .progress import interruptible_unless
 
 RUNS = ".runs"
 SHOWN = "pictures-1.png"  # the first comparison of the report

@@ -9,10 +9,9 @@ from comfy_api.latest import io
 
 from qartsr_pipeline.cli.messages import is_out_of_memory
 
-from .interruption import interruptible
 from .load_model import CATEGORY, QArtSRModel
 from .managed_model import ManagedModel
-from .preview import TileProgress
+from .progress import TileProgress, interruptible
 
 COLOR_FIXES = ("wavelet", "adain", "none")
 LARGEST_SCALE = 8

@@ -1,17 +1,22 @@
-"""The progress that ComfyUI shows below a node: a bar that counts tiles, and a small image of what is finished so far."""
+"""While a node runs: the progress that ComfyUI shows below it, and its cancel button, also within a tile."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import PIL.Image
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 LONG_SIDE = 512  # of the preview, in pixels
 
 
 class TileProgress:
-    """Callback of the pipeline for one batch of images, which are enlarged one after another.
+    """Callback of the pipeline for one batch of images, which are enlarged one after another: a bar that counts tiles, and a small
+    image of what is finished so far.
 
     Args:
         count: of images in the batch.
@@ -52,3 +57,38 @@ def _to_pil(image: torch.Tensor) -> PIL.Image.Image:
     """(3, H, W) in [0, 1] on any device -> RGB."""
     values = (image.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return PIL.Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+
+
+@contextmanager
+def interruptible(network: nn.Module) -> Iterator[None]:
+    """While it is open, `network` raises ComfyUI's InterruptProcessingException at its next block once the user cancels.
+
+    Single layers get no hook, because a layer with a hook is not fused with its neighbours.
+    """
+    from comfy.model_management import throw_exception_if_processing_interrupted
+
+    def look(module: nn.Module, inputs: tuple) -> None:
+        throw_exception_if_processing_interrupted()
+
+    hooks = [module.register_forward_pre_hook(look) for module in network.modules() if any(module.children())]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def interruptible_unless(busy: Callable[[], bool]) -> Iterator[None]:
+    """The same for every network, including those that are built later, except while `busy` returns True."""
+    from comfy.model_management import throw_exception_if_processing_interrupted
+
+    def look(module: nn.Module, inputs: tuple) -> None:
+        if not busy():
+            throw_exception_if_processing_interrupted()
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
