@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .model_folders import model_folder
-from .new_checkpoint import typed_path
+from .model_folders import model_folder, typed_path
 from .progress import interruptible_unless
 
 RUNS = ".runs"

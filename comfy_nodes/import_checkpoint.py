@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from .load_model import CATEGORY
-from .new_checkpoint import NAME_TOOLTIP, fingerprint, free_folder, remember, typed_path, wrong_name
+from .model_folders import NAME_TOOLTIP, fingerprint, free_folder, remember, typed_path, wrong_name
 
 if TYPE_CHECKING:
     from qartsr_pipeline.convert.conversion import Converted

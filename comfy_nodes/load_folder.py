@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io
 
 from .load_model import CATEGORY
-from .new_checkpoint import typed_path
+from .model_folders import typed_path
 
 BYTES_PER_PIXEL = 16  # float32, three channels and the mask
 

@@ -15,8 +15,8 @@ LONG_SIDE = 512  # of the preview, in pixels
 
 
 class TileProgress:
-    """Callback of the pipeline for one batch of images, which are enlarged one after another: a bar that counts tiles, and a small
-    image of what is finished so far.
+    """Callback of the pipeline for one batch of images, which are enlarged one after another: shows a bar that counts
+    tiles, and a small image of what is finished so far.
 
     Args:
         count: of images in the batch.

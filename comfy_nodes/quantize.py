@@ -10,8 +10,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from .load_model import CATEGORY
-from .model_folders import find_models
-from .new_checkpoint import NAME_TOOLTIP, fingerprint, free_folder, remember, wrong_name
+from .model_folders import NAME_TOOLTIP, find_models, fingerprint, free_folder, remember, wrong_name
 
 DEFAULT_MODEL = "tiny-fp"
 RECIPES = ("qartsr", "lsq", "efficientdm", "maxmin")  # those that make a checkpoint; new ones at the end

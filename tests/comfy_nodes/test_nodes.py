@@ -126,7 +126,7 @@ def test_connected_and_missing_inputs_are_not_judged_before_they_are_known(nodes
 
 
 def test_a_checkpoint_that_was_deleted_is_made_again(nodes, tmp_path):
-    from comfy_nodes.new_checkpoint import free_folder, remember
+    from comfy_nodes.model_folders import free_folder, remember
 
     before = nodes["QArtSRQuantize"].fingerprint_inputs(name="mine", seed=0)
     free_folder("mine").mkdir()
