@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.footprint import in_own_process
 from qartsr_pipeline.calibration.data.fingerprint import processor, versions
-from qartsr_pipeline.calibration.report.figures import png_of
+from qartsr_pipeline.calibration.report.report_plots import png_of
 from qartsr_pipeline.calibration.saving import write_whole
 
 

@@ -21,7 +21,7 @@ from calibration.comparison.methods import Cell, make_method
 from calibration.comparison.setting import Comparison, Sources, prepare, write_json
 from calibration.comparison.table import COLOR_FIX
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
-from qartsr_pipeline.calibration.report.figures import png_of
+from qartsr_pipeline.calibration.report.report_plots import png_of
 from qartsr_pipeline.calibration.saving import write_whole
 
 

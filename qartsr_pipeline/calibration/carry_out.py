@@ -12,8 +12,7 @@ from qartsr_pipeline.calibration.data.fingerprint import BEFORE, hardware, versi
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.job import Job, Order, evaluation_files, forget_unbegun, load_job, perceptual_of
-from qartsr_pipeline.calibration.report.model_card import model_card
-from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
+from qartsr_pipeline.calibration.report.pipeline_folder import model_card, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import FinishedRun
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
 from qartsr_pipeline.calibration.stopping import Stopped

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from qartsr_pipeline.calibration.evaluation import EvaluationRow
-from qartsr_pipeline.calibration.report.model_card import model_card
+from qartsr_pipeline.calibration.report.pipeline_folder import model_card
 from qartsr_pipeline.calibration.report.report import ReportData, most_detailed, picture_sheet, write_report
 from qartsr_pipeline.calibration.report.report_plots import running_mean, worst_layers
 

@@ -1,4 +1,4 @@
-"""Writes a pipeline folder with the record of how it was made: the folder appears complete or not at all."""
+"""Writes a pipeline folder with the record of how it was made and its model card: it appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qartsr_pipeline.calibration.saving import SavingError
+from qartsr_pipeline.convert.model_card import PIPELINE_TAG, license_of, markdown_text, yaml_text
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
@@ -84,3 +85,44 @@ def folder_sizes(folder: Path) -> dict[str, int]:
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
     return {child.name: size(child) for child in sorted(folder.iterdir()) if child.is_dir()} | {"total": size(folder)}
+
+
+def model_card(record: dict[str, Any], source: Path, hub_id: str | None) -> str:
+    """The content of a quantized folder's README.md, whose header is read by the Hub. Names that people chose are escaped.
+
+    Args:
+        record: the content of `quantization.json`.
+        source: the full-precision folder, whose card names the licence.
+        hub_id: of the full-precision model, where it came from the Hub.
+    """
+    bits, recipe, data = markdown_text(record["bits"].upper()), record["recipe"], record["data"]
+    images = f"{data['count']} photographs" if "count" in data else "procedural images"
+    base = f"base_model: {yaml_text(hub_id)}\n" if hub_id else ""
+    trained = f"{recipe['steps']} steps, seed {record['seed']}, " if recipe["stages"] else ""
+    name, made = markdown_text(record["model"]), f"{markdown_text(recipe['method'])} ({markdown_text(recipe['source'])})"
+    return f"""---
+license: {yaml_text(license_of(source / "README.md") or "other")}
+library_name: diffusers
+{base}pipeline_tag: {PIPELINE_TAG}
+tags: [super-resolution, one-step-diffusion, quantized, qartsr]
+---
+# {name}, {bits}
+
+{_code(record["model"])}, quantized to {bits} (bits of weights and activations; each component's `config.json` says which
+layers have others), constants of timestep and prompt folded: it takes no other prompt.
+
+```python
+from qartsr_pipeline import QArtSRPipeline
+
+pipeline = QArtSRPipeline.from_pretrained("FOLDER")
+pipeline(image).images[0]
+```
+
+Recipe {made}, {trained}on {images}. `quantization.json` has the whole record: recipe, versions, data,
+losses, every layer's error. The licence is that of the full-precision model.
+"""
+
+
+def _code(text: str) -> str:
+    """A code span of one line."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"

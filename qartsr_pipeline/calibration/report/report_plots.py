@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qartsr_pipeline.calibration.report.figures import png_of
 from qartsr_pipeline.calibration.training.result import Histogram
 
 if TYPE_CHECKING:
@@ -19,6 +19,13 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart by the colour
 COLUMNS = 4
 MOST_STAGES, MOST_LAYERS, MOST_BOUNDS = 24, 40, 24
 SINGLE_LINE = 0.26  # inches a line of a plot with one line a layer
+
+
+def png_of(figure: Figure) -> bytes:
+    """The bytes of a PNG, on white; without pyplot no display is needed, and no state is kept."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, facecolor="white")
+    return content.getvalue()
 
 
 def plot_losses(losses: dict[str, list[float]]) -> bytes:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qartsr_pipeline.calibration.report.figures import png_of
+from qartsr_pipeline.calibration.report.report_plots import png_of
 from qartsr_pipeline.calibration.saving import write_whole
 
 QUALITY = {"full_precision": "full precision", "quantized": "plainly quantized", "bypass": "UNet bypassed"}
