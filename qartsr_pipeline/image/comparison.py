@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+PICTURE_SIDE = 512  # larger images are cut to this around their detail
+
 
 def compare(images: dict[str, np.ndarray], detail: tuple[int, int, int, int]) -> np.ndarray:
     """Images of one size side by side under their captions, and below each an enlarged detail of it.
@@ -34,3 +36,50 @@ def _font_for(caption: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.Im
     """The largest font, up to 20 pixels, in which the caption takes no more than ``width``."""
     fonts = (ImageFont.load_default(size) for size in range(20, 8, -1))
     return next((font for font in fonts if font.getlength(caption) <= width), ImageFont.load_default(8))
+
+
+def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
+    """Images of one size side by side, and the most detailed part of the last one below each, (H', W', 3) uint8.
+
+    Args:
+        number: of the image, for the message.
+
+    Raises:
+        ValueError: sizes or types differ.
+    """
+    shapes = {name: (picture.shape, str(picture.dtype)) for name, picture in pictures.items()}
+    shape, dtype = next(iter(shapes.values()))
+    if len(set(shapes.values())) > 1 or len(shape) != 3 or shape[2] != 3 or dtype != "uint8":
+        raise ValueError(f"image {number}: all must be uint8 of one shape (H, W, 3), got {shapes}")
+    left, top, right, bottom = most_detailed(list(pictures.values())[-1])
+    x, y = (_window(low, high, side) for low, high, side in ((left, right, shape[1]), (top, bottom, shape[0])))
+    detail = (left - x, top - y, right - x, bottom - y)
+    cut = {name: picture[y : y + PICTURE_SIDE, x : x + PICTURE_SIDE] for name, picture in pictures.items()}
+    return compare({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
+
+
+def _marked(picture: np.ndarray, detail: tuple[int, int, int, int]) -> np.ndarray:
+    """A copy with a frame around the detail, outside of it."""
+    image = Image.fromarray(picture)
+    left, top, right, bottom = detail
+    ImageDraw.Draw(image).rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="#D55E00", width=2)
+    return np.asarray(image)
+
+
+def _window(low: int, high: int, side: int) -> int:
+    """Where a cut of `PICTURE_SIDE` begins that has the range in its middle as far as the image allows."""
+    return max(0, min((low + high - PICTURE_SIDE) // 2, side - PICTURE_SIDE))
+
+
+def most_detailed(picture: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a third of the shown image, where the brightness changes most from pixel to pixel."""
+    height, width = picture.shape[:2]
+    grey = picture.astype(np.float64).mean(axis=2)
+    change = np.zeros((height, width))
+    change[:, 1:] += np.abs(np.diff(grey, axis=1))
+    change[1:] += np.abs(np.diff(grey, axis=0))
+    tall, wide = (max(1, min(side, PICTURE_SIDE) // 3) for side in (height, width))
+    sums = np.pad(change, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    inside = sums[tall:, wide:] - sums[:-tall, wide:] - sums[tall:, :-wide] + sums[:-tall, :-wide]
+    top, left = np.unravel_index(inside.argmax(), inside.shape)
+    return int(left), int(top), int(left) + wide, int(top) + tall

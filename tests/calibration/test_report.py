@@ -16,8 +16,9 @@ from PIL import Image
 
 from qartsr_pipeline.calibration.evaluation import EvaluationRow
 from qartsr_pipeline.calibration.report.pipeline_folder import model_card
-from qartsr_pipeline.calibration.report.report import ReportData, most_detailed, picture_sheet, write_report
+from qartsr_pipeline.calibration.report.report import ReportData, write_report
 from qartsr_pipeline.calibration.report.report_plots import running_mean, worst_layers
+from qartsr_pipeline.image.comparison import most_detailed, picture_sheet
 
 HOSTILE = '<script>alert("x")</script> & $\\frac{$'
 HEADINGS = {

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.result import Histogram
-from qartsr_pipeline.image.comparison import compare
+from qartsr_pipeline.image.comparison import picture_sheet
 
-PICTURE_SIDE = 512  # larger images are cut to this around their detail
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1e; --soft: #5a5a60; --back: #ffffff; --line: #d4d4da; --stripe: #f4f4f7; }
 @media (prefers-color-scheme: dark) {
@@ -167,53 +166,6 @@ def _pictures(data: ReportData, page: Page) -> list[str]:
             page.image(f"pictures-{number}.png", _encoded(sheet), f"{names}; below, the framed part of each enlarged.")
         )
     return [_section("Images", *figures)] if figures else []
-
-
-def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
-    """Images of one size side by side, and the most detailed part of the last one below each, (H', W', 3) uint8.
-
-    Args:
-        number: of the image, for the message.
-
-    Raises:
-        ValueError: sizes or types differ.
-    """
-    shapes = {name: (picture.shape, str(picture.dtype)) for name, picture in pictures.items()}
-    shape, dtype = next(iter(shapes.values()))
-    if len(set(shapes.values())) > 1 or len(shape) != 3 or shape[2] != 3 or dtype != "uint8":
-        raise ValueError(f"image {number}: all must be uint8 of one shape (H, W, 3), got {shapes}")
-    left, top, right, bottom = most_detailed(list(pictures.values())[-1])
-    x, y = (_window(low, high, side) for low, high, side in ((left, right, shape[1]), (top, bottom, shape[0])))
-    detail = (left - x, top - y, right - x, bottom - y)
-    cut = {name: picture[y : y + PICTURE_SIDE, x : x + PICTURE_SIDE] for name, picture in pictures.items()}
-    return compare({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
-
-
-def _marked(picture: np.ndarray, detail: tuple[int, int, int, int]) -> np.ndarray:
-    """A copy with a frame around the detail, outside of it."""
-    image = Image.fromarray(picture)
-    left, top, right, bottom = detail
-    ImageDraw.Draw(image).rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="#D55E00", width=2)
-    return np.asarray(image)
-
-
-def _window(low: int, high: int, side: int) -> int:
-    """Where a cut of `PICTURE_SIDE` begins that has the range in its middle as far as the image allows."""
-    return max(0, min((low + high - PICTURE_SIDE) // 2, side - PICTURE_SIDE))
-
-
-def most_detailed(picture: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a third of the shown image, where the brightness changes most from pixel to pixel."""
-    height, width = picture.shape[:2]
-    grey = picture.astype(np.float64).mean(axis=2)
-    change = np.zeros((height, width))
-    change[:, 1:] += np.abs(np.diff(grey, axis=1))
-    change[1:] += np.abs(np.diff(grey, axis=0))
-    tall, wide = (max(1, min(side, PICTURE_SIDE) // 3) for side in (height, width))
-    sums = np.pad(change, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    inside = sums[tall:, wide:] - sums[:-tall, wide:] - sums[tall:, :-wide] + sums[:-tall, :-wide]
-    top, left = np.unravel_index(inside.argmax(), inside.shape)
-    return int(left), int(top), int(left) + wide, int(top) + tall
 
 
 def _encoded(pixels: np.ndarray) -> bytes:
