@@ -26,8 +26,7 @@ from qartsr_pipeline.image.tiles import Tile, TileGrid
 from qartsr_pipeline.offloading import check_group_offload, keep_prepared, offload_buffers
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_network, upscale_image
 from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
-from qartsr_pipeline.prompt_embedding import PromptEmbedding
-from qartsr_pipeline.text_prompt import check_prompt, embed_prompt
+from qartsr_pipeline.prompt_embedding import PromptEmbedding, check_prompt, embed_prompt
 
 # Called as callback(pipeline, step, timestep, tensors), with the tensors that it asks for.
 StepCallback = Callable[["QArtSRPipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]

@@ -1,20 +1,59 @@
-"""Reads a Stable Diffusion model from a folder in diffusers' layout."""
+"""The base model that a checkpoint adapts, and how it is read from a folder in diffusers' layout."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers import DDPMScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, quantization_configs
 from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, named_class, read_json
 from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
-from qartsr_pipeline.convert.base import Base, read_scheduler
 from qartsr_pipeline.convert.model_card import license_of
-from qartsr_pipeline.text_prompt import embed_prompt
+from qartsr_pipeline.prompt_embedding import embed_prompt
+
+
+@dataclass
+class Base:
+    """A model in float32 on the CPU.
+
+    Attributes:
+        prompt_embeds: embedding of the fixed prompt, (1, tokens, dim).
+        text_encoder, tokenizer: None where the source has none.
+        hub_id: of its repository on the Hub; None if it came from a local file or folder.
+        license: as its model card names it, or None.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: DDPMScheduler
+    prompt_embeds: torch.Tensor
+    text_encoder: CLIPTextModel | None = None
+    tokenizer: CLIPTokenizer | None = None
+    hub_id: str | None = None
+    license: str | None = None
+
+
+def read_scheduler(config: dict[str, Any]) -> DDPMScheduler:
+    """The noise schedule that any scheduler's configuration describes; its step rule does not matter for one step.
+
+    Raises:
+        CheckpointError: the configuration describes no schedule.
+    """
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    chosen = {name: config[name] for name in (*names, "rescale_betas_zero_snr") if name in config}
+    try:
+        return DDPMScheduler(**chosen, clip_sample=False)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the base's scheduler_config.json makes no schedule ({error}). Download the base again, whole."
+        ) from error
+
 
 # The files of a repository on the Hub that are read: parts in full precision and the card, no variants, no single files.
 PATTERNS = [

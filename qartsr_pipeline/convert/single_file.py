@@ -25,8 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
 from qartsr_pipeline.convert import stable_diffusion_2_1 as sd21
-from qartsr_pipeline.convert.base import Base, read_scheduler
-from qartsr_pipeline.text_prompt import embed_tokens
+from qartsr_pipeline.convert.diffusers_folder import Base, read_scheduler
+from qartsr_pipeline.prompt_embedding import embed_tokens
 
 Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
