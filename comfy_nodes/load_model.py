@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_labels
 
 from .managed_model import AUTO, DTYPES
 from .model_folders import find_models, folder_of
@@ -44,8 +44,8 @@ class QArtSRLoadModel(io.ComfyNode):
                     "model",
                     options=names,
                     default=DEFAULT_CHECKPOINT if DEFAULT_CHECKPOINT in names else None,
-                    tooltip="A checkpoint folder in models/qartsr, or one of the small models that are included. w4a4: weights"
-                    " and activations have 4 bits; fp: full precision.",
+                    tooltip="A checkpoint folder in models/qartsr, or one of the models that are included:\n"
+                    + "\n".join(f"{name}: {label}" for name, label in shipped_labels().items()),
                 ),
                 io.String.Input(
                     "hub_id",

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.checkpoint_files import shipped_labels
 from qartsr_pipeline.cli import demo
 from qartsr_pipeline.cli.main import COMMANDS, main
 from qartsr_pipeline.image.comparison import compare
@@ -25,6 +26,7 @@ def test_info_names_every_component_and_says_that_nothing_is_quantized(tiny_fold
     assert main(["info", str(tiny_folder), "--layers"]) == 0
     said = capsys.readouterr().out
     assert "full precision: nothing in it is quantized" in said
+    assert f"\n{tiny_folder.name}: full precision, " in said
     for word in ("unet", "UNet2DConditionModel", "vae", "AutoencoderKL", "parameters", "kernels"):
         assert word in said
 
@@ -32,7 +34,7 @@ def test_info_names_every_component_and_says_that_nothing_is_quantized(tiny_fold
 def test_info_as_json(tiny_folder, capsys):
     assert main(["info", str(tiny_folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["quantized"] is False
+    assert report["quantized"] is False and report["label"].startswith("full precision, ")
     components = {component["name"]: component for component in report["components"]}
     assert {"unet", "vae"} <= set(components) and components["unet"]["parameters"] > 1000
 
@@ -80,6 +82,8 @@ def test_help_and_usage_errors_wait_for_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"usage: qartsr {name}" in done.stdout for name in COMMANDS)
+    labels = [f"  {name:<12}{label}\n" for name, label in shipped_labels().items()]
+    assert labels and done.stdout.count("shipped checkpoints:\n" + "".join(labels)) == 5  # qartsr, upscale, info, bench, demo
 
 
 def test_info_of_a_folder_that_is_no_checkpoint(tmp_path, capsys):

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch, shipped_checkpoints
+from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch, shipped_checkpoints, shipped_labels
 from qartsr_pipeline.cli.demo import SAMPLE
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {"tiny-fp", "tiny-w8a8", "tiny-w4a4", "tiny-w3a3", "tiny-w2a2"}
+MODELS = {"tiny-fp": "full precision", "tiny-w8a8": "8 bits", "tiny-w4a4": "4 bits", "tiny-w3a3": "3 bits", "tiny-w2a2": "2 bits"}
+
+PURPOSES = {"tiny": "clean images", "photo": "real photographs"}
 
 
 def test_minimum_requirements_are_exact_and_complete():
@@ -50,6 +52,8 @@ def test_shipped_checkpoints_are_found_by_name_and_complete(name):
     folder = fetch(name)
     assert name in shipped_checkpoints()
     check_checkpoint(folder)
+    purpose, bits, size = shipped_labels()[name].split(", ")
+    assert purpose == PURPOSES[name.partition("-")[0]] and bits == MODELS[name] and re.fullmatch(r"\d+ MB", size)
     module, _ = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["prompt_embedding"]
     assert (folder / "prompt_embedding" / f"{module}.py").is_file(), "diffusers' generic class takes it from there"
 
@@ -69,7 +73,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_has_the_package_and_its_data(wheel):
     assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"qartsr_pipeline"}
     package = wheel / "qartsr_pipeline"
-    assert {path.name for path in (package / "checkpoints").iterdir()} == MODELS
+    assert {path.name for path in (package / "checkpoints").iterdir()} == set(MODELS)
     recipes = {path.name for path in (ROOT / "qartsr_pipeline/calibration/recipes").iterdir() if path.suffix == ".yaml"}
     assert {path.name for path in (package / "calibration/recipes").glob("*.yaml")} == recipes
     assert (package / "samples" / SAMPLE.name).is_file()

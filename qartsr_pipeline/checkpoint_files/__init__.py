@@ -4,7 +4,7 @@ Importing this package does not import torch, so a damaged or foreign folder is 
 """
 
 from qartsr_pipeline.checkpoint_files.checking import check_checkpoint, is_quantized, quantization_configs
-from qartsr_pipeline.checkpoint_files.download import DEFAULT_CHECKPOINT, fetch, shipped_checkpoints
+from qartsr_pipeline.checkpoint_files.download import DEFAULT_CHECKPOINT, fetch, label_of, shipped_checkpoints, shipped_labels
 from qartsr_pipeline.checkpoint_files.integrity import CHECKSUMS_NAME, CheckpointError, write_checksums
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "check_checkpoint",
     "fetch",
     "is_quantized",
+    "label_of",
     "quantization_configs",
     "shipped_checkpoints",
+    "shipped_labels",
     "write_checksums",
 ]

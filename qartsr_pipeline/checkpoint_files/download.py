@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors
 
-from qartsr_pipeline.checkpoint_files.checking import read_model_index
+from qartsr_pipeline.checkpoint_files.checking import quantization_configs, read_model_index
 from qartsr_pipeline.checkpoint_files.integrity import CheckpointError
 
 # The model that commands and nodes use when none is named. Of full precision's gain over bicubic, W8A8 keeps 99 % and W4A4 95 %,
@@ -29,6 +29,24 @@ def shipped_checkpoints() -> dict[str, Path]:
     if not _SHIPPED.is_dir():
         return {}
     return {folder.name: folder for folder in sorted(_SHIPPED.iterdir()) if (folder / "model_index.json").is_file()}
+
+
+def shipped_labels() -> dict[str, str]:
+    """What each shipped checkpoint is for, by name, in a few words: "clean images, 4 bits, 4 MB".
+
+    The purpose is what the header of its card says after ``purpose:``; bits and size are those of the folder.
+    """
+    return {name: label_of(folder) for name, folder in shipped_checkpoints().items()}
+
+
+def label_of(folder: Path) -> str:
+    """The label of one checkpoint folder, without a purpose where its card names none."""
+    card = folder / "README.md"
+    purpose = re.search(r"^purpose: (.+)$", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
+    bits = sorted({config["default"]["weight_bits"] for config in quantization_configs(folder).values()})
+    precision = f"{', '.join(map(str, bits))} bits" if bits else "full precision"
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return ", ".join([*([purpose[1]] if purpose else []), precision, f"{size / 1e6:.0f} MB"])
 
 
 def fetch(

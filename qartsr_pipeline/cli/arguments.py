@@ -5,20 +5,29 @@ from __future__ import annotations
 import argparse
 import re
 
-from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_labels
 
 DEVICE_HELP = "auto, cuda, cuda:N for the GPU of that number from 0, mps or cpu; default: auto"
-_MODEL_HELP = f"checkpoint folder, name of a shipped checkpoint, or Hub id owner/name; default: {DEFAULT_CHECKPOINT}"
+_MODEL_HELP = f"checkpoint folder, name of a shipped checkpoint (below), or Hub id owner/name; default: {DEFAULT_CHECKPOINT}"
 
 
 def add_model_position(parser: argparse.ArgumentParser) -> None:
     """The checkpoint as the command's first argument, which may be left out."""
     parser.add_argument("model", nargs="?", default=DEFAULT_CHECKPOINT, metavar="DIR", help=_MODEL_HELP)
+    list_shipped(parser)
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     """The checkpoint as `--model`."""
     parser.add_argument("--model", default=DEFAULT_CHECKPOINT, help=_MODEL_HELP)
+    list_shipped(parser)
+
+
+def list_shipped(parser: argparse.ArgumentParser) -> None:
+    """Adds what each shipped checkpoint is for to the end of the parser's help."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    lines = [f"  {name:<12}{label}" for name, label in shipped_labels().items()]
+    parser.epilog = "\n".join([*([parser.epilog, ""] if parser.epilog else []), "shipped checkpoints:", *lines])
 
 
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch, is_quantized
+from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch, is_quantized, label_of
 from qartsr_pipeline.cli.arguments import add_debug, add_model_position
 
 if TYPE_CHECKING:
@@ -34,10 +34,12 @@ def run(options: argparse.Namespace) -> int:
 
     components = describe(folder)
     if options.json:
-        content = [dataclasses.asdict(component) for component in components]
-        print(json.dumps({"folder": str(folder), "quantized": is_quantized(folder), "components": content}, indent=2))
+        content = {"folder": str(folder), "label": label_of(folder), "quantized": is_quantized(folder)}
+        content["components"] = [dataclasses.asdict(component) for component in components]
+        print(json.dumps(content, indent=2))
         return 0
     print(folder if is_quantized(folder) else f"{folder} (full precision: nothing in it is quantized)")
+    print(f"{folder.name}: {label_of(folder)}\n")
     titles = ["component", "class", "bits", "parameters", "size", "as fp16", "ratio", "prepared", "kernels"]
     print(_table(titles, (_row(component, kernels([component])) for component in components)))
     if options.layers:

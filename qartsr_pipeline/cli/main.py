@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from qartsr_pipeline.cli.arguments import list_shipped
 from qartsr_pipeline.cli.messages import one_line
 
 
@@ -70,6 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="qartsr", description="One-step diffusion image super-resolution with weights and activations at 4 and 2 bits."
     )
     parser.set_defaults(debug=False)
+    list_shipped(parser)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         if name == next(iter(arguments), None):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_checkpoints
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_checkpoints, shipped_labels
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [
@@ -67,6 +67,7 @@ def test_nodes_take_what_their_schemas_declare(nodes):
 def test_the_default_model_is_that_of_the_command_line(nodes):
     model = nodes["QArtSRLoadModel"].define_schema().inputs[0]
     assert model.id == "model" and model.default == DEFAULT_CHECKPOINT
+    assert all(f"\n{name}: {label}" in model.tooltip for name, label in shipped_labels().items())
 
 
 def test_a_schema_that_comfyui_would_refuse_is_refused_here():
