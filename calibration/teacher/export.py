@@ -3,11 +3,14 @@
     python -m calibration.teacher.export runs/teacher/state.pt tiny-fp --data PHOTOS
 
 The moving average of the weights is exported, in float16. `training.json` in the folder records what the model was trained with.
+With `--blend OTHER SHARE`, that share of every weight is taken from OTHER, the model that training started from: the result lies
+between the two also in what it does to images (Deep Network Interpolation, arXiv 1811.10515).
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,24 @@ from qartsr_pipeline.calibration.retraining.trainer import load_state
 PATHS = ("start", "backbone", "alex", "distilled")  # arguments of which the record keeps the last part
 
 
+@dataclass(frozen=True)
+class Blend:
+    """Another model, of which every weight takes a share from 0 to 1."""
+
+    other: str
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"--blend {self.other} {self.share:g}: the other model's share is a number from 0 to 1")
+
+
 def export(
-    state_path: str | Path, folder: str | Path, record: dict[str, Any] | None = None, dtype: torch.dtype = torch.float16
+    state_path: str | Path,
+    folder: str | Path,
+    record: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+    blend: Blend | None = None,
 ) -> dict[str, int]:
     """Converts a training state into a pipeline folder, which appears complete or not at all.
 
@@ -35,21 +54,28 @@ def export(
         folder: the pipeline folder. One that exists is replaced but for its README.md; anything else is left alone.
         record: what the state itself does not record: "seed", "timestep", and the entries of `data_record`.
         dtype: of the stored weights.
+        blend: another model to mix in: the one that training started from, or one that started there, too.
 
     Returns:
         Bytes of each component's files, by the component's name, and their sum as "total".
 
     Raises:
         FileNotFoundError: there is no state. FileExistsError: `folder` exists and is not a pipeline folder.
-        ValueError: not a training state, or one of a model of another shape.
+        ValueError: not a training state, or one of a model of another shape; ``blend`` names a model of another one.
     """
     state = load_state(Path(state_path))
-    pipeline = build_pipeline(state, dtype, record)
-    return save_pipeline(pipeline, folder, TRAINING_RECORD, training_record(state, record))
+    pipeline = build_pipeline(state, dtype, record, blend)
+    written = training_record(state, record)
+    if blend is not None:
+        written |= {"blend": asdict(blend) | {"other": Path(blend.other).name}}
+    return save_pipeline(pipeline, folder, TRAINING_RECORD, written)
 
 
 def build_pipeline(
-    state: dict[str, Any], dtype: torch.dtype = torch.float16, record: dict[str, Any] | None = None
+    state: dict[str, Any],
+    dtype: torch.dtype = torch.float16,
+    record: dict[str, Any] | None = None,
+    blend: Blend | None = None,
 ) -> QArtSRPipeline:
     """The averaged weights of a training state as a pipeline on the CPU; arguments as in `export`."""
     recorded = {**(record or {}), **(state.get("record") or {})}
@@ -65,7 +91,26 @@ def build_pipeline(
             f"the training state is of a model of another shape than {start or 'calibration/teacher/model.py builds'}:"
             f" export it with the code that trained it. {' '.join(str(error).split())[:300]}"
         ) from error
+    if blend is not None:
+        mix(model, blend)
     return model.to_pipeline(dtype)
+
+
+def mix(model: OneStepModel, blend: Blend) -> None:
+    """Moves every weight of ``model`` by that share of the way to the other model's.
+
+    Raises:
+        ValueError: the other model is of another shape, at another timestep, or of latents of another scale.
+    """
+    other = OneStepModel.from_pretrained(blend.other)
+    weights, others = model.state_dict(), other.state_dict()
+    same = {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in others.items()}
+    if not same or other.timestep != model.timestep or not torch.isclose(other.scaling_factor, model.scaling_factor, rtol=1e-3):
+        raise ValueError(
+            f"{blend.other} is no relative of the trained model: layers, timestep ({other.timestep} and {model.timestep}) and the"
+            " scale of latents must be the same. Blend with the model that training started from"
+        )
+    model.load_state_dict({name: torch.lerp(value, others[name], blend.share) for name, value in weights.items()})
 
 
 def training_record(state: dict[str, Any], record: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -107,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="calibration.teacher.export", description=__doc__.split("\n\n")[0])
     parser.add_argument("state", help="state.pt of a training run")
     parser.add_argument("folder", help="the pipeline folder to write")
+    parser.add_argument("--blend", nargs=2, metavar=("OTHER", "SHARE"), help="take that share of every weight from another model")
     older = parser.add_argument_group("for states that do not record what they were trained with")
     older.add_argument("--data", help="photograph folder trained on")
     older.add_argument("--seed", type=int, default=0)
@@ -117,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         record = {"seed": args.seed, "timestep": args.timestep}
         if args.data:
             record |= data_record(args.data, args.held_out)
-        sizes = export(args.state, args.folder, record)
+        blend = Blend(args.blend[0], float(args.blend[1])) if args.blend else None
+        sizes = export(args.state, args.folder, record, blend=blend)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     for name, size in sizes.items():

@@ -168,6 +168,24 @@ def test_exported_folder_is_the_averaged_model(trained, photographs, tmp_path, m
     assert {path.name for path in tmp_path.iterdir()} == {"run", "exported"}, "left-overs"
 
 
+def test_a_blend_lies_between_two_models(trained, tmp_path, tiny_folder, capsys):
+    state, plain, other, blended = trained / "state.pt", tmp_path / "plain", tmp_path / "other", tmp_path / "blended"
+    export_teacher.export(state, plain)
+    pipeline = QArtSRPipeline.from_pretrained(plain, dtype=torch.float32)
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias += 1
+    pipeline.save_pretrained(other)
+    export_teacher.main([str(state), str(blended), "--blend", str(other), "0.25"])
+    for name, value in QArtSRPipeline.from_pretrained(blended, dtype=torch.float32).unet.state_dict().items():
+        assert torch.allclose(value, before[name] + (0.25 if name == "conv_in.bias" else 0), atol=1e-3), name
+    assert json.loads((blended / "training.json").read_text())["blend"] == {"other": "other", "share": 0.25}
+    for arguments, message in (((other, "1.5"), "is a number from 0 to 1"), ((tiny_folder, "0.5"), "is no relative")):
+        with pytest.raises(SystemExit):
+            export_teacher.main([str(argument) for argument in (state, tmp_path / "none", "--blend", *arguments)])
+        assert message in capsys.readouterr().err
+
+
 def test_export_refuses_foreign_folders_and_states(trained, tmp_path, capsys):
     (tmp_path / "precious").mkdir()
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
