@@ -99,13 +99,20 @@ def test_demo_writes_its_pictures_and_ends_with_the_line_of_numbers(tiny_folder,
     monkeypatch.setattr(demo, "SAMPLE", sample)
     monkeypatch.setattr(demo, "DETAIL", (0, 0, 32, 32))
     assert demo.run(folder, model=str(tiny_folder), full_precision=str(tiny_folder)) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, real, last = capsys.readouterr().out.splitlines()
     number = r"-?\d+\.\d\d"
-    pattern = rf"demo: psnr_y bicubic=({number}) full_precision={number} quantized={number} seconds={number} picture=(.+)"
-    match = re.fullmatch(pattern, last)
-    assert match and 15 < float(match[1]) < 40 and match[2] == str(folder / "comparison.png")
+    for line, start, picture in ((real, "demo real", "comparison_real.png"), (last, "demo", "comparison.png")):
+        pattern = rf"{start}: psnr_y bicubic=({number}) full_precision={number} quantized={number} seconds={number} picture=(.+)"
+        match = re.fullmatch(pattern, line)
+        assert match and 15 < float(match[1]) < 40 and match[2] == str(folder / picture)
     sizes = {path.name: Image.open(path).size for path in folder.iterdir()}
-    assert sizes["input.png"] == (32, 32) and sizes["upscaled.png"] == (128, 128) and len(sizes) == 3
+    assert sizes["input.png"] == sizes["input_real.png"] == (32, 32) and sizes["upscaled.png"] == (128, 128) and len(sizes) == 6
+    clean, degraded = (np.asarray(Image.open(folder / name), float) for name in ("input.png", "input_real.png"))
+    assert 2 < np.abs(clean - degraded).mean() < 30
+
+
+def test_the_demo_compares_with_the_model_it_was_made_of(tiny_folder):
+    assert demo._made_of("tiny-w2a2") == "tiny-fp" == demo._made_of(str(tiny_folder))
 
 
 def test_comparison_holds_every_picture_and_its_detail():

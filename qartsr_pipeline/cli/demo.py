@@ -1,8 +1,12 @@
-"""`qartsr demo`: a photograph is reduced to 128 x 128, enlarged again by the quantized model, and compared with the original."""
+"""`qartsr demo`: a photograph is reduced to 128 x 128, enlarged again by the quantized model, and compared with the original.
+
+Twice: reduced and nothing else, and as photographs often come, blurred, noisy, and saved as JPEG (`real_degradation`).
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, fetch
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, fetch, shipped_checkpoints
 from qartsr_pipeline.cli.arguments import add_debug, add_model_option
 from qartsr_pipeline.image.comparison import compare
 from qartsr_pipeline.image_files import ImageFile, check_writable, make_folder, read_image, write_image
@@ -19,7 +23,8 @@ if TYPE_CHECKING:
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "rider.jpg"
-FULL_PRECISION = "tiny-fp"
+FULL_PRECISION = "tiny-fp"  # what a model is compared with whose record names no shipped one
+FP, Q = "full precision", "quantized"
 SCALE = 4
 # The part that is shown larger below the whole images: left, top, right, bottom in the original.
 DETAIL = (150, 100, 278, 228)
@@ -34,39 +39,61 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=lambda options: run(options.output, options.model))
 
 
-def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str = FULL_PRECISION) -> int:
+def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str | None = None) -> int:
     """Upscales on the CPU, writes the images to the folder `output`, prints what was done; returns 0.
 
-    The last line is `demo: psnr_y bicubic=.. full_precision=.. quantized=.. seconds=.. picture=PATH`.
+    The last line is `demo: psnr_y bicubic=.. full_precision=.. quantized=.. seconds=.. picture=PATH`, of the clean image; the one
+    before, which begins with `demo real:`, is of the degraded one.
+
+    Args:
+        full_precision: what the model is compared with; None for the shipped model that it was made of, or tiny-fp.
     """
     folder = Path(output)
     make_folder(folder)
     check_writable(folder / "comparison.png")
     import torch
 
+    from qartsr_pipeline.calibration.data.degradations import real_degradation
+    from qartsr_pipeline.calibration.data.photographs import as_pixels, as_tensor
     from qartsr_pipeline.cli.description import describe, kernels
-    from qartsr_pipeline.image.metrics import psnr_y
     from qartsr_pipeline.loading import load_quietly
 
+    full_precision = full_precision or _made_of(model)
+    pipelines = {name: load_quietly(folder, dtype=torch.float32) for name, folder in {FP: full_precision, Q: model}.items()}
     original = read_image(SAMPLE).pixels
-    reduced = _bicubic(original, 1 / SCALE)
-    reference, _ = _enlarge(load_quietly(full_precision, dtype=torch.float32), reduced)
-    quantized, seconds = _enlarge(load_quietly(model, dtype=torch.float32), reduced)
-    images = {"bicubic": _bicubic(reduced, SCALE), "full precision": reference, "quantized": quantized}
-    scores = {name: psnr_y(_floats(image), _floats(original)) for name, image in images.items()}
-    captions = {f"{name}, {scores[name]:.2f} dB": image for name, image in images.items()} | {"original": original}
-    for name, image in {"input": reduced, "upscaled": quantized, "comparison": compare(captions, DETAIL)}.items():
-        write_image(folder / f"{name}.png", _floats(image), ImageFile(image))
-    print(f"sample: {SAMPLE.name}, {_size(original)}, reduced to {_size(reduced)} (credits: {SAMPLE.parent / 'CREDITS.md'})")
+    degraded = as_pixels(real_degradation(as_tensor(original), SCALE, np.random.default_rng(0)))
+    print(f"sample: {SAMPLE.name}, {_size(original)} (credits: {SAMPLE.parent / 'CREDITS.md'}), reduced to {_size(degraded)}")
     print(f"model: {fetch(model)}, compared with {fetch(full_precision)}, on the CPU in float32")
     print(f"kernels: {kernels(describe(fetch(model), 'cpu'))}")
-    for name in ("input", "upscaled", "comparison"):
-        print(f"written: {folder / name}.png")
-    print(
-        f"demo: psnr_y bicubic={scores['bicubic']:.2f} full_precision={scores['full precision']:.2f}"
-        f" quantized={scores['quantized']:.2f} seconds={seconds:.2f} picture={folder / 'comparison.png'}"
-    )
+    real = _compare(pipelines, original, degraded, folder, "_real")
+    clean = _compare(pipelines, original, _bicubic(original, 1 / SCALE), folder, "")
+    print(real, clean, sep="\n")
     return 0
+
+
+def _made_of(model: str) -> str:
+    """The shipped full-precision model that a checkpoint's record names."""
+    record = fetch(model) / "quantization.json"
+    name = json.loads(record.read_text(encoding="utf-8")).get("model") if record.is_file() else None
+    return name if name in shipped_checkpoints() else FULL_PRECISION
+
+
+def _compare(pipelines: dict[str, QArtSRPipeline], original: np.ndarray, reduced: np.ndarray, folder: Path, ending: str) -> str:
+    """Enlarges one input by all pipelines, writes its images with ``ending`` in their names, and returns the line of numbers."""
+    from qartsr_pipeline.image.metrics import psnr_y
+
+    results = {name: _enlarge(pipeline, reduced) for name, pipeline in pipelines.items()}
+    images = {"bicubic": _bicubic(reduced, SCALE)} | {name: image for name, (image, _) in results.items()}
+    scores = {name: psnr_y(_floats(image), _floats(original)) for name, image in images.items()}
+    captions = {f"{name}, {scores[name]:.2f} dB": image for name, image in images.items()} | {"original": original}
+    for name, image in {"input": reduced, "upscaled": images[Q], "comparison": compare(captions, DETAIL)}.items():
+        path = folder / f"{name}{ending}.png"
+        write_image(path, _floats(image), ImageFile(image))
+        print(f"written: {path}")
+    return (
+        f"demo{ending.replace('_', ' ')}: psnr_y bicubic={scores['bicubic']:.2f} full_precision={scores[FP]:.2f}"
+        f" quantized={scores[Q]:.2f} seconds={results[Q][1]:.2f} picture={folder / f'comparison{ending}.png'}"
+    )
 
 
 def _enlarge(pipeline: QArtSRPipeline, image: np.ndarray) -> tuple[np.ndarray, float]:
