@@ -21,7 +21,8 @@ from diffusers.hooks import HookRegistry
 from diffusers.models import AutoencoderKL
 from torch import nn
 
-from qartsr_pipeline.image.tile_statistics import exchanged_forwards, normalize, own_forward, pooled_moments
+from qartsr_pipeline.forwards import exchanged_forwards, own_forward
+from qartsr_pipeline.image.tile_statistics import normalize, pooled_moments
 
 ENCODER_MARGIN, DECODER_MARGIN = 32, 11  # pixels, latent elements: how far a tile reads beyond the part that it writes
 STEP = 32  # the size of tiles is a multiple of it, the smallest that needs no more tiles

@@ -9,6 +9,8 @@ that. Here every tile is normalised with the image's statistics instead, which a
    windows are merged.
 2. `SharedStatistics.apply()`: every group norm uses the statistics it kept, and so becomes a fixed affine map per channel.
 
+Both hold for the context that enters them alone: other threads that run the same networks see nothing of it.
+
 The windows of a pass together have at most as many pixels as one tile, so that sampling needs no more memory than a tile does;
 there is at most one pass for every four tiles. The rim of a window is not measured: there the network sees the zero padding
 around the window, which the image does not have.
@@ -21,18 +23,16 @@ second model falls to 53 dB. Smaller windows are worse, and windows of 16 pixels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qartsr_pipeline.forwards import exchanged_forwards
 from qartsr_pipeline.image.tiles import Tile
-
-SomeModule = TypeVar("SomeModule", bound=nn.Module)
 
 SMALLEST_WINDOW = 64  # and at least 4 x the network's multiple: see above
 RIM = 1 / 8  # share of a window's side that is not measured, at each end
@@ -188,38 +188,3 @@ def scale_shift(
         return scale, -mean * scale
     scale = scale * weight.float()
     return scale, bias.float() - mean * scale
-
-
-def _forward_name(module: nn.Module) -> str:
-    """The attribute that holds a module's own forward. accelerate's sequential offloading puts a hook, which fetches the weights
-    first, in the place of `forward` and keeps the original as `_old_forward`."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-
-
-def own_forward(module: nn.Module) -> Callable[..., torch.Tensor]:
-    """A module's forward without the hook of sequential offloading."""
-    return getattr(module, _forward_name(module))
-
-
-@contextmanager
-def exchanged_forwards(
-    modules: Sequence[SomeModule], forward_of: Callable[[SomeModule], Callable[..., torch.Tensor]]
-) -> Iterator[None]:
-    """Within this context each module computes ``forward_of(module)`` instead of its own forward.
-
-    The new function is set as an attribute of the instance, which shadows the method of the class. Afterwards, also after an
-    exception, the instance has the attribute it had before, or none.
-    """
-    before: list[tuple[nn.Module, str, Callable[..., torch.Tensor] | None]] = []
-    try:
-        for module in modules:
-            name = _forward_name(module)
-            before.append((module, name, module.__dict__.get(name)))
-            module.__dict__[name] = forward_of(module)
-        yield
-    finally:
-        for changed, name, original in before:
-            if original is None:
-                changed.__dict__.pop(name, None)
-            else:
-                changed.__dict__[name] = original

@@ -14,7 +14,6 @@ add. Such a backend also adds the block's input in its product's epilogue.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from qartsr_pipeline.forwards import has_hooks, other_forward
 from qartsr_pipeline.kernels import NormFusion, norm_fusion
 from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
@@ -33,19 +33,6 @@ class AffineForward(Protocol):
 
     def scale_shift(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What x (B, C, ...) is multiplied by, and what is then added: float32 (B, C), twice, contiguous."""
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def other_forward(module: nn.Module) -> Callable[..., torch.Tensor] | None:
-    """The forward that was set on this one module (offloading does so), None if it is its class's. accelerate leaves the class's
-    own there when it takes its hook off.
-    """
-    forward = vars(module).get("forward")
-    is_its_class = isinstance(forward, MethodType) and forward.__func__ is type(module).forward
-    return None if is_its_class else forward
 
 
 def convolution_of_normalized(
