@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline import input_checks
-from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, fetch, saving, write_checksums
+from qartsr_pipeline.checkpoint_files import fetch, saving, structure
 from qartsr_pipeline.image.conversion import ImageTensors, from_images, stack_if_equal, to_images
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
@@ -120,29 +121,24 @@ class QArtSRPipeline(DiffusionPipeline):
         """
         hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = fetch(pretrained_model_name_or_path, **hub_arguments)
-        try:
-            check_checkpoint(folder)
-        except FileNotFoundError as error:  # the Hub's cache consists of links
-            raise CheckpointError(
-                f"{folder} lacks {error.filename}: the link to it leads nowhere. A download was interrupted, or the cache was"
-                " copied without what it links to. Download or copy the checkpoint again, whole."
-            ) from error
-        return super().from_pretrained(str(folder), **kwargs)
+        structure.check_loadable(folder, kwargs)
+        with structure.clear_errors(folder, kwargs):
+            return super().from_pretrained(str(folder), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
-        """Saves the pipeline as a diffusers folder, with the checksums of its weights beside them.
+        """Saves the pipeline as a diffusers folder with checksums: whole or not at all.
 
         Args:
-            save_directory: created if missing.
+            save_directory: created if missing; an earlier checkpoint in it is replaced, other files stay.
             kwargs: as for `DiffusionPipeline.save_pretrained`; with `push_to_hub=True` the whole folder is uploaded.
+
+        Raises:
+            OSError: it cannot be written, or holds weights of another variant; what was there is unchanged.
         """
         if not kwargs.get("safe_serialization", True):
             raise ValueError("`safe_serialization` must be True: checkpoints are stored as safetensors only.")
         upload_arguments = saving.take_upload_arguments(kwargs)
-        super().save_pretrained(os.fspath(save_directory), **kwargs)
-        saving.write_entry_point(Path(save_directory))
-        saving.forget_origin(Path(save_directory))
-        write_checksums(Path(save_directory))
+        saving.save_whole(partial(super().save_pretrained, **kwargs), Path(save_directory), kwargs.get("variant"))
         if upload_arguments is not None:
             saving.upload(self, Path(save_directory), **upload_arguments)
 

@@ -1,27 +1,64 @@
-"""Checks that a checkpoint folder is complete and undamaged. Each fault has its own message."""
+"""Checks that a checkpoint folder is complete and undamaged, without importing torch. Each fault has its own message.
+
+Files are read as in `integrity`: in bounded time and memory. `structure` goes on where this ends, and compares the tensors that are
+stored with those that the configurations ask for.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qartsr_pipeline.arithmetic import FORMAT_VERSION
-from qartsr_pipeline.checkpoint_files.integrity import CheckpointError, check_checksums, check_safetensors
+from qartsr_pipeline.checkpoint_files.integrity import (
+    RENEW,
+    CheckpointError,
+    StoredTensor,
+    check_checksums,
+    check_readable,
+    check_safetensors,
+    read_json,
+)
 
 PIPELINE_CLASS = "QArtSRPipeline"
 QUANT_METHOD = "qartsr"
 
-# Component -> stem of its weight files. The first three are required, the text encoder is optional.
-_REQUIRED = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "prompt_embedding": "diffusion_pytorch_model",
+
+class Component(NamedTuple):
+    """What stands in model_index.json for a component, as a pattern for the library and one for the class, and its files.
+
+    Attributes:
+        stem: of the names of its weight files; None for a component without weights.
+    """
+
+    library: str
+    class_name: str
+    config: str
+    stem: str | None = None
+    required: bool = True
+
+
+COMPONENTS = {
+    "unet": Component("diffusers", "UNet2DConditionModel", "config.json", "diffusion_pytorch_model"),
+    "vae": Component("diffusers", "AutoencoderKL", "config.json", "diffusion_pytorch_model"),
+    "scheduler": Component("diffusers", r"\w+Scheduler", "scheduler_config.json"),
+    "prompt_embedding": Component(
+        r"component|qartsr_pipeline\.prompt_embedding", "PromptEmbedding", "config.json", "diffusion_pytorch_model"
+    ),
+    "text_encoder": Component("transformers", r"\w+", "config.json", "model", required=False),
+    "tokenizer": Component("transformers", r"\w+", "tokenizer_config.json", required=False),
 }
-_WEIGHTS = {**_REQUIRED, "text_encoder": "model"}
+SETTINGS = {"timestep": 0, "scale": 1}  # name -> smallest value
+_LARGEST_NUMBER = 1_000_000  # of a configuration. No model of this kind has so many channels, tokens or timesteps
+_LONGEST_LIST = 10_000  # entries; trained_betas has one for each timestep, overrides at most one for each layer
+_MOST_LAYERS = 100  # in one block, or in a text encoder
+_MOST_BLOCKS = 16
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _REFUSAL = "Pickles can run any code when they are opened, so they are refused and never executed"
+_INCOMPLETE = "the folder is incomplete. Download or save the checkpoint again, whole."
 _FOREIGN = {
     "bitsandbytes": "diffusers with bitsandbytes installed",
     "gguf": "diffusers with gguf installed",
@@ -43,15 +80,38 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
         CheckpointError: with one message for each of: not a folder, not a checkpoint, another pipeline's checkpoint, a missing
             or unreadable file, pickled weights, a foreign quantization method, a newer format, a truncated or changed file.
     """
+    check_files(folder)
+    check_checksums(Path(folder))
+
+
+def check_files(
+    folder: str | os.PathLike, variant: str | None = None, given: Collection[str] = ()
+) -> dict[str, dict[str, StoredTensor]]:
+    """As `check_checkpoint`, without the sums.
+
+    Args:
+        variant: as in diffusers' `from_pretrained`: the infix of the weight files to read, where a component has it.
+        given: components and settings that the caller has and that are not read from the folder.
+
+    Returns:
+        The stored tensors of every component that is read, from the headers of its weight files.
+    """
     folder = Path(folder)
     index = read_model_index(folder)
-    for name in _components(index, folder):
+    names = [name for name in _components(index, folder) if name not in given]
+    stored = {}
+    for name in names:
         _check_component(folder, name)
+        stem = COMPONENTS[name].stem
+        if stem is not None:
+            stored[name] = stored_tensors(folder, name, stem, variant)
+    _check_settings(index, folder, given)
     for name, config in quantization_configs(folder).items():
-        _check_quantization(config, f"{name}/config.json in {folder}")
-    for path in sorted(folder.rglob("*.safetensors")):
-        check_safetensors(path, f"{path.relative_to(folder).as_posix()} in {folder}")
-    check_checksums(folder)
+        if name in names:
+            _check_quantization(config, f"{name}/config.json in {folder}")
+    if not {"unet", "timestep"} & set(given):
+        _check_folded_timestep(index, folder)
+    return stored
 
 
 def is_quantized(folder: str | os.PathLike) -> bool:
@@ -62,9 +122,9 @@ def is_quantized(folder: str | os.PathLike) -> bool:
 def quantization_configs(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """The `quantization_config` of each component that has one, by component name."""
     configs = {}
-    for name in _WEIGHTS:
-        path = Path(folder) / name / "config.json"
-        if path.is_file() and (config := read_json(path).get("quantization_config")):
+    for name, component in COMPONENTS.items():
+        path = Path(folder) / name / component.config
+        if component.stem and path.is_file() and (config := read_json(path).get("quantization_config")) is not None:
             configs[name] = config
     return configs
 
@@ -78,7 +138,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         refusal = f" {_REFUSAL}." if folder.suffix in _PICKLES else ""
         raise CheckpointError(f"{folder} is a file, but a checkpoint is a folder: the one that holds model_index.json.{refusal}")
-    if not (folder / "model_index.json").is_file():
+    if not os.path.lexists(folder / "model_index.json"):
         raise CheckpointError(_why_not_a_checkpoint(folder))
     index = read_json(folder / "model_index.json")
     found = named_class(index)
@@ -100,7 +160,10 @@ def named_class(index: dict[str, Any]) -> str | None:
 
 def _why_not_a_checkpoint(folder: Path) -> str:
     message = f"{folder} is not a checkpoint folder: it has no model_index.json."
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    try:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    except OSError as error:
+        return f"{folder} cannot be read ({error.strerror}). Change its permissions, or give another folder."
     if pickles:
         return f"{message} It holds {pickles[0]}. {_REFUSAL}. Ask for a diffusers folder with safetensors."
     if (folder / "config.json").is_file():
@@ -109,50 +172,173 @@ def _why_not_a_checkpoint(folder: Path) -> str:
 
 
 def _components(index: dict[str, Any], folder: Path) -> list[str]:
-    named = [
-        name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_") and entry[:1] != [None]
-    ]
-    for name in (*_REQUIRED, "scheduler"):
-        if name not in named:
-            raise CheckpointError(f"model_index.json in {folder} lists no {name}, which {PIPELINE_CLASS} needs: {_incomplete()}")
+    """The components that model_index.json lists, after a check of what it says about each."""
+    label = f"model_index.json in {folder}"
+    named = []
+    for name, entry in index.items():
+        if name.startswith("_") or name in SETTINGS:
+            continue
+        component = COMPONENTS.get(name)
+        if component is None:
+            raise CheckpointError(
+                f"{label} lists {name[:80]!r}, which this release of {PIPELINE_CLASS} does not know, so images would differ. Upgrade"
+                f" with `pip install --upgrade qartsr`, or remove the entry if it was added by hand."
+            )
+        if entry == [None, None] and not component.required:
+            continue
+        if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise CheckpointError(f"{label} says {str(entry)[:80]} of {name}, not a pair [library, class]: {_INCOMPLETE}")
+        if not re.fullmatch(component.library, entry[0]) or not re.fullmatch(component.class_name, entry[1]):
+            raise CheckpointError(
+                f"{label} says that {name} is a {entry[1][:80]} of {entry[0][:80]!r}, which {PIPELINE_CLASS} cannot use. Download or"
+                f" save the checkpoint again, whole, or pass a component of your own: from_pretrained(.., {name}=..)."
+            )
+        named.append(name)
+    for name, component in COMPONENTS.items():
+        if component.required and name not in named:
+            raise CheckpointError(f"{label} lists no {name}, which {PIPELINE_CLASS} needs: {_INCOMPLETE}")
     return named
 
 
-def _incomplete() -> str:
-    return "the folder is incomplete. Download or save the checkpoint again, whole."
+def _check_settings(index: dict[str, Any], folder: Path, given: Collection[str]) -> None:
+    for name, smallest in SETTINGS.items():
+        if name in given:
+            continue
+        if name not in index:
+            raise CheckpointError(
+                f"model_index.json in {folder} lacks {name}, without which images would be wrong: {_INCOMPLETE[:-1]}, or add the"
+                f" {name} that the model was trained at, or pass it: from_pretrained(.., {name}=..)."
+            )
+        value = index[name]
+        if type(value) is not int or not smallest <= value <= _LARGEST_NUMBER:
+            raise CheckpointError(
+                f"model_index.json in {folder} has the {name} {str(value)[:80]!r}, not an integer from {smallest}: it was edited or"
+                f" damaged. {RENEW}"
+            )
+
+
+def _check_folded_timestep(index: dict[str, Any], folder: Path) -> None:
+    config = quantization_configs(folder).get("unet", {})
+    folding = config.get("folding")
+    if isinstance(folding, dict) and folding.get("timestep") != index["timestep"]:
+        raise CheckpointError(
+            f"model_index.json in {folder} has the timestep {index['timestep']}, but the constants of timestep"
+            f" {str(folding.get('timestep'))[:80]} are folded into the UNet (quantization_config in unet/config.json): the two do not"
+            f" belong together, and images would be wrong. {RENEW}"
+        )
 
 
 def _check_component(folder: Path, name: str) -> None:
-    component = folder / name
+    component, config = folder / name, COMPONENTS[name].config
     if not component.is_dir():
-        raise CheckpointError(f"{folder} lacks the component folder {name}/: {_incomplete()}")
-    config = "scheduler_config.json" if name == "scheduler" else "config.json"
-    if name in _WEIGHTS or name == "scheduler":
-        if not (component / config).is_file():
-            raise CheckpointError(f"{folder} lacks {name}/{config}: {_incomplete()}")
-        read_json(component / config)
-    if name in _WEIGHTS:
-        _check_weight_files(folder, name, _WEIGHTS[name])
-
-
-def _check_weight_files(folder: Path, name: str, stem: str) -> None:
-    component = folder / name
-    listings = sorted(component.glob(f"{stem}*.safetensors.index*.json"))
-    for listing in listings:
-        shards = read_json(listing).get("weight_map", {})
-        missing = sorted({shard for shard in shards.values() if not (component / shard).is_file()})
-        if missing:
-            raise CheckpointError(f"{folder} lacks {name}/{missing[0]}, which {listing.name} lists: {_incomplete()}")
-    # One file, or parts (.. -00001-of-00002 ..) with the listing that says which tensor is where.
-    if listings or any("-of-" not in path.name for path in component.glob(f"{stem}*.safetensors")):
+        raise CheckpointError(f"{folder} lacks the component folder {name}/: {_INCOMPLETE}")
+    label = f"{name}/{config} in {folder}"
+    if not os.path.lexists(component / config):
+        raise CheckpointError(f"{folder} lacks {name}/{config}: {_INCOMPLETE}")
+    for path in component.iterdir():  # a pipe would block whoever opens it
+        if not path.is_dir():
+            check_readable(path, f"{name}/{path.name} in {folder}")
+    content = read_json(component / config, label)
+    if name == "tokenizer":
+        tables = {path.name for path in component.iterdir()}
+        lacking = [] if "tokenizer.json" in tables else sorted({"vocab.json", "merges.txt"} - tables)
+        if lacking:  # transformers would make a tokenizer without words
+            raise CheckpointError(f"{folder} lacks {name}/{lacking[0]}: {_INCOMPLETE}")
         return
-    pickles = sorted(path.name for path in component.iterdir() if path.suffix in _PICKLES)
-    if pickles:
+    check_numbers(content, label)
+    found = content.get("_class_name")
+    if name != "text_encoder" and (not isinstance(found, str) or not re.fullmatch(COMPONENTS[name].class_name, found)):
         raise CheckpointError(
+            f"{label} describes a {str(found)[:80]!r}, which is no {name} of {PIPELINE_CLASS}: it is of another model, or"
+            f" damaged. {RENEW}"
+        )
+
+
+def check_numbers(config: dict[str, Any], label: str) -> None:
+    """Raises CheckpointError for numbers with which building the model would take minutes or all memory."""
+    for key, value in config.items():
+        most = _MOST_LAYERS if "layers" in key else _LARGEST_NUMBER
+        length = _MOST_BLOCKS if "block" in key else _LONGEST_LIST
+        if not _is_bounded(value, most, length):
+            raise CheckpointError(
+                f"{label} has {key[:80]!r} = {str(value)[:80]}, with which no model can be built (a number above {most:,}, or more"
+                f" than {length:,} entries): it was edited or damaged. {RENEW}"
+            )
+
+
+def _is_bounded(value: Any, most: int, length: int) -> bool:
+    if isinstance(value, (list, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return len(value) <= length and all(_is_bounded(part, most, length) for part in parts)
+    return not isinstance(value, (int, float)) or abs(value) <= most
+
+
+def stored_tensors(folder: Path, name: str, stem: str, variant: str | None = None) -> dict[str, StoredTensor]:
+    """The tensors in the weight files of a component: one safetensors file, or parts with the listing that diffusers writes.
+
+    Raises:
+        CheckpointError: none, both, pickles, a part that is missing or damaged, or a listing that does not fit the parts.
+    """
+    component = folder / name
+    for infix in ([f".{variant}"] if variant else []) + [""]:
+        single = component / f"{stem}{infix}.safetensors"
+        # The second is the name that diffusers gave listings of variants up to 0.36.
+        listings = [f"{stem}.safetensors.index{infix}.json", f"{stem}.safetensors{infix}.index.json"]
+        found = [component / listing for listing in dict.fromkeys(listings) if os.path.lexists(component / listing)]
+        if found and os.path.lexists(single):
+            raise CheckpointError(
+                f"{name} in {folder} has its weights twice, in {single.name} and in the parts that {found[0].name} lists: one of them"
+                f" is of an earlier save. Remove the older one, or save the pipeline again with `save_pretrained`."
+            )
+        if found:
+            return _tensors_in_parts(folder, name, found[0])
+        if os.path.lexists(single):
+            return check_safetensors(single, f"{name}/{single.name} in {folder}")
+    raise CheckpointError(_why_no_weights(folder, name, stem, variant))
+
+
+def _tensors_in_parts(folder: Path, name: str, listing: Path) -> dict[str, StoredTensor]:
+    label = f"{name}/{listing.name} in {folder}"
+    places = read_json(listing, label).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(part, str) for part in places.values()):
+        raise CheckpointError(f"{label} has no weight_map that says which tensor is in which file. {RENEW}")
+    stored: dict[str, StoredTensor] = {}
+    for part in sorted(set(places.values())):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", part):
+            pickled = f" {_REFUSAL}." if part.endswith(_PICKLES) else ""
+            raise CheckpointError(
+                f"{label} names {part[:80]!r}, but parts are safetensors files in the same folder.{pickled} {RENEW}"
+            )
+        if not os.path.lexists(listing.parent / part):
+            raise CheckpointError(
+                f"{folder} lacks {name}/{part}, which {listing.name} lists: {_INCOMPLETE} If {listing.name} is left over from an"
+                f" earlier save, remove it."
+            )
+        held = check_safetensors(listing.parent / part, f"{name}/{part} in {folder}")
+        wrong = [tensor for tensor in held if places.get(tensor) != part]
+        wrong += [tensor for tensor, place in places.items() if place == part and tensor not in held]
+        if wrong:
+            raise CheckpointError(
+                f"{label} and {name}/{part} disagree about {min(wrong)[:120]!r}: they are of different saves. {RENEW}"
+            )
+        stored |= held
+    return stored
+
+
+def _why_no_weights(folder: Path, name: str, stem: str, variant: str | None) -> str:
+    files = sorted(path.name for path in (folder / name).iterdir())
+    pickles = [file for file in files if file.endswith(_PICKLES)]
+    others = [match[1] for file in files if (match := re.match(rf"{stem}\.([\w-]+)\.(?:safetensors|index)", file))]
+    others += [match[1] for file in files if (match := re.match(rf"{stem}\.safetensors\.index\.([\w-]+)\.json", file))]
+    if others and not pickles:
+        found = f"those of the variant {others[0]!r}: load it with variant={others[0]!r}, or rename them."
+        return f"{folder} lacks the weights {name}/{stem}.safetensors and holds only {found}"
+    if pickles:
+        return (
             f"{name}/{pickles[0]} in {folder} is a pickle where {stem}.safetensors belongs. {_REFUSAL}."
             f" Ask for the checkpoint as safetensors, or convert it where you trust its source."
         )
-    raise CheckpointError(f"{folder} lacks the weights {name}/{stem}.safetensors: {_incomplete()}")
+    return f"{folder} lacks the weights {name}/{stem}{f'.{variant}' if variant else ''}.safetensors: {_INCOMPLETE}"
 
 
 def _check_quantization(config: dict[str, Any], label: str) -> None:
@@ -160,23 +346,13 @@ def _check_quantization(config: dict[str, Any], label: str) -> None:
     if method != QUANT_METHOD:
         reader = _FOREIGN.get(str(method).lower())
         way = f"That format is read by {reader}." if reader else "Load it with the library that wrote it."
-        raise CheckpointError(f"{label} is quantized by quant_method {method!r}, which {PIPELINE_CLASS} does not read. {way}")
+        said = f"quant_method {method!r}" if isinstance(config, dict) else f"something that is no object ({str(config)[:40]!r})"
+        raise CheckpointError(f"{label} is quantized by {said}, which {PIPELINE_CLASS} does not read. {way}")
     version = config.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(f"{label} has format_version {version!r}, not a positive integer: {_incomplete()}")
+        raise CheckpointError(f"{label} has format_version {str(version)[:80]}, not a positive integer: {_INCOMPLETE}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{label} has format_version {version}; this release reads up to {FORMAT_VERSION}."
             f" Upgrade with `pip install --upgrade qartsr`, or take a checkpoint saved by an older release."
         )
-
-
-def read_json(path: Path, remedy: str = "Download or save the checkpoint again, whole.") -> dict[str, Any]:
-    """The object in a JSON file; raises CheckpointError, whose message ends with `remedy`, if the file holds no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). {remedy}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object. {remedy}")
-    return content

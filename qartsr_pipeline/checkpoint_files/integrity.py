@@ -1,7 +1,8 @@
-"""Checks that weight files are complete and undamaged, by two tests: their safetensors layout, and their SHA-256 sums.
+"""Reads files that others made: JSON and safetensors headers in bounded time and memory, and their SHA-256 sums.
 
-The layout (8 bytes of length in little-endian order, a JSON header of that length, then the data) gives the size that a file must
-have, so a truncated file is recognized without reading its weights. The sums are in the folder's `checksums.json`.
+Nothing here trusts a file. What is not a regular file (a pipe would block for ever) is refused before it is opened, JSON and headers
+have a size limit, and a safetensors header must describe the file byte for byte, so a truncated or padded file is recognized
+without reading its weights. The sums are in the folder's `checksums.json`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 CHECKSUMS_NAME = "checksums.json"
-# The format's own limit. A larger number is not the length of a header, so the file is of another format.
-_LARGEST_HEADER = 100_000_000
-_RENEW = "Download the checkpoint again, or copy the folder again from its source."
+RENEW = "Download the checkpoint again, or copy the folder again from its source."
+# Bytes. A header of so many would describe 100,000 tensors; a larger number means that the file is of another format.
+_LARGEST_HEADER = 16_000_000
+_LARGEST_JSON = 16_000_000  # of those that are parsed here
+_LARGEST_TABLE = 64_000_000  # of a tokenizer
+_DEEPEST_JSON = 16  # nested lists and objects
+_HOLE = 1 << 30  # a file that occupies so many bytes less than it has, and less than a sixteenth of them, is a hole
+# Bits of an element, by the name that safetensors gives its dtype.
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 # Path -> (size, modification time) and SHA-256 of the files that this process has read.
 _known_sums: dict[Path, tuple[tuple[int, int], str]] = {}
 
@@ -24,41 +41,174 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used. The message says what was found, why that does not work, and the ways out."""
 
 
-def check_safetensors(path: Path, label: str) -> None:
-    """Raises CheckpointError unless the file at `path` has exactly the size that its own header asks for.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a safetensors header describes it; `dtype` as the format writes it: F32, F16, U8 .."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_readable(path: Path, label: str) -> os.stat_result:
+    """Raises CheckpointError unless `path` is a regular file, or a link to one, that may be read; returns its status."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if path.is_symlink():  # the Hub's cache consists of links
+            raise CheckpointError(
+                f"{label} is a link that leads nowhere: a download was interrupted, or a cache was copied without the files that it"
+                f" links to. {RENEW}"
+            ) from error
+        raise CheckpointError(f"{label} cannot be found ({error.strerror}). {RENEW}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+        raise CheckpointError(f"{label} is {kind}, but a regular file belongs there. {RENEW}")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{label} may not be read by this user. Change its permissions, for instance with `chmod u+r`.")
+    return status
+
+
+def read_json(path: Path, label: str | None = None, remedy: str = RENEW) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        label: the file's name in messages; None for its path.
+        remedy: the last sentence of a message.
+
+    Raises:
+        CheckpointError: not a regular file, too large, nested too deeply, not JSON, no object, or an object that has a key twice
+            or a number that is not finite.
+    """
+    label = label or str(path)
+    size = check_readable(path, label).st_size
+    if size > _LARGEST_JSON:
+        raise CheckpointError(
+            f"{label} has {size:,} bytes, too many for a configuration (at most {_LARGEST_JSON:,}), so it was not read. {remedy}"
+        )
+    try:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{label} is not valid JSON ({str(error)[:200]}). {remedy}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{label} holds no JSON object, but {type(content).__name__!r}. {remedy}")
+    return content
+
+
+def parse_json(text: bytes) -> Any:
+    """What JSON in UTF-8 stands for; ValueError if it is none, ambiguous, not finite, or nested so deeply that readers fail."""
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_finite)
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {_DEEPEST_JSON} levels deep") from error
+    level = [content]
+    for _ in range(_DEEPEST_JSON):
+        level = [value for each in level if isinstance(each, (dict, list)) for value in _values(each)]
+    if level:
+        raise ValueError(f"it is nested more than {_DEEPEST_JSON} levels deep")
+    return content
+
+
+def _values(container: dict | list) -> Any:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} occurs twice in one object")
+    return found
+
+
+def _not_finite(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number that JSON knows")
+
+
+def check_safetensors(path: Path, label: str) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name, from its header alone.
 
     Args:
         label: the file's name in messages, for instance `unet/diffusion_pytorch_model.safetensors`.
+
+    Raises:
+        CheckpointError: another kind of file, truncated, with bytes that no tensor uses, or with a header that is not valid.
     """
-    size = path.stat().st_size
+    status = check_readable(path, label)
+    size = status.st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
         if size < 8 or not 2 <= length <= _LARGEST_HEADER:
-            raise CheckpointError(f"{label} is not a safetensors file ({size} bytes, no header at its start). {_RENEW}")
+            pickled = ", but a pickle, which could run code" if first[:2] == b"PK" or first[:1] == b"\x80" else ""
+            raise CheckpointError(f"{label} is not a safetensors file{pickled} ({size} bytes, no header at its start). {RENEW}")
         header_bytes = file.read(length)
     if len(header_bytes) < length:
-        raise CheckpointError(f"{label} is truncated: it ends within its header, after {size} bytes. {_RENEW}")
-    expected = 8 + length + _data_size(header_bytes, label)
+        raise CheckpointError(f"{label} is truncated: it ends within its header, after {size} bytes. {RENEW}")
+    try:
+        tensors, end = _read_header(header_bytes)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{label} is damaged: its header is not valid in the safetensors format ({str(error)[:200]}). {RENEW}"
+        ) from error
+    expected = 8 + length + end
     if size != expected:
         state = "truncated" if size < expected else "damaged"
-        raise CheckpointError(f"{label} is {state}: it has {size} bytes, its header describes {expected}. {_RENEW}")
+        raise CheckpointError(f"{label} is {state}: it has {size} bytes, its header describes {expected}. {RENEW}")
+    occupied = getattr(status, "st_blocks", size) * 512  # Windows does not say
+    if size - occupied > _HOLE and occupied < size / 16:
+        raise CheckpointError(
+            f"{label} is damaged: of its {size:,} bytes only {occupied:,} were ever written, as after an interrupted download."
+            f" {RENEW}"
+        )
+    return tensors
 
 
-def _data_size(header_bytes: bytes, label: str) -> int:
-    try:
-        header = json.loads(header_bytes)
-        return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{label} is damaged: its header is not valid in the safetensors format. {_RENEW}") from error
+def _read_header(header_bytes: bytes) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors that a header describes and the bytes of their data; ValueError unless they follow each other without a gap."""
+    header = parse_json(header_bytes)
+    if not isinstance(header, dict) or not header_bytes.startswith(b"{"):
+        raise ValueError("it is no JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ is not a table of texts")
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        tensors[name], span = _read_entry(name, entry)
+        spans.append((*span, name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise ValueError(f"{name} starts at byte {start} of the data, but the tensors before it end at {end}")
+        end = stop
+    return tensors, end
+
+
+def _read_entry(name: str, entry: object) -> tuple[StoredTensor, tuple[int, int]]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"{name} has the dtype {str(dtype)[:40]!r}, which is unknown")
+    if not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
+        raise ValueError(f"the shape and data_offsets of {name} are not lists of integers from 0")
+    name.encode("utf-8")  # raises ValueError for half of a character, which the format's own reader refuses
+    if span[1] - span[0] != prod(shape) * _BITS[dtype] // 8:
+        raise ValueError(f"{name} has {span[1] - span[0]} bytes, but its shape {str(shape)[:80]} and dtype {dtype} need others")
+    return StoredTensor(dtype, tuple(shape)), (span[0], span[1])
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 53 for value in values)
 
 
 def write_checksums(folder: str | os.PathLike) -> Path:
-    """Writes `checksums.json`, {relative path: SHA-256}, for every safetensors file below `folder`; returns its path.
+    """Writes `checksums.json`, {relative path: SHA-256}, for every file that loading `folder` reads; returns its path.
 
     It is written under a temporary name and renamed, so a file that exists is complete.
     """
     folder = Path(folder)
-    sums = {path.relative_to(folder).as_posix(): _computed_sum(path) for path in sorted(folder.rglob("*.safetensors"))}
+    sums = {path.relative_to(folder).as_posix(): _computed_sum(path) for path in sorted(_summed_files(folder))}
     target = folder / CHECKSUMS_NAME
     temporary = folder / f".{CHECKSUMS_NAME}.{uuid.uuid4().hex[:8]}"
     try:
@@ -69,33 +219,44 @@ def write_checksums(folder: str | os.PathLike) -> Path:
     return target
 
 
+def _summed_files(folder: Path) -> Iterator[Path]:
+    """model_index.json, and the weights, configurations and tables in the components' folders."""
+    patterns = ("model_index.json", *(f"[!.]*/[!.]*.{kind}" for kind in ("safetensors", "json", "txt")))
+    return (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+
+
 def check_checksums(folder: Path) -> None:
     """Raises CheckpointError unless the files that `checksums.json` lists have their sums; without that file nothing is checked.
 
     A file is read once in the life of a process, and again only if its size or modification time has changed.
     """
     listing = folder / CHECKSUMS_NAME
-    if not listing.is_file():
+    if not os.path.lexists(listing):
         return
     for name, expected in _read_checksums(listing).items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks {name}, which its {CHECKSUMS_NAME} lists. {_RENEW}")
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{folder} lacks {name}, which its {CHECKSUMS_NAME} lists. {RENEW}")
+        status = check_readable(path, f"{name} in {folder}")
+        if not name.endswith(".safetensors") and status.st_size > _LARGEST_TABLE:
+            raise CheckpointError(f"{name} in {folder} was changed or damaged: it has {status.st_size:,} bytes. {RENEW}")
         if _known_sum(path) != expected:
             raise CheckpointError(
-                f"{name} in {folder} was changed or damaged: its SHA-256 is not the one in {CHECKSUMS_NAME}. {_RENEW}"
-                f" If you changed the weights on purpose, save them with `save_pretrained`, which writes new sums."
+                f"{name} in {folder} was changed or damaged: its SHA-256 is not the one in {CHECKSUMS_NAME}. {RENEW}"
+                f" If you changed it on purpose, remove its line from {CHECKSUMS_NAME}, or save the pipeline with"
+                f" `save_pretrained`, which writes new sums."
             )
 
 
 def _read_checksums(listing: Path) -> dict[str, str]:
-    try:
-        sums = json.loads(listing.read_text(encoding="utf-8"))
-        safe = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in sums)
-        if not safe or not all(isinstance(value, str) for value in sums.values()):
-            raise ValueError("not a table of relative paths and sums")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{listing} cannot be read ({error}). {_RENEW} Without the file, nothing is compared.") from error
+    sums = read_json(listing, f"{listing}, without which nothing is compared,")
+    for name, value in sums.items():
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not isinstance(value, str):
+            raise CheckpointError(
+                f"{listing} cannot be read: {name[:80]!r} is not the relative path of a file with its sum. {RENEW} Without this"
+                f" file, nothing is compared."
+            )
     return sums
 
 
@@ -106,12 +267,18 @@ def _known_sum(path: Path) -> str:
 
 
 def _computed_sum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, from its content; remembered for `_known_sum`."""
+    """SHA-256 of a file, in hexadecimal, from its content; remembered for `_known_sum`.
+
+    In text, a line's end counts as one character, because Git on Windows writes two.
+    """
     version = _version(path)  # first: a change while the file is read makes the sum count as unknown
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+        if path.suffix == ".safetensors":
+            while block := file.read(1 << 20):
+                digest.update(block)
+        else:
+            digest.update(file.read().replace(b"\r\n", b"\n"))
     _known_sums[path.resolve()] = version, digest.hexdigest()
     return digest.hexdigest()
 

@@ -1,4 +1,7 @@
-"""What `save_pretrained` adds to a folder that diffusers has written: modules for the generic pipeline class, and the upload.
+"""Saves a pipeline: whole or not at all, with modules for diffusers' generic pipeline class, checksums, and the upload.
+
+Everything is written to a new folder first. A new checkpoint is renamed into place. Over an earlier checkpoint the files are moved one
+by one, the checksums first: if the process ends in between, loading says that files were changed, and never mixes two models.
 
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` finds classes of diffusers' own pipelines only. For another
 pipeline, model_index.json names a module inside the folder, which the generic class executes; a component of another package
@@ -12,12 +15,24 @@ so the upload is done here, last.
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
+import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import psutil
 from diffusers import DiffusionPipeline
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from safetensors import SafetensorError
+
+from qartsr_pipeline.checkpoint_files.checking import COMPONENTS
+from qartsr_pipeline.checkpoint_files.integrity import CHECKSUMS_NAME, write_checksums
+from qartsr_pipeline.checkpoint_files.structure import check_structure
 
 CLASS_NAME = "QArtSRPipeline"
 MODULE_NAME = "pipeline"
@@ -37,7 +52,94 @@ from {COMPONENT_CLASS[0]} import {COMPONENT_CLASS[1]}
 
 __all__ = ["{COMPONENT_CLASS[1]}"]
 '''
+_MARK = ".qartsr-saving-"  # begins the name of a folder that is being written
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
+
+
+def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = None) -> None:
+    """Saves a pipeline into `folder`, which is created, or whose earlier checkpoint is replaced; its other files stay.
+
+    Args:
+        save: diffusers' `save_pretrained`, called with the path of a new folder.
+        variant: infix of the weight files. None: weights of every earlier save are removed.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+        FileExistsError: `folder` holds weights of another variant, which would no longer belong to the configurations.
+        OSError: no space or no permission; what was there before is unchanged.
+    """
+    folder = folder.resolve()  # a link to a folder stays a link
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, so nothing can be saved in it. Choose another name for the folder.")
+    old_weights = _weight_files(folder)
+    of_variant = re.compile(rf"\.{re.escape(variant or '')}[.-]")
+    others = [file for file in old_weights if variant is not None and not of_variant.search(file.name)]
+    if others:
+        raise FileExistsError(
+            f"{folder} holds {others[0].as_posix()}, which the configurations of variant {variant!r} may not fit, so nothing was"
+            f" saved. Save each variant in a folder of its own, or remove the other weights first."
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = _place_for_temporary(folder)
+        _remove_leftovers(place)
+        temporary = place / f"{_MARK}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        try:
+            save(str(temporary))
+            write_entry_point(temporary)
+            forget_origin(temporary)
+            write_checksums(temporary)
+            check_structure(temporary, variant)
+            if place == folder:
+                _replace(folder, temporary, old_weights)
+            else:
+                if folder.is_dir():
+                    folder.rmdir()  # not every system renames onto an empty folder
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # the second is that of a full disk
+        raise OSError(
+            f"{folder} could not be written ({error}). What was there is unchanged. Free some space or change the permissions, or"
+            f" choose another place."
+        ) from error
+
+
+def _place_for_temporary(folder: Path) -> Path:
+    """The parent of a folder that is new or empty, so that it can be renamed as a whole; else, or if need be, the folder itself."""
+    if not folder.is_dir():
+        return folder.parent
+    empty = all(path.name.startswith(_MARK) for path in folder.iterdir())
+    return folder.parent if empty and os.access(folder.parent, os.W_OK) and not os.path.ismount(folder) else folder
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Removes what processes of this machine left in `place` that ended while they were saving."""
+    for path in place.glob(f"{_MARK}*"):
+        host, _, process = path.name.removeprefix(_MARK).rpartition("-")[0].rpartition("-")
+        if host == platform.node() and process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Weights and listings that loading might read in a folder, whatever their variant, relative to it."""
+    found = []
+    for name, component in COMPONENTS.items():
+        if component.stem is not None:
+            pattern = re.compile(rf"{component.stem}[.-].*(safetensors|index.*\.json)")
+            found += [path.relative_to(folder) for path in folder.glob(f"{name}/*") if pattern.fullmatch(path.name)]
+    return sorted(found)
+
+
+def _replace(folder: Path, new: Path, old_weights: list[Path]) -> None:
+    """Moves the files of `new` into `folder` and removes old weights that were not replaced."""
+    files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
+    files.sort(key=lambda file: file.name != CHECKSUMS_NAME)
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        os.replace(new / file, folder / file)
+    for file in set(old_weights) - set(files):
+        (folder / file).unlink(missing_ok=True)
 
 
 def write_entry_point(folder: Path) -> None:

@@ -19,6 +19,7 @@ from qartsr_pipeline.checkpoint_files import (
 from qartsr_pipeline.cli.main import main
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+COMPONENTS = ("unet", "vae", "prompt_embedding")
 
 
 def edit_json(path, **changes):
@@ -81,6 +82,7 @@ def test_damage_is_named(tiny_folder, expected):
 def test_full_precision_and_quantized_folders_pass(tiny_folder):
     assert not is_quantized(tiny_folder)
     quantize(tiny_folder, quant_method="qartsr", format_version=FORMAT_VERSION)
+    write_checksums(tiny_folder)
     check_checkpoint(tiny_folder)
     assert is_quantized(tiny_folder)
 
@@ -94,7 +96,8 @@ def test_without_checksums_nothing_is_compared(tiny_folder):
 def test_new_checksums_describe_the_files_that_are_there(tiny_folder):
     flip_last_bit(tiny_folder / "unet" / WEIGHTS)
     sums = json.loads(write_checksums(tiny_folder).read_text())
-    assert set(sums) == {f"{name}/{WEIGHTS}" for name in ("unet", "vae", "prompt_embedding")}
+    configs = ("model_index.json", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in COMPONENTS))
+    assert set(sums) == {*configs, *(f"{name}/{WEIGHTS}" for name in COMPONENTS)}
     check_checkpoint(tiny_folder)
     assert not list(tiny_folder.glob(".checksums*"))
 
@@ -106,10 +109,10 @@ def test_a_process_hashes_a_file_once_until_it_changes(tiny_folder, monkeypatch,
     monkeypatch.setattr(integrity, "_computed_sum", lambda path: hashed.append(path) or compute(path))
     assert main(["info", str(tiny_folder)]) == 0
     weights = sorted(tiny_folder.glob("*/*.safetensors"))
-    assert sorted(hashed) == weights and len(weights) == 3
+    assert sorted(hashed) == sorted([*weights, *tiny_folder.glob("**/*[xg].json")]) and len(hashed) == 8
     os.utime(weights[0])
     check_checkpoint(tiny_folder)
-    assert hashed[3:] == [weights[0]]
+    assert hashed[8:] == [weights[0]]
     flip_last_bit(weights[1])
     with pytest.raises(CheckpointError, match="SHA-256 is not the one"):
         check_checkpoint(tiny_folder)
