@@ -1,7 +1,7 @@
 """Checks that a checkpoint folder is complete and undamaged, without importing torch. Each fault has its own message.
 
-Files are read as in `integrity`: in bounded time and memory. `structure` goes on where this ends, and compares the tensors that are
-stored with those that the configurations ask for.
+Files are read as in `integrity`: in bounded time and memory. `structure` goes on where this ends, and compares the tensors that
+are stored with those that the configurations ask for.
 """
 
 from __future__ import annotations
@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qartsr_pipeline.arithmetic import FORMAT_VERSION
-from qartsr_pipeline.checkpoint_files.integrity import (
-    RENEW,
-    CheckpointError,
-    StoredTensor,
-    check_checksums,
-    check_readable,
-    check_safetensors,
-    read_json,
-)
+from qartsr_pipeline.checkpoint_files.integrity import RENEW, CheckpointError, check_checksums, check_readable, read_json
+from qartsr_pipeline.checkpoint_files.weight_files import INCOMPLETE, PICKLES, REFUSAL, StoredTensor, stored_tensors
 
 PIPELINE_CLASS = "QArtSRPipeline"
 QUANT_METHOD = "qartsr"
@@ -56,9 +49,6 @@ _LARGEST_NUMBER = 1_000_000  # of a configuration. No model of this kind has so 
 _LONGEST_LIST = 10_000  # entries; trained_betas has one for each timestep, overrides at most one for each layer
 _MOST_LAYERS = 100  # in one block, or in a text encoder
 _MOST_BLOCKS = 16
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_REFUSAL = "Pickles can run any code when they are opened, so they are refused and never executed"
-_INCOMPLETE = "the folder is incomplete. Download or save the checkpoint again, whole."
 _FOREIGN = {
     "bitsandbytes": "diffusers with bitsandbytes installed",
     "gguf": "diffusers with gguf installed",
@@ -136,7 +126,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
             f"There is no folder {folder}. Give the path of a checkpoint folder, or a Hub id such as owner/name."
         )
     if not folder.is_dir():
-        refusal = f" {_REFUSAL}." if folder.suffix in _PICKLES else ""
+        refusal = f" {REFUSAL}." if folder.suffix in PICKLES else ""
         raise CheckpointError(f"{folder} is a file, but a checkpoint is a folder: the one that holds model_index.json.{refusal}")
     if not os.path.lexists(folder / "model_index.json"):
         raise CheckpointError(_why_not_a_checkpoint(folder))
@@ -161,11 +151,11 @@ def named_class(index: dict[str, Any]) -> str | None:
 def _why_not_a_checkpoint(folder: Path) -> str:
     message = f"{folder} is not a checkpoint folder: it has no model_index.json."
     try:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     except OSError as error:
         return f"{folder} cannot be read ({error.strerror}). Change its permissions, or give another folder."
     if pickles:
-        return f"{message} It holds {pickles[0]}. {_REFUSAL}. Ask for a diffusers folder with safetensors."
+        return f"{message} It holds {pickles[0]}. {REFUSAL}. Ask for a diffusers folder with safetensors."
     if (folder / "config.json").is_file():
         return f"{message} It looks like one component (unet or vae): give the folder above it."
     return f"{message} Give the folder that `save_pretrained` wrote, or a Hub id such as owner/name."
@@ -181,22 +171,24 @@ def _components(index: dict[str, Any], folder: Path) -> list[str]:
         component = COMPONENTS.get(name)
         if component is None:
             raise CheckpointError(
-                f"{label} lists {name[:80]!r}, which this release of {PIPELINE_CLASS} does not know, so images would differ. Upgrade"
+                f"{label} lists {name[:80]!r}, which this release of {PIPELINE_CLASS} does not know, so images would differ."
+                f" Upgrade"
                 f" with `pip install --upgrade qartsr`, or remove the entry if it was added by hand."
             )
         if entry == [None, None] and not component.required:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
-            raise CheckpointError(f"{label} says {str(entry)[:80]} of {name}, not a pair [library, class]: {_INCOMPLETE}")
+            raise CheckpointError(f"{label} says {str(entry)[:80]} of {name}, not a pair [library, class]: {INCOMPLETE}")
         if not re.fullmatch(component.library, entry[0]) or not re.fullmatch(component.class_name, entry[1]):
             raise CheckpointError(
-                f"{label} says that {name} is a {entry[1][:80]} of {entry[0][:80]!r}, which {PIPELINE_CLASS} cannot use. Download or"
+                f"{label} says that {name} is a {entry[1][:80]} of {entry[0][:80]!r}, which {PIPELINE_CLASS} cannot use."
+                f" Download or"
                 f" save the checkpoint again, whole, or pass a component of your own: from_pretrained(.., {name}=..)."
             )
         named.append(name)
     for name, component in COMPONENTS.items():
         if component.required and name not in named:
-            raise CheckpointError(f"{label} lists no {name}, which {PIPELINE_CLASS} needs: {_INCOMPLETE}")
+            raise CheckpointError(f"{label} lists no {name}, which {PIPELINE_CLASS} needs: {INCOMPLETE}")
     return named
 
 
@@ -206,13 +198,14 @@ def _check_settings(index: dict[str, Any], folder: Path, given: Collection[str])
             continue
         if name not in index:
             raise CheckpointError(
-                f"model_index.json in {folder} lacks {name}, without which images would be wrong: {_INCOMPLETE[:-1]}, or add the"
+                f"model_index.json in {folder} lacks {name}, without which images would be wrong: {INCOMPLETE[:-1]}, or add the"
                 f" {name} that the model was trained at, or pass it: from_pretrained(.., {name}=..)."
             )
         value = index[name]
         if type(value) is not int or not smallest <= value <= _LARGEST_NUMBER:
             raise CheckpointError(
-                f"model_index.json in {folder} has the {name} {str(value)[:80]!r}, not an integer from {smallest}: it was edited or"
+                f"model_index.json in {folder} has the {name} {str(value)[:80]!r}, not an integer from {smallest}: it was"
+                f" edited or"
                 f" damaged. {RENEW}"
             )
 
@@ -223,7 +216,8 @@ def _check_folded_timestep(index: dict[str, Any], folder: Path) -> None:
     if isinstance(folding, dict) and folding.get("timestep") != index["timestep"]:
         raise CheckpointError(
             f"model_index.json in {folder} has the timestep {index['timestep']}, but the constants of timestep"
-            f" {str(folding.get('timestep'))[:80]} are folded into the UNet (quantization_config in unet/config.json): the two do not"
+            f" {str(folding.get('timestep'))[:80]} are folded into the UNet (quantization_config in unet/config.json): the"
+            f" two do not"
             f" belong together, and images would be wrong. {RENEW}"
         )
 
@@ -231,10 +225,10 @@ def _check_folded_timestep(index: dict[str, Any], folder: Path) -> None:
 def _check_component(folder: Path, name: str) -> None:
     component, config = folder / name, COMPONENTS[name].config
     if not component.is_dir():
-        raise CheckpointError(f"{folder} lacks the component folder {name}/: {_INCOMPLETE}")
+        raise CheckpointError(f"{folder} lacks the component folder {name}/: {INCOMPLETE}")
     label = f"{name}/{config} in {folder}"
     if not os.path.lexists(component / config):
-        raise CheckpointError(f"{folder} lacks {name}/{config}: {_INCOMPLETE}")
+        raise CheckpointError(f"{folder} lacks {name}/{config}: {INCOMPLETE}")
     for path in component.iterdir():  # a pipe would block whoever opens it
         if not path.is_dir():
             check_readable(path, f"{name}/{path.name} in {folder}")
@@ -243,7 +237,7 @@ def _check_component(folder: Path, name: str) -> None:
         tables = {path.name for path in component.iterdir()}
         lacking = [] if "tokenizer.json" in tables else sorted({"vocab.json", "merges.txt"} - tables)
         if lacking:  # transformers would make a tokenizer without words
-            raise CheckpointError(f"{folder} lacks {name}/{lacking[0]}: {_INCOMPLETE}")
+            raise CheckpointError(f"{folder} lacks {name}/{lacking[0]}: {INCOMPLETE}")
         return
     check_numbers(content, label)
     found = content.get("_class_name")
@@ -261,7 +255,8 @@ def check_numbers(config: dict[str, Any], label: str) -> None:
         length = _MOST_BLOCKS if "block" in key else _LONGEST_LIST
         if not _is_bounded(value, most, length):
             raise CheckpointError(
-                f"{label} has {key[:80]!r} = {str(value)[:80]}, with which no model can be built (a number above {most:,}, or more"
+                f"{label} has {key[:80]!r} = {str(value)[:80]}, with which no model can be built (a number above {most:,}, or"
+                f" more"
                 f" than {length:,} entries): it was edited or damaged. {RENEW}"
             )
 
@@ -273,74 +268,6 @@ def _is_bounded(value: Any, most: int, length: int) -> bool:
     return not isinstance(value, (int, float)) or abs(value) <= most
 
 
-def stored_tensors(folder: Path, name: str, stem: str, variant: str | None = None) -> dict[str, StoredTensor]:
-    """The tensors in the weight files of a component: one safetensors file, or parts with the listing that diffusers writes.
-
-    Raises:
-        CheckpointError: none, both, pickles, a part that is missing or damaged, or a listing that does not fit the parts.
-    """
-    component = folder / name
-    for infix in ([f".{variant}"] if variant else []) + [""]:
-        single = component / f"{stem}{infix}.safetensors"
-        # The second is the name that diffusers gave listings of variants up to 0.36.
-        listings = [f"{stem}.safetensors.index{infix}.json", f"{stem}.safetensors{infix}.index.json"]
-        found = [component / listing for listing in dict.fromkeys(listings) if os.path.lexists(component / listing)]
-        if found and os.path.lexists(single):
-            raise CheckpointError(
-                f"{name} in {folder} has its weights twice, in {single.name} and in the parts that {found[0].name} lists: one of them"
-                f" is of an earlier save. Remove the older one, or save the pipeline again with `save_pretrained`."
-            )
-        if found:
-            return _tensors_in_parts(folder, name, found[0])
-        if os.path.lexists(single):
-            return check_safetensors(single, f"{name}/{single.name} in {folder}")
-    raise CheckpointError(_why_no_weights(folder, name, stem, variant))
-
-
-def _tensors_in_parts(folder: Path, name: str, listing: Path) -> dict[str, StoredTensor]:
-    label = f"{name}/{listing.name} in {folder}"
-    places = read_json(listing, label).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(part, str) for part in places.values()):
-        raise CheckpointError(f"{label} has no weight_map that says which tensor is in which file. {RENEW}")
-    stored: dict[str, StoredTensor] = {}
-    for part in sorted(set(places.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", part):
-            pickled = f" {_REFUSAL}." if part.endswith(_PICKLES) else ""
-            raise CheckpointError(
-                f"{label} names {part[:80]!r}, but parts are safetensors files in the same folder.{pickled} {RENEW}"
-            )
-        if not os.path.lexists(listing.parent / part):
-            raise CheckpointError(
-                f"{folder} lacks {name}/{part}, which {listing.name} lists: {_INCOMPLETE} If {listing.name} is left over from an"
-                f" earlier save, remove it."
-            )
-        held = check_safetensors(listing.parent / part, f"{name}/{part} in {folder}")
-        wrong = [tensor for tensor in held if places.get(tensor) != part]
-        wrong += [tensor for tensor, place in places.items() if place == part and tensor not in held]
-        if wrong:
-            raise CheckpointError(
-                f"{label} and {name}/{part} disagree about {min(wrong)[:120]!r}: they are of different saves. {RENEW}"
-            )
-        stored |= held
-    return stored
-
-
-def _why_no_weights(folder: Path, name: str, stem: str, variant: str | None) -> str:
-    files = sorted(path.name for path in (folder / name).iterdir())
-    pickles = [file for file in files if file.endswith(_PICKLES)]
-    others = [match[1] for file in files if (match := re.match(rf"{stem}\.([\w-]+)\.(?:safetensors|index)", file))]
-    others += [match[1] for file in files if (match := re.match(rf"{stem}\.safetensors\.index\.([\w-]+)\.json", file))]
-    if others and not pickles:
-        found = f"those of the variant {others[0]!r}: load it with variant={others[0]!r}, or rename them."
-        return f"{folder} lacks the weights {name}/{stem}.safetensors and holds only {found}"
-    if pickles:
-        return (
-            f"{name}/{pickles[0]} in {folder} is a pickle where {stem}.safetensors belongs. {_REFUSAL}."
-            f" Ask for the checkpoint as safetensors, or convert it where you trust its source."
-        )
-    return f"{folder} lacks the weights {name}/{stem}{f'.{variant}' if variant else ''}.safetensors: {_INCOMPLETE}"
-
-
 def _check_quantization(config: dict[str, Any], label: str) -> None:
     method = config.get("quant_method") if isinstance(config, dict) else None
     if method != QUANT_METHOD:
@@ -350,7 +277,7 @@ def _check_quantization(config: dict[str, Any], label: str) -> None:
         raise CheckpointError(f"{label} is quantized by {said}, which {PIPELINE_CLASS} does not read. {way}")
     version = config.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(f"{label} has format_version {str(version)[:80]}, not a positive integer: {_INCOMPLETE}")
+        raise CheckpointError(f"{label} has format_version {str(version)[:80]}, not a positive integer: {INCOMPLETE}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{label} has format_version {version}; this release reads up to {FORMAT_VERSION}."

@@ -120,7 +120,8 @@ def download(hub_id: str, **options: Any) -> Path:
         raise CheckpointError(f"{hub_id} on the Hub is not a checkpoint of this package. {error}") from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{hub_id} on the Hub is gated: its owner grants access on request. Ask for access at https://huggingface.co/{hub_id},"
+            f"{hub_id} on the Hub is gated: its owner grants access on request. Ask for access at"
+            f" https://huggingface.co/{hub_id},"
             f" then log in with `hf auth login` or pass `token`."
         ) from error
     except errors.RepositoryNotFoundError as error:

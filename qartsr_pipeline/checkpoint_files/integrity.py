@@ -1,8 +1,7 @@
-"""Reads files that others made: JSON and safetensors headers in bounded time and memory, and their SHA-256 sums.
+"""Reads files that others made in bounded time and memory, and compares their SHA-256 sums.
 
-Nothing here trusts a file. What is not a regular file (a pipe would block for ever) is refused before it is opened, JSON and headers
-have a size limit, and a safetensors header must describe the file byte for byte, so a truncated or padded file is recognized
-without reading its weights. The sums are in the folder's `checksums.json`.
+Nothing here trusts a file: what is not a regular file (a pipe would block for ever) is refused before it is opened, and JSON has
+limits of size and depth. The sums are in the folder's `checksums.json`.
 """
 
 from __future__ import annotations
@@ -13,40 +12,20 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 CHECKSUMS_NAME = "checksums.json"
 RENEW = "Download the checkpoint again, or copy the folder again from its source."
-# Bytes. A header of so many would describe 100,000 tensors; a larger number means that the file is of another format.
-_LARGEST_HEADER = 16_000_000
-_LARGEST_JSON = 16_000_000  # of those that are parsed here
+_LARGEST_JSON = 16_000_000  # bytes; of files that are parsed here
 _LARGEST_TABLE = 64_000_000  # of a tokenizer
 _DEEPEST_JSON = 16  # nested lists and objects
-_HOLE = 1 << 30  # a file that occupies so many bytes less than it has, and less than a sixteenth of them, is a hole
-# Bits of an element, by the name that safetensors gives its dtype.
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
 # Path -> (size, modification time) and SHA-256 of the files that this process has read.
 _known_sums: dict[Path, tuple[tuple[int, int], str]] = {}
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used. The message says what was found, why that does not work, and the ways out."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as a safetensors header describes it; `dtype` as the format writes it: F32, F16, U8 .."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def check_readable(path: Path, label: str) -> os.stat_result:
@@ -56,7 +35,8 @@ def check_readable(path: Path, label: str) -> os.stat_result:
     except OSError as error:
         if path.is_symlink():  # the Hub's cache consists of links
             raise CheckpointError(
-                f"{label} is a link that leads nowhere: a download was interrupted, or a cache was copied without the files that it"
+                f"{label} is a link that leads nowhere: a download was interrupted, or a cache was copied without the files"
+                f" that it"
                 f" links to. {RENEW}"
             ) from error
         raise CheckpointError(f"{label} cannot be found ({error.strerror}). {RENEW}") from error
@@ -123,83 +103,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_finite(constant: str) -> float:
     raise ValueError(f"{constant} is not a number that JSON knows")
-
-
-def check_safetensors(path: Path, label: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name, from its header alone.
-
-    Args:
-        label: the file's name in messages, for instance `unet/diffusion_pytorch_model.safetensors`.
-
-    Raises:
-        CheckpointError: another kind of file, truncated, with bytes that no tensor uses, or with a header that is not valid.
-    """
-    status = check_readable(path, label)
-    size = status.st_size
-    with open(path, "rb") as file:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if size < 8 or not 2 <= length <= _LARGEST_HEADER:
-            pickled = ", but a pickle, which could run code" if first[:2] == b"PK" or first[:1] == b"\x80" else ""
-            raise CheckpointError(f"{label} is not a safetensors file{pickled} ({size} bytes, no header at its start). {RENEW}")
-        header_bytes = file.read(length)
-    if len(header_bytes) < length:
-        raise CheckpointError(f"{label} is truncated: it ends within its header, after {size} bytes. {RENEW}")
-    try:
-        tensors, end = _read_header(header_bytes)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{label} is damaged: its header is not valid in the safetensors format ({str(error)[:200]}). {RENEW}"
-        ) from error
-    expected = 8 + length + end
-    if size != expected:
-        state = "truncated" if size < expected else "damaged"
-        raise CheckpointError(f"{label} is {state}: it has {size} bytes, its header describes {expected}. {RENEW}")
-    occupied = getattr(status, "st_blocks", size) * 512  # Windows does not say
-    if size - occupied > _HOLE and occupied < size / 16:
-        raise CheckpointError(
-            f"{label} is damaged: of its {size:,} bytes only {occupied:,} were ever written, as after an interrupted download."
-            f" {RENEW}"
-        )
-    return tensors
-
-
-def _read_header(header_bytes: bytes) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors that a header describes and the bytes of their data; ValueError unless they follow each other without a gap."""
-    header = parse_json(header_bytes)
-    if not isinstance(header, dict) or not header_bytes.startswith(b"{"):
-        raise ValueError("it is no JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its __metadata__ is not a table of texts")
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        tensors[name], span = _read_entry(name, entry)
-        spans.append((*span, name))
-    end = 0
-    for start, stop, name in sorted(spans):
-        if start != end:
-            raise ValueError(f"{name} starts at byte {start} of the data, but the tensors before it end at {end}")
-        end = stop
-    return tensors, end
-
-
-def _read_entry(name: str, entry: object) -> tuple[StoredTensor, tuple[int, int]]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} does not have exactly dtype, shape and data_offsets")
-    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{name} has the dtype {str(dtype)[:40]!r}, which is unknown")
-    if not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
-        raise ValueError(f"the shape and data_offsets of {name} are not lists of integers from 0")
-    name.encode("utf-8")  # raises ValueError for half of a character, which the format's own reader refuses
-    if span[1] - span[0] != prod(shape) * _BITS[dtype] // 8:
-        raise ValueError(f"{name} has {span[1] - span[0]} bytes, but its shape {str(shape)[:80]} and dtype {dtype} need others")
-    return StoredTensor(dtype, tuple(shape)), (span[0], span[1])
-
-
-def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 53 for value in values)
 
 
 def write_checksums(folder: str | os.PathLike) -> Path:

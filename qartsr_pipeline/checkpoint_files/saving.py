@@ -1,6 +1,6 @@
 """Saves a pipeline: whole or not at all, with modules for diffusers' generic pipeline class, checksums, and the upload.
 
-Everything is written to a new folder first. A new checkpoint is renamed into place. Over an earlier checkpoint the files are moved one
+Everything is written to a new folder first. A new checkpoint is renamed into place. Over an earlier one the files are moved one
 by one, the checksums first: if the process ends in between, loading says that files were changed, and never mixes two models.
 
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` finds classes of diffusers' own pipelines only. For another
@@ -106,7 +106,7 @@ def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = 
 
 
 def _place_for_temporary(folder: Path) -> Path:
-    """The parent of a folder that is new or empty, so that it can be renamed as a whole; else, or if need be, the folder itself."""
+    """The parent of a folder that is new or empty, which can be renamed as a whole; else, or if need be, the folder itself."""
     if not folder.is_dir():
         return folder.parent
     empty = all(path.name.startswith(_MARK) for path in folder.iterdir())

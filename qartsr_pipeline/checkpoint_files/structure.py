@@ -1,9 +1,9 @@
 """Compares what a checkpoint folder stores with what its configurations ask for, before anything is loaded.
 
-diffusers fills a tensor that is missing with whatever is in memory, and drops one that has no place; it says so in the log at most,
-and images are wrong. Here every component is built without memory (on torch's device "meta"), and its tensors are compared by name,
-shape and dtype with the headers of the weight files. So a configuration that fits no weights, however large its numbers are, is
-refused by name within a second.
+diffusers fills a tensor that is missing with whatever is in memory, and drops one that has no place; it says so in the log at
+most, and images are wrong. Here every component is built without memory (on torch's device "meta"), and its tensors are compared
+by name, shape and dtype with the headers of the weight files. So a configuration that fits no weights, however large its numbers
+are, is refused by name within a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import transformers
 from torch import nn
 
 from qartsr_pipeline.checkpoint_files.checking import COMPONENTS, SETTINGS, check_files, quantization_configs, read_model_index
-from qartsr_pipeline.checkpoint_files.integrity import RENEW, CheckpointError, StoredTensor, check_checksums, read_json
+from qartsr_pipeline.checkpoint_files.integrity import RENEW, CheckpointError, check_checksums, read_json
+from qartsr_pipeline.checkpoint_files.weight_files import StoredTensor
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.diffusers_quantizer import QArtSRConfig, QArtSRQuantizer
@@ -76,7 +77,7 @@ def check_structure(folder: Path, variant: str | None = None, given: Collection[
 
 @contextmanager
 def clear_errors(folder: Path, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Gives errors while a checked folder is loaded the folder's name and a way out, unless the caller's arguments may be the cause.
+    """Names the folder and a way out in errors while a checked folder is loaded, unless the caller's arguments may cause them.
 
     Raises:
         CheckpointError: for an error of any kind within, if `kwargs` has nothing but `use_safetensors`.
@@ -145,7 +146,7 @@ def _expected_tensors(name: str, class_name: str, config: str, quantization: str
 
 
 def _built(kind: type, settings: dict[str, Any]) -> Any:
-    """An object of a diffusers class; settings that its constructor does not know are left out, as diffusers does with a warning."""
+    """An object of a diffusers class, without settings that its constructor does not know; diffusers warns about those."""
     known = inspect.signature(kind).parameters
     return kind(**{key: value for key, value in settings.items() if key in known})
 

@@ -12,8 +12,9 @@ from diffusers.schedulers import DDPMScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, quantization_configs
-from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, named_class, read_json
-from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
+from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, check_numbers, named_class
+from qartsr_pipeline.checkpoint_files.integrity import read_json
+from qartsr_pipeline.checkpoint_files.weight_files import stored_tensors
 from qartsr_pipeline.convert.model_card import license_of
 from qartsr_pipeline.prompt_embedding import embed_prompt
 
@@ -89,7 +90,7 @@ def read_diffusers_folder(folder: Path, prompt_embeds: torch.Tensor | None = Non
                 f" tokenizer, or a single .safetensors file of Stable Diffusion 2.1."
             )
     index = folder / "model_index.json"
-    if index.is_file() and named_class(read_json(index, _DOWNLOAD_AGAIN)) == PIPELINE_CLASS:
+    if index.is_file() and named_class(read_json(index, remedy=_DOWNLOAD_AGAIN)) == PIPELINE_CLASS:
         raise CheckpointError(f"{folder} is a converted model already. Give the base that the checkpoint was trained on.")
     quantized = quantization_configs(folder)
     if quantized:
@@ -103,12 +104,19 @@ def read_diffusers_folder(folder: Path, prompt_embeds: torch.Tensor | None = Non
     return Base(
         unet=unet,
         vae=_read_model(AutoencoderKL, folder, "vae", "diffusion_pytorch_model"),
-        scheduler=read_scheduler(read_json(folder / "scheduler" / "scheduler_config.json", _DOWNLOAD_AGAIN)),
+        scheduler=read_scheduler(_read_scheduler_config(folder)),
         prompt_embeds=prompt_embeds,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         license=license_of(folder / "README.md"),
     )
+
+
+def _read_scheduler_config(folder: Path) -> dict[str, Any]:
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path, remedy=_DOWNLOAD_AGAIN)
+    check_numbers(config, str(path))
+    return config
 
 
 def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None, CLIPTokenizer | None]:
@@ -120,7 +128,7 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
             f"{folder} has no text_encoder and tokenizer, which compute the empty prompt's embedding. Give the embedding with"
             f" --prompt-embedding, or a base that has them."
         )
-    config = read_json(folder / "text_encoder" / "config.json", _DOWNLOAD_AGAIN)
+    config = read_json(folder / "text_encoder" / "config.json", remedy=_DOWNLOAD_AGAIN)
     if config.get("model_type") not in ("clip_text_model", "clip"):
         raise CheckpointError(
             f"text_encoder in {folder} is a {config.get('model_type')!r} model, but only CLIP's is known here."
@@ -143,18 +151,12 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
 
 def _read_model(kind: type[Model], folder: Path, part: str, stem: str) -> Model:
     """Loads a part in float32 from its safetensors files, which must hold every tensor."""
-    config = read_json(folder / part / "config.json", _DOWNLOAD_AGAIN)
+    config = read_json(folder / part / "config.json", remedy=_DOWNLOAD_AGAIN)
     found = config.get("_class_name", kind.__name__)
     if found != kind.__name__:
         raise CheckpointError(f"{part} in {folder} is a {found}, not a {kind.__name__}. Give a base like Stable Diffusion 2.1.")
-    files = sorted((folder / part).glob(f"{stem}.safetensors")) or sorted((folder / part).glob(f"{stem}-*-of-*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{folder} lacks {part}/{stem}.safetensors. Weights are read from safetensors files alone, in full precision:"
-            f" download the base again, whole, with these files."
-        )
-    for file in files:
-        check_safetensors(file, f"{part}/{file.name} in {folder}")
+    check_numbers(config, f"{part}/config.json in {folder}")
+    stored_tensors(folder, part, stem)
     try:
         loaded = kind.from_pretrained(
             folder / part, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True

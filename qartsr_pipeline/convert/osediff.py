@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+import zlib
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qartsr_pipeline.checkpoint_files import CheckpointError
+from qartsr_pipeline.checkpoint_files.integrity import check_readable
+from qartsr_pipeline.checkpoint_files.weight_files import check_safetensors
 from qartsr_pipeline.convert.adapters import Adapters, Merged, merge
 from qartsr_pipeline.convert.diffusers_folder import Base
 
@@ -139,6 +143,8 @@ class _Reader:
         return value
 
 
+_EMBEDDING = "that is one tensor (1, tokens, dim) of floating-point numbers. Give the file that the model's authors published"
+_LARGEST_EMBEDDING = 100_000_000  # numbers
 _FIRST_BYTES = (b"PK", b"\x80")  # a zip archive, or a pickle by itself
 
 
@@ -152,9 +158,13 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Give the checkpoint's file, such as osediff.pkl.")
+    check_readable(path, str(path))
     with open(path, "rb") as file:
-        if not file.read(2).startswith(_FIRST_BYTES):
-            raise CheckpointError(f"{path} is not a checkpoint that PyTorch wrote, or it is damaged. Download it again.")
+        first = file.read(2)
+    if not first.startswith(_FIRST_BYTES):
+        raise CheckpointError(f"{path} is not a checkpoint that PyTorch wrote, or it is damaged. Download it again.")
+    if first == b"PK":
+        _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -169,6 +179,31 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def _check_archive(path: Path) -> None:
+    """Compares the entries of a zip archive with their CRC-32 sums, which `torch.load` does not do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise CheckpointError(
+                    f"{path} is compressed (its {path.stat().st_size:,} bytes would become {unpacked:,}), which PyTorch never"
+                    f" does, so"
+                    f" it was not read. Take the file as the model's authors published it."
+                )
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({' '.join(str(error).split())[:120]}). Download it again."
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged: {damaged[:120]!r} in it does not have its CRC-32 sum, so weights would be wrong. Download it"
+            f" again."
+        )
+
+
 def read_prompt_embedding(path: str | os.PathLike[str]) -> torch.Tensor:
     """A prompt's embedding, float32 (1, tokens, dim), from a safetensors file with one tensor or a pickled tensor (.pt).
 
@@ -179,15 +214,15 @@ def read_prompt_embedding(path: str | os.PathLike[str]) -> torch.Tensor:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Give the prompt's embedding as .safetensors or .pt.")
     if path.suffix == ".safetensors":
-        try:
-            tensors = list(load_file(path).values())
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file ({error}). Download it again.") from error
+        stored = check_safetensors(path, str(path))
+        if len(stored) != 1 or sum(prod(tensor.shape) for tensor in stored.values()) > _LARGEST_EMBEDDING:
+            raise CheckpointError(f"{path} holds no prompt embedding: {_EMBEDDING}.")
+        tensors = list(load_file(path).values())
         found = tensors[0] if len(tensors) == 1 else tensors
     else:
         found = read_pickle(path)
     if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.ndim not in (2, 3):
-        raise CheckpointError(f"{path} holds no prompt embedding: that is one tensor (1, tokens, dim) of floating-point numbers.")
+        raise CheckpointError(f"{path} holds no prompt embedding: {_EMBEDDING}.")
     if found.ndim == 3 and found.shape[0] != 1:
         raise CheckpointError(f"{path} holds the embeddings of {found.shape[0]} prompts. Give one prompt's.")
     if not bool(torch.isfinite(found).all()):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from qartsr_pipeline.checkpoint_files import CheckpointError
-from qartsr_pipeline.checkpoint_files.integrity import check_safetensors
+from qartsr_pipeline.checkpoint_files.weight_files import check_safetensors
 from qartsr_pipeline.convert import stable_diffusion_2_1 as sd21
 from qartsr_pipeline.convert.diffusers_folder import Base, read_scheduler
 from qartsr_pipeline.prompt_embedding import embed_tokens

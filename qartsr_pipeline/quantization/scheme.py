@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
 from qartsr_pipeline.arithmetic import FORMAT_VERSION
 
 LAYER_BITS = (2, 3, 4, 6, 8, 16)
+_RENEW = "download the checkpoint again, or copy the folder again from its source."
+_WRITTEN = f"it was edited, or written by something else; {_RENEW}"
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,18 @@ class LayerScheme:
 
     def __post_init__(self):
         for name in ("weight_bits", "activation_bits"):
-            if getattr(self, name) not in LAYER_BITS:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {LAYER_BITS}")
-        if not isinstance(self.rank, int) or self.rank < 0:
-            raise ValueError(f"rank is {self.rank!r}, expected an integer >= 0")
+            value = getattr(self, name)
+            if not _is_integer(value) or value not in LAYER_BITS:
+                raise ValueError(
+                    f"{name} is {repr(value)[:80]}, expected one of {LAYER_BITS}: no layer is computed with others. Choose one of"
+                    f" these; in a stored quantization_config, {_RENEW}"
+                )
+        if not _is_integer(self.rank) or self.rank < 0:
+            raise ValueError(
+                f"rank is {repr(self.rank)[:80]}, expected an integer >= 0: it is the inner dimension of a layer's branch."
+                f" Give 0 for"
+                f" no branch; in a stored quantization_config, {_RENEW}"
+            )
 
     @property
     def changes_nothing(self) -> bool:
@@ -52,6 +63,15 @@ class Folding:
 
     timestep: int
     tokens: int
+
+    def __post_init__(self):
+        for name, value, smallest in (("timestep", self.timestep, 0), ("tokens", self.tokens, 1)):
+            if not _is_integer(value) or value < smallest:
+                raise ValueError(
+                    f"folding has {name} {repr(value)[:80]}, expected an integer >= {smallest}: constants of one timestep and"
+                    f" of a"
+                    f" prompt with so many tokens were folded. In a stored quantization_config, {_RENEW}"
+                )
 
 
 @dataclass(frozen=True)
@@ -78,9 +98,9 @@ class QuantizationScheme:
 
     def to_dict(self) -> dict:
         """JSON types only. Overrides become a list of pairs: their order counts, and diffusers sorts the keys of JSON objects."""
-        fields = asdict(self)
-        fields["overrides"] = [list(pair) for pair in fields["overrides"].items()]
-        return {"format_version": FORMAT_VERSION, **fields}
+        content = asdict(self)
+        content["overrides"] = [list(pair) for pair in content["overrides"].items()]
+        return {"format_version": FORMAT_VERSION, **content}
 
     @classmethod
     def from_dict(cls, data: dict) -> QuantizationScheme:
@@ -91,22 +111,58 @@ class QuantizationScheme:
         """
         data = dict(data)
         version = data.pop("format_version", None)
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        if not _is_integer(version) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"the quantized weights have format_version {version!r}; this qartsr reads versions 1 to {FORMAT_VERSION}. "
+                f"the quantized weights have format_version {repr(version)[:80]}; this qartsr reads versions 1 to"
+                f" {FORMAT_VERSION}. "
                 "Upgrade it with `pip install --upgrade qartsr`, or use weights made for this version."
             )
         unknown = set(data) - {"default", "overrides", "folding"}
         if unknown:
+            raise ValueError(f"quantization_config has unknown keys {sorted(map(str, unknown))}: {_WRITTEN}")
+        if "default" not in data:
+            raise ValueError(f"quantization_config lacks default, the scheme of every layer without its own: {_WRITTEN}")
+        overrides, folding = data.get("overrides"), data.get("folding")
+        return cls(
+            _stored("default", data["default"], LayerScheme),
+            _stored_overrides([] if overrides is None else overrides),
+            None if folding is None else _stored("folding", folding, Folding),
+        )
+
+
+Stored = TypeVar("Stored", LayerScheme, Folding)
+
+
+def _stored(label: str, value: object, kind: type[Stored]) -> Stored:
+    """The object that stands at `label` of a quantization_config; ValueError, with the label, if it is not complete."""
+    names = [field.name for field in fields(kind)]
+    if not isinstance(value, dict) or set(value) != set(names):
+        raise ValueError(
+            f"quantization_config cannot be read: {label} is {str(value)[:120]}, not an object of exactly {', '.join(names)}:"
+            f" {_WRITTEN}"
+        )
+    try:
+        return kind(**value)
+    except ValueError as error:
+        raise ValueError(f"quantization_config cannot be read: in {label}, {error}") from error
+
+
+def _stored_overrides(pairs: object) -> dict[str, LayerScheme | None]:
+    overrides: dict[str, LayerScheme | None] = {}
+    for pair in pairs if isinstance(pairs, (list, tuple)) else [pairs]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str) or pair[0] in overrides:
             raise ValueError(
-                f"quantization_config has unknown keys {sorted(unknown)}: it was written by something else, or by hand"
+                f"quantization_config cannot be read: overrides holds {str(pair)[:120]}, not a pair of a pattern that occurs"
+                f" once and a"
+                f" layer's scheme or null: {_WRITTEN}"
             )
-        try:
-            overrides = {k: None if v is None else LayerScheme(**v) for k, v in data.get("overrides") or ()}
-            folding = data.get("folding")
-            return cls(LayerScheme(**data["default"]), overrides, None if folding is None else Folding(**folding))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"quantization_config cannot be read: {error}") from error
+        pattern, value = pair
+        overrides[pattern] = None if value is None else _stored(f"overrides, {pattern[:80]!r}", value, LayerScheme)
+    return overrides
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def quantizable_layers(model: nn.Module, scheme: QuantizationScheme) -> dict[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]:

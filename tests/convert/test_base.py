@@ -152,7 +152,7 @@ def add_a_tensor(base):
     [
         (remove("unet"), "lacks unet/config.json"),
         (remove("scheduler/scheduler_config.json"), "lacks scheduler/scheduler_config.json"),
-        (remove(VAE_FILE), "lacks vae/diffusion_pytorch_model.safetensors"),
+        (remove(VAE_FILE), "lacks the weights vae/diffusion_pytorch_model.safetensors"),
         (cut(UNET_FILE), "unet/diffusion_pytorch_model.safetensors in .* is truncated"),
         (lose_a_tensor, "lacks 1 tensors, such as conv_out.bias"),
         (add_a_tensor, "unet in .* has 1 tensors that its config.json has no place for, such as add_embedding.linear_1.weight"),

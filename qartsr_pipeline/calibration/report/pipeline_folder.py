@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qartsr_pipeline.calibration.saving import SavingError
-from qartsr_pipeline.convert.model_card import PIPELINE_TAG, license_of, markdown_text, yaml_text
+from qartsr_pipeline.convert.model_card import PIPELINE_TAG, code_text, license_of, markdown_text, yaml_text
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
@@ -108,7 +108,7 @@ tags: [super-resolution, one-step-diffusion, quantized, qartsr]
 ---
 # {name}, {bits}
 
-{_code(record["model"])}, quantized to {bits} (bits of weights and activations; each component's `config.json` says which
+{code_text(record["model"])}, quantized to {bits} (bits of weights and activations; each component's `config.json` says which
 layers have others), constants of timestep and prompt folded: it takes no other prompt.
 
 ```python
@@ -121,8 +121,3 @@ pipeline(image).images[0]
 Recipe {made}, {trained}on {images}. `quantization.json` has the whole record: recipe, versions, data,
 losses, every layer's error. The licence is that of the full-precision model.
 """
-
-
-def _code(text: str) -> str:
-    """A code span of one line."""
-    return "`" + " ".join(text.split()).replace("`", "'") + "`"
