@@ -13,8 +13,8 @@ import qartsr_pipeline
 PACKAGE = str(Path(qartsr_pipeline.__file__).parent)
 # What our messages end with, and how those about an argument begin to say what it may be.
 _WAY_OUT = re.compile(
-    r"\b(Download|Give|Leave|Load|Upgrade|Update|Save|Remove|Ask|Choose|Pass|Take|Change|Use|Free|Convert|Set|Install|Try|Call|Lower"
-    r"|load it with|must|expected|may hold|one of)\b"
+    r"\b(Download|Give|Leave|Load|Upgrade|Update|Save|Remove|Ask|Choose|Pass|Take|Change|Use|Free|Convert|Set|Install|Try|Call|Lower|Repair"
+    r"|load it with|must|[Ee]xpected|may hold|one of)\b"
 )
 _CLEAR = (ValueError, TypeError, OSError, FloatingPointError)  # CheckpointError is a ValueError
 
