@@ -10,7 +10,11 @@ MINIMUM := .venv-minimum
 # One worker per core. Each computes with one thread, so that the workers do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-minimum test-comfyui lint clean
+# Of the fuzz: how many cases, and which ones.
+CASES ?= 1000
+SEED ?= 0
+
+.PHONY: demo test test-slow test-fuzz test-minimum test-comfyui lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/qartsr demo -o demo_output
@@ -22,6 +26,10 @@ test: $(INSTALLED)
 # The long tests: at most 25 minutes. One after another, because some start several processes of their own.
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Mutated checkpoint folders, calls and image files: 1,000 cases in at most ten minutes on two cores.
+test-fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz/run.py --cases $(CASES) --seed $(SEED)
 
 # The fast tests on exactly the lowest versions that pyproject.toml declares, in an environment of their own.
 test-minimum: $(MINIMUM)/.installed

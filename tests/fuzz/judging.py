@@ -50,7 +50,7 @@ def judge_error(error: BaseException, must_name: str = "") -> None:
         raise Failure(f"an error that is {' and '.join(faults)}: {type(error).__name__}: {message[:300]} ({place})")
 
 
-def judge_image(found: np.ndarray, sound: np.ndarray, tolerance: float = 1e-6) -> None:
+def judge_image(found: np.ndarray, sound: np.ndarray, tolerance: float = 1e-4) -> None:
     """Raises Failure unless an image is the one that the sound folder or file gives."""
     if found.shape != sound.shape:
         raise Failure(f"a result of shape {found.shape} instead of {sound.shape}, without a word")

@@ -1,7 +1,7 @@
 """Runs seeded cases in several processes: `python tests/fuzz/run.py --cases 1000`, or `make test-fuzz`.
 
-Case number n of a seed is always the same one; `--only n` repeats it. A process that does not answer in time is ended, which counts
-as a failure of its case, and another one goes on behind it.
+Case number n of a seed is always the same one; `--only n` repeats it. A process that does not answer in time is ended, which
+counts as a failure of its case, and another one goes on behind it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ def watch(numbers: list[int], seed: int, failures: list[tuple[int, str]], done: 
     """Has other processes do the cases, each from where the one before it ended."""
     while numbers:
         command = [sys.executable, __file__, "--seed", str(seed), "--work", json.dumps(numbers)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert process.stdout is not None
         current, limit = numbers[0], START
         while True:
