@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from qartsr_pipeline.image.color_alignment import COLOR_FIXES
 from qartsr_pipeline.image.tile_size import MINIMUM_TILE
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
+from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST_UPSCALE = 16
@@ -40,6 +41,12 @@ def check_components(
     if channels is not None and channels != unet.config["in_channels"]:
         raise ValueError(
             f"`unet` takes {unet.config['in_channels']} latent channels, but `vae` has {channels}: they are of different models."
+        )
+    scheme = attached_scheme(unet)
+    if scheme is not None and scheme.folding is not None and scheme.folding.timestep != timestep:
+        raise ValueError(
+            f"`timestep` is {timestep}, but the constants of timestep {scheme.folding.timestep} are folded into `unet`, so images"
+            f" would be wrong. Give timestep={scheme.folding.timestep}, or a UNet that was quantized at timestep {timestep}."
         )
     width = unet.config["cross_attention_dim"]
     if prompt_embedding is not None and isinstance(width, int) and prompt_embedding.config["dim"] != width:

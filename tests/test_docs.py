@@ -77,6 +77,19 @@ def small_recipe_and_sample(example_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe_files, "RECIPES", folder)
 
 
+def test_every_promise_names_tests_that_exist():
+    """`folder/test_x.py::test_y`; `::test_y` alone is in the file named before it in the same line."""
+    lines = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8").splitlines()
+    promises = [line.rpartition(" | ") for line in lines if line.startswith("| ") and not line.startswith(("| :-", "| promise"))]
+    for promise, _, tests in promises:
+        named, file = [(path, test) for path, test in re.findall(r"`([\w/]+\.py)?(?:::(\w+))?`", tests) if path or test], ""
+        assert named, promise
+        for path, test in named:
+            file = path or file
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not test or f"def {test}(" in text, f"{file}::{test}"
+
+
 @pytest.mark.parametrize("document", RUN)
 def test_the_python_of_a_document_runs(document, example_folder, small_recipe_and_sample, tmp_path, monkeypatch):
     folder = tmp_path / "work"

@@ -76,7 +76,9 @@ def to_images(image: object, name: str = "image") -> list[ImageTensors]:
 
 def _from_pil(image: PIL.Image.Image, name: str) -> ImageTensors:
     if 0 in image.size:
-        raise ValueError(f"`{name}` has no pixels: its size is {image.size[0]} x {image.size[1]} (width x height).")
+        raise ValueError(
+            f"`{name}` has no pixels: its size is {image.size[0]} x {image.size[1]} (width x height). Give at least one."
+        )
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise TypeError(f"`{name}` has mode 'F' (floats of unknown range). Pass numpy.asarray(image) scaled to [0, 1].")
@@ -132,7 +134,7 @@ def _check_dimensions(name: str, shape: tuple[int, ...], channel_axis: int) -> N
     if len(shape) not in (2, 3, 4):
         raise ValueError(f"`{name}` has shape {shape}; expected {layout}.")
     if 0 in shape:
-        raise ValueError(f"`{name}` has no pixels: its shape is {shape}.")
+        raise ValueError(f"`{name}` has no pixels: its shape is {shape}. Give at least one.")
     if len(shape) > 2 and shape[channel_axis] not in (1, 2, 3, 4):
         swapped = shape[-3] if channel_axis == -1 else shape[-1]
         hint = " The channels seem to be at the other end: permute the axes." if swapped in (1, 3, 4) else ""

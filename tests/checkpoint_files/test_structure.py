@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "quantization"))
+
+from quantized_models import quantized_pipeline  # noqa: E402
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, write_checksums
@@ -43,7 +48,7 @@ def refusal(folder: Path, **options) -> str:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kilobytes
     message = str(caught.value)
     assert str(folder) in message and "\n" not in message
-    assert any(word in message for word in ("Download", "remove", "Remove", "load it with", "Ask for", "Upgrade"))
+    assert any(word in message for word in ("Download", "remove", "Remove", "load it with", "Ask for", "Upgrade", "Load it with"))
     return message
 
 
@@ -112,6 +117,22 @@ def test_names_of_attention_from_before_are_still_read(tiny_folder, tiny_pipelin
 def test_configurations_that_describe_no_model(tiny_folder, file, changes, words):
     change_json(tiny_folder / file, **changes)
     assert words in refusal(tiny_folder)
+
+
+def test_the_timestep_is_the_folded_one(tmp_path):
+    pipeline = quantized_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    change_json(tmp_path / "model_index.json", timestep=500)
+    assert "has the timestep 500, but the constants of timestep 250 are folded into the UNet" in refusal(tmp_path)
+    with pytest.raises(ValueError, match="`timestep` is 500, but the constants of timestep 250 are folded.*Give timestep=250"):
+        QArtSRPipeline(pipeline.unet, pipeline.vae, pipeline.scheduler, pipeline.prompt_embedding, timestep=500)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae"])
+@pytest.mark.parametrize("scheme", [{}, False, "qartsr", {"quant_method": "qartsr", "format_version": 1}])
+def test_a_quantization_config_that_is_none(tiny_folder, component, scheme):
+    change_json(tiny_folder / component / "config.json", quantization_config=scheme)
+    assert f"{component}/config.json in" in refusal(tiny_folder)
 
 
 def test_a_missing_timestep_is_not_assumed(tiny_folder):

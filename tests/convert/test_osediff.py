@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -171,6 +172,32 @@ def test_malformed_checkpoints_are_refused_by_name(made, content, tmp_path, chan
         convert_osediff(made.base, path, tmp_path / "out", None)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), str(caught.value)
     assert sorted(os.listdir(tmp_path)) == ["osediff.pkl"]
+
+
+def test_every_flipped_byte_of_the_archives_entries_is_noticed(made, checkpoint):
+    """`torch.load` compares no sums: a flipped byte in a tensor would become another weight."""
+    sound, rng = checkpoint.read_bytes(), np.random.default_rng(0)
+    plain = read_checkpoint(checkpoint)
+    for place in rng.integers(0, len(sound), 40):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        checkpoint.write_bytes(damaged)
+        try:
+            found = read_checkpoint(checkpoint)
+        except CheckpointError as error:
+            assert str(checkpoint) in str(error) and ("again" in str(error) or "Take the file" in str(error))
+            continue
+        for part in ("unet", "vae"):  # a byte between entries, which nobody reads
+            expected, state = getattr(plain, part).state, getattr(found, part).state
+            assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_an_archive_that_would_fill_the_memory_is_not_read(tmp_path):
+    path = tmp_path / "osediff.pkl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 30_000_000)
+    with pytest.raises(CheckpointError, match="is compressed .*so it was not read.*Take the file"):
+        read_checkpoint(path)
 
 
 def test_files_that_are_no_checkpoint(made, checkpoint, tmp_path):

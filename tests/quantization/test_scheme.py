@@ -59,11 +59,24 @@ def test_rank_is_clamped_to_the_layer():
         ({"default": {"weight_bits": 4, "activation_bits": 4, "rank": 0, "group": 64}}, "group"),
         ({"default": None}, "cannot be read"),
         ({"folding": {"timestep": 999}}, "cannot be read.*tokens"),
+        ({"folding": {"timestep": 999, "tokens": True}}, "tokens True"),
+        ({"folding": {"timestep": -1, "tokens": 8}}, "timestep -1"),
+        ({"folding": []}, "folding is .*not an object of exactly timestep, tokens"),
+        ({"default": {"weight_bits": 4.0, "activation_bits": 4, "rank": 0}}, "weight_bits is 4.0"),
+        ({"default": {"weight_bits": True, "activation_bits": 4, "rank": 0}}, "weight_bits is True"),
+        ({"default": {"weight_bits": 4, "activation_bits": 4, "rank": True}}, "rank is True"),
+        ({"default": {"weight_bits": 4, "activation_bits": 4}}, "default is .*exactly weight_bits, activation_bits, rank"),
+        ({"overrides": {"a": None}}, "overrides holds"),
+        ({"overrides": [["a"]]}, "overrides holds"),
+        ({"overrides": [[7, None]]}, "overrides holds"),
+        ({"overrides": [["a", None], ["a", None]]}, "a pattern that occurs once"),
+        ({"overrides": [["a", 4]]}, "overrides, 'a' is 4, not an object"),
     ],
 )
 def test_what_cannot_be_read_is_said(change: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         QArtSRConfig.from_dict({**through_json(SCHEME), **change})
+    assert "download the checkpoint again" in str(caught.value) or "Upgrade" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["format_version", "default"])
