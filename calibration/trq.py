@@ -9,12 +9,11 @@ where it was stopped.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.training_set import TrainingData
-from qartsr_pipeline.calibration.recipe import parse_bits
+from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
 from qartsr_pipeline.calibration.retraining.settings import (
     DISTANCE_NAMES,
     FULL,
@@ -79,9 +78,10 @@ def stage_of(args: argparse.Namespace, progress: Progress) -> TRQ:
     """The stage that the arguments describe; raises ValueError or OSError that says what is wrong with them."""
     if args.held_out < 1 or args.every < 1:
         raise ValueError("--held-out and --every must be above 0")
+    bits = parse_bits(args.bits)
+    check_quantizes(bits)
     rule = (args.least_bypass_cost, args.quality_margin)
-    search = TimestepSearch.parse(args.timesteps, args.phases, args.full_phases, *rule, args.held_out)
-    search = replace(search, bits=parse_bits(args.bits))
+    search = TimestepSearch.parse(args.timesteps, args.phases, args.full_phases, *rule, args.held_out, bits)
     settings = Settings(
         seed=args.seed,
         train_encoder=args.train_encoder,

@@ -1,13 +1,21 @@
-"""Loads a pipeline without diffusers' progress bar over components."""
+"""Loads a pipeline without diffusers' progress bar over components, and says where it computes by default."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils import logging
 
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+
+def default_device() -> str:
+    """ "cuda" or "mps" where there is such a GPU, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def load_quietly(name_or_path: str | Path, **kwargs: Any) -> QArtSRPipeline:

@@ -14,7 +14,7 @@ import torch
 
 from qartsr_pipeline.calibration.arguments import RunArguments, argument_text, read_arguments
 from qartsr_pipeline.calibration.carry_out import QuantizationResult, carry_out
-from qartsr_pipeline.calibration.data.patches import pixels_of
+from qartsr_pipeline.calibration.data.patches import images_record, pixels_of
 from qartsr_pipeline.calibration.job import Order
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.retraining.settings import TimestepSearch, phase_text
@@ -98,6 +98,7 @@ def quantize(
         (128, 96)
     """
     given = model if isinstance(model, QArtSRPipeline) else None
+    images, measured = _pixels(data, "data"), _pixels(evaluation_data, "evaluation_data")
     arguments = RunArguments(
         model=_name_of(model),
         recipe=recipe.to_dict() if isinstance(recipe, Recipe) else os.fspath(recipe),
@@ -110,14 +111,17 @@ def quantize(
         perceptual_weights=None if perceptual_weights is None else os.fspath(perceptual_weights),
         evaluate=os.fspath(evaluation_data) if isinstance(evaluation_data, (str, os.PathLike)) else None,
         seed=seed,
+        model_in_memory=given is not None,
+        data_in_memory=None if images is None else str(images_record(images)["sha256"]),
+        evaluate_in_memory=measured is not None,
     )
     order = Order(
         _at(arguments, timestep),
         output=Path() if output is None else Path(output),
         device=device,
         model=given,
-        data=_pixels(data),
-        evaluation=_pixels(evaluation_data),
+        data=images,
+        evaluation=measured,
         keeps_output=output is not None,
     )
     callbacks = Callbacks(callback, progress)
@@ -147,14 +151,15 @@ def _at(arguments: RunArguments, timestep: int | str | TimestepSearch) -> RunArg
         least_bypass_cost=timestep.rule.least_bypass_cost,
         quality_margin=timestep.rule.quality_margin,
         held_out=timestep.held_out,
+        search_bits="w{}a{}".format(*timestep.bits),
     )
 
 
-def _pixels(data: str | os.PathLike | Iterable[MemoryImage] | None) -> list[np.ndarray] | None:
+def _pixels(data: str | os.PathLike | Iterable[MemoryImage] | None, name: str) -> list[np.ndarray] | None:
     """Images in memory as (H, W, 3) uint8; None for a folder, or nothing."""
     if data is None or isinstance(data, (str, os.PathLike)):
         return None
-    return pixels_of(data)
+    return pixels_of(data, name)
 
 
 def _continues(output: Path, arguments: RunArguments) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 from qartsr_pipeline.calibration.retraining.settings import FULL, SHORT, TIMESTEPS, Rule, parse_phase, phase_text
 
 ARGUMENTS_NAME = "run.json"
-PERCEPTUAL_NAMES = ("encoder", "lpips")  # `losses.PERCEPTUAL`
+PERCEPTUAL_NAMES = ("encoder", "lpips")
 RECIPES = Path(__file__).parent / "recipes"
-# What may be another one when a run is continued: what the report alone is of, and what the state knows by its content.
-MAY_CHANGE = ("evaluate", "model", "data", "start", "least_bypass_cost", "quality_margin")
+# What may be different when a run is continued: what only the choice of the timestep and the report depend on ..
+MAY_CHANGE = ("evaluate", "evaluate_in_memory", "least_bypass_cost", "quality_margin")
+# .. and what the state of a run recognizes by its content, unless the model is retrained first, before there is a state.
+KNOWN_BY_CONTENT = ("model", "data", "start", "model_in_memory", "data_in_memory")
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class RunArguments:
     Attributes:
         model: full-precision checkpoint: folder, shipped name or Hub id.
         timestep: "keep", "search", or a number as text.
-        timesteps, phases, full_phases, least_bypass_cost, quality_margin, held_out: of the search, see
-            `qartsr_pipeline.calibration.trq`; phases as NAME:STEPS:LR:PATCH:BATCH.
+        timesteps, phases, full_phases, least_bypass_cost, quality_margin, held_out, search_bits: of the search, see
+            `qartsr_pipeline.calibration.trq`; phases as NAME:STEPS:LR:PATCH:BATCH, bits such as "w4a4".
         recipe: a name, a YAML file, or what `Recipe.to_dict` gives.
         bits: such as "w4a4".
         steps: of the optimizer in all, None for the recipe's.
@@ -33,6 +35,8 @@ class RunArguments:
         start: folder of a run, or quantized checkpoint, whose parameters this one starts from.
         data, evaluate: folders of images; None for procedural ones, and for the sample.
         perceptual_weights: file with the backbone of LPIPS.
+        model_in_memory, data_in_memory, evaluate_in_memory: what `quantize` was given in memory, so that no folder has it; of the
+            images to calibrate on their SHA-256.
     """
 
     model: str = "tiny-fp"
@@ -43,6 +47,7 @@ class RunArguments:
     least_bypass_cost: float = Rule.least_bypass_cost
     quality_margin: float = Rule.quality_margin
     held_out: int = 8
+    search_bits: str = "w4a4"
     recipe: str | dict[str, Any] = "qartsr"
     bits: str = "w4a4"
     steps: int | None = None
@@ -54,9 +59,13 @@ class RunArguments:
     perceptual_weights: str | None = None
     evaluate: str | None = None
     seed: int = 0
+    model_in_memory: bool = False
+    data_in_memory: str | None = None
+    evaluate_in_memory: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", self.bits.lower())
+        for name in ("bits", "search_bits"):
+            object.__setattr__(self, name, getattr(self, name).lower())
         for name in ("timesteps", "set"):  # lists in JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("phases", "full_phases"):
@@ -74,11 +83,17 @@ class RunArguments:
 
     def differing(self, other: RunArguments) -> list[str]:
         """Names of the arguments in which ``other`` would make another run."""
+        may_change = MAY_CHANGE + (KNOWN_BY_CONTENT if self.timestep == "keep" else ())
         return [
             part.name
             for part in fields(self)
-            if part.name not in MAY_CHANGE and getattr(self, part.name) != getattr(other, part.name)
+            if part.name not in may_change and getattr(self, part.name) != getattr(other, part.name)
         ]
+
+    def only_in_memory(self) -> list[str]:
+        """What the run is made of that was in memory only, in words: nothing but another call of `quantize` can continue it."""
+        given = {"the model": self.model_in_memory, "the images to calibrate on": self.data_in_memory}
+        return [name for name, in_memory in given.items() if in_memory]
 
 
 def read_arguments(folder: Path) -> RunArguments | None:

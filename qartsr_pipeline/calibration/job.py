@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import tempfile
@@ -16,18 +17,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, RunArguments
+from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, PERCEPTUAL_NAMES, RunArguments
+from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, photographs_record, recorded_files
-from qartsr_pipeline.calibration.data.patches import ImagePatches, Patches, PhotographPatches, images_record
-from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.data.patches import ImagePatches, Patches, PhotographPatches, find_equal, images_record
+from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
 from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
 from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
-from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.calibration.saving import whole_folder, write_whole
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
 from qartsr_pipeline.calibration.training.engine import check_start
 from qartsr_pipeline.calibration.training.losses import Perceptual
@@ -37,7 +39,7 @@ from qartsr_pipeline.calibration.training.tensor_store import PREFIX
 from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.checkpoint_files import fetch
-from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.loading import default_device, load_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "rider.jpg"
@@ -110,14 +112,13 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     arguments = order.arguments
     recipe, bits = recipe_of(arguments), parse_bits(arguments.bits)
     check_quantizes(bits)
+    _check_choices(arguments)
     start = start_of(arguments.start) if arguments.start else None
     check_start(recipe, start)
     workers.check(recipe)
     _check_timestep(arguments, start, workers)
     patches, data = calibration_data(order)
-    seen = overlap(evaluation, data.get("files", {}))
-    if seen:
-        raise ValueError(f"{seen[0]} is among the photographs to calibrate on: evaluate on others")
+    _check_unseen(order, evaluation, patches, data)
     source = source_of(order)
     before: dict[str, str] = {}
     starts = [start.parent / "model" if start.is_file() else start] if start else []
@@ -126,15 +127,14 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
         before |= recorded_files(made_from) or {}
     if workers.is_main:
         start_folder(order)
+    device = workers.device or order.device or (default_device() if order.model is None else order.model.device)
     folder, model, sweep, retrained = source, order.model, None, None
     if arguments.timestep != "keep":
         if recipe.is_perceptual:  # what it lacks is said before the model is retrained, not after
             perceptual_of(arguments, model or load_pipeline(_folder(source)))
-        folder, sweep = at_timestep(order, progress)
+        folder, sweep = at_timestep(order, device, progress)
         model, retrained = None, json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
-    pipeline = instance_of(model, workers.device or order.device) if model else load_pipeline(_folder(folder))
-    if model is None:
-        pipeline = pipeline.to(workers.device or order.device or default_device())
+    pipeline = instance_of(model, device) if model else load_pipeline(_folder(folder)).to(device)
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
@@ -156,6 +156,16 @@ def start_of(start: str) -> Path:
     return state if state.exists() else fetch(start)
 
 
+def _check_choices(arguments: RunArguments) -> None:
+    for name, choices in (("degradation", DEGRADATION_NAMES), ("perceptual", PERCEPTUAL_NAMES)):
+        value = getattr(arguments, name)
+        if value not in choices:
+            kind = "perceptual loss" if name == "perceptual" else name
+            raise ValueError(f"there is no {kind} {value!r}; expected {' or '.join(choices)}")
+    if not isinstance(arguments.seed, int) or arguments.seed < 0:
+        raise ValueError(f"seed is {arguments.seed!r}: expected a whole number from 0 on")
+
+
 def _check_timestep(arguments: RunArguments, start: Path | None, workers: Workers) -> None:
     timestep = arguments.timestep
     if timestep == "keep":
@@ -164,8 +174,24 @@ def _check_timestep(arguments: RunArguments, start: Path | None, workers: Worker
         raise ValueError("--start: the run is of the model as it is, and --timestep retrains it; give one of the two")
     if timestep != "search" and not (timestep.isdecimal() and int(timestep) < 1000):
         raise ValueError(f"--timestep {timestep}: expected keep, search, or a number from 0 to 999")
+    if arguments.held_out < 0:
+        raise ValueError(f"--held-out {arguments.held_out}: expected 0 or more images")
+    search_of(arguments)
     if workers.several:
         raise ValueError("--timestep: one process retrains the model; give what it wrote, OUTPUT/timestep/model, to several")
+
+
+def _check_unseen(order: Order, evaluation: list[Path], patches: Patches, data: dict[str, Any]) -> None:
+    """Raises ValueError if an image to measure on is among those to calibrate on: by its file or, in memory, by its pixels."""
+    seen = overlap(evaluation, data.get("files", {}))
+    if seen:
+        raise ValueError(f"{seen[0]} is among the photographs to calibrate on: evaluate on others")
+    if not isinstance(patches, ImagePatches) or (order.data is None and order.evaluation is None):
+        return
+    names = evaluation if order.evaluation is None else [f"evaluation_data[{number}]" for number in range(len(order.evaluation))]
+    number = find_equal(map(read_photograph, evaluation), patches.images)
+    if number is not None:
+        raise ValueError(f"{names[number]} is among the images to calibrate on: evaluate on others")
 
 
 def calibration_data(order: Order) -> tuple[Patches, dict[str, Any]]:
@@ -222,8 +248,7 @@ def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QAr
     Raises:
         ValueError: its components are moved around by offloading.
     """
-    if getattr(model, "_all_hooks", None):  # a private attribute of diffusers'
-        raise ValueError("the pipeline is offloaded: call its remove_all_hooks(), or give its folder")
+    check_not_offloaded(model)
     pipeline = on_the_same_weights(model)
     pipeline.register_modules(text_encoder=None, tokenizer=None)
     wanted = torch.device(device or model.device)
@@ -232,11 +257,10 @@ def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QAr
     return pipeline
 
 
-def default_device() -> str:
-    """The first GPU, or the processor."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def check_not_offloaded(model: QArtSRPipeline) -> None:
+    """Raises ValueError if the pipeline's components are moved around by offloading."""
+    if getattr(model, "_all_hooks", None):  # a private attribute of diffusers'
+        raise ValueError("the pipeline is offloaded: call its remove_all_hooks(), or give its folder")
 
 
 def perceptual_of(arguments: RunArguments, full_precision: QArtSRPipeline) -> Perceptual:
@@ -245,28 +269,39 @@ def perceptual_of(arguments: RunArguments, full_precision: QArtSRPipeline) -> Pe
     return family_of(full_precision).perceptual(full_precision, arguments.perceptual, weights)
 
 
-def at_timestep(order: Order, progress: Progress) -> tuple[Path, list[dict[str, Any]] | None]:
+def search_of(arguments: RunArguments) -> TimestepSearch:
+    """The search that the arguments describe; where they give the timestep, it is the only candidate.
+
+    Raises:
+        ValueError: an argument of it that cannot be.
+    """
+    searched, bits = arguments.timestep == "search", parse_bits(arguments.search_bits)
+    check_quantizes(bits)
+    return TimestepSearch.parse(
+        arguments.timesteps if searched else (int(arguments.timestep),),
+        arguments.phases,
+        arguments.full_phases,
+        arguments.least_bypass_cost,
+        arguments.quality_margin,
+        arguments.held_out if searched else max(1, arguments.held_out),  # nothing is measured without a search
+        bits,
+    )
+
+
+def at_timestep(order: Order, device: str | torch.device, progress: Progress) -> tuple[Path, list[dict[str, Any]] | None]:
     """The full-precision pipeline folder, retrained at another timestep, and the search's rows if there was one.
 
     Raises:
         ValueError: none fits the rule of the search. Stopped: call it again to continue.
     """
     arguments, folder = order.arguments, order.output / "timestep"
-    searched = arguments.timestep == "search"
-    search = TimestepSearch.parse(
-        arguments.timesteps if searched else (int(arguments.timestep),),
-        arguments.phases,
-        arguments.full_phases,
-        arguments.least_bypass_cost,
-        arguments.quality_margin,
-        arguments.held_out,
-    )
+    search = search_of(arguments)
     images = order.data if order.data is not None else arguments.data
     data = TrainingData(images, 1.0 if images is None else 0.0, arguments.degradation, arguments.held_out).load()
     settings = Settings(seed=arguments.seed, every=250, degradation=arguments.degradation)
     model = _model_for_retraining(order, folder)
-    stage = TRQ(model, data, folder, search, settings, device=order.device or default_device(), progress=progress)
-    if not searched:
+    stage = TRQ(model, data, folder, search, settings, device=device, progress=progress)
+    if arguments.timestep != "search":
         return stage.retrain(model, int(arguments.timestep), search.full_phases, folder), None
     chosen = stage.run()
     sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
@@ -274,12 +309,21 @@ def at_timestep(order: Order, progress: Progress) -> tuple[Path, list[dict[str, 
 
 
 def _model_for_retraining(order: Order, folder: Path) -> str:
-    """What is retrained, by name; a pipeline in memory is written into ``folder`` first."""
+    """What is retrained, by name; a pipeline in memory is written into ``folder`` first, under a name that tells its content.
+
+    Raises:
+        ValueError: the pipeline is offloaded. SavingError: it cannot be written.
+    """
     if order.model is None:
         return order.arguments.model
-    given = folder / (Path(order.arguments.model).name or "given")
+    check_not_offloaded(order.model)
+    content = hashlib.sha256(family_of(order.model).digest(order.model).encode())
+    content.update(repr((order.model.config["timestep"], order.model.vae.config.scaling_factor)).encode())
+    content.update(order.model.prompt_embedding(1).detach().float().cpu().numpy().tobytes())
+    given = folder / f"given-{content.hexdigest()[:16]}"
     if not given.exists():
-        order.model.save_pretrained(given)
+        with whole_folder(given) as temporary:
+            order.model.save_pretrained(temporary)
     return str(given)
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 
 class SavingError(OSError):
@@ -37,6 +42,24 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             f"{path} ({len(content) / 1e6:.0f} MB) cannot be written: {error.strerror or error}. {kept}"
             " Free some space or check the folder's permissions."
         ) from error
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Within, a name for a folder that is made and filled there; at the end it becomes ``target``, which does not exist yet.
+
+    Raises:
+        SavingError: the disk is full, or the parent folder cannot be written to; nothing is left then.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
+        raise SavingError(f"{target} cannot be written ({error}). Free some space or check the folder's permissions.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_tensors(path: Path, content: dict[str, Any]) -> None:

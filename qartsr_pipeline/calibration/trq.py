@@ -29,6 +29,7 @@ import copy
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ from qartsr_pipeline.calibration.retraining.adapters import add_adapters, is_lar
 from qartsr_pipeline.calibration.retraining.losses import image_quality, validate
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
-from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, Settings, TimestepSearch
+from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, Settings, TimestepSearch, check_made_with
 from qartsr_pipeline.calibration.retraining.sweep_report import write_sweep
-from qartsr_pipeline.calibration.retraining.trainer import Trainer
+from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
 from qartsr_pipeline.calibration.start.observers import observe
@@ -163,46 +164,59 @@ class TRQ:
             result = json.loads(path.read_text(encoding="utf-8"))
             if result["made_with"] != made_with:
                 raise ValueError(f"{path} was made with other settings or data: choose another output folder, or remove {folder}")
+            before = result.get("start_sha256")  # absent in older folders
+            if before is not None and before != self._digest:
+                raise ValueError(f"{path} was made from another model: choose another output folder, or remove {folder}")
             return Candidate(**result["candidate"])
         pipeline_folder = self.retrain(self.model, timestep, self.search.phases, folder)
         candidate = self.measure(OneStepModel.from_pretrained(pipeline_folder).to(self.device))
-        result = {"candidate": asdict(candidate), "made_with": made_with}
+        start = read_training_record(pipeline_folder).get("start_sha256")
+        result = {"candidate": asdict(candidate), "made_with": made_with, "start_sha256": start}
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         return candidate
 
     def retrain(self, start: str, timestep: int, phases: tuple[Phase, ...], folder: Path) -> Path:
         """Trains ``start`` at ``timestep`` in ``folder`` and returns the pipeline folder ``folder / "model"``.
 
-        The training state is removed once that folder is written; a folder that is already there is returned as it is.
+        The training state is removed once that folder is written; a folder that is already there, made from the same model with
+        the same settings and data, is returned as it is.
 
         Raises:
+            ValueError: the model or the state in ``folder`` was made with others.
             Stopped: the state is saved; call it again to continue. FloatingPointError: the loss became NaN or infinite.
         """
-        target = folder / "model"
+        target, state_path = folder / "model", folder / STATE_NAME
         folder.mkdir(parents=True, exist_ok=True)
         model = OneStepModel.from_pretrained(start)
-        move_timestep(model, timestep, latents_for_fit(model, self.data.patches, self.settings.degradation))
         adapters = is_large(model) if self.settings.adapters is None else self.settings.adapters
+        record = self._record(start, model.digest(), timestep, phases, adapters)
+        if target.exists() and not state_path.exists():
+            check_made_with(target, read_training_record(target), record)
+            return target
+        move_timestep(model, timestep, latents_for_fit(model, self.data.patches, self.settings.degradation))
         if adapters:
             add_adapters(model, seed=self.settings.seed)
-        trainer = self._trainer(model, phases, folder, adapters)
-        if target.exists() and not trainer.state_path.exists():
-            return target
-        if trainer.state_path.exists():
+        trainer = self._trainer(model, phases, folder, record)
+        if state_path.exists():
             trainer.resume()
         if not trainer.run():
             raise Stopped(f"stopped at {trainer.place} of timestep {timestep}; call it again to continue")
         if adapters:
             merge_adapters(model)
-        record = self._record(start, timestep, phases, adapters) | {"validation": trainer.history[-1]}
-        save_pipeline(model.cpu().to_pipeline(), target, TRAINING_RECORD, record)
-        trainer.state_path.unlink()
+        save_pipeline(model.cpu().to_pipeline(), target, TRAINING_RECORD, record | {"validation": trainer.history[-1]})
+        state_path.unlink()
         return target
 
-    def _trainer(self, model: OneStepModel, phases: tuple[Phase, ...], folder: Path, adapters: bool) -> Trainer:
+    def _trainer(self, model: OneStepModel, phases: tuple[Phase, ...], folder: Path, record: dict[str, Any]) -> Trainer:
+        """Its ``record`` goes into the state."""
         model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        settings = replace(self.settings, train_encoder=self.settings.train_encoder or adapters)
-        return Trainer(model, list(phases), self.data, settings, folder, {}, self.perceptual, self.progress)
+        settings = replace(self.settings, train_encoder=self.settings.train_encoder or record["adapters"])
+        return _SameRun(model, list(phases), self.data, settings, folder, record, self.perceptual, self.progress)
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the model that the candidates are retrained from."""
+        return OneStepModel.from_pretrained(self.model).digest()
 
     @torch.no_grad()
     def measure(self, model: OneStepModel) -> Candidate:
@@ -252,10 +266,11 @@ class TRQ:
         data = self.data.record.get("data")
         return data and without_files(data)
 
-    def _record(self, start: str, timestep: int, phases: tuple[Phase, ...], adapters: bool) -> dict[str, Any]:
+    def _record(self, start: str, digest: str, timestep: int, phases: tuple[Phase, ...], adapters: bool) -> dict[str, Any]:
         """The beginning of training.json."""
         return {
             "start": Path(start).name,
+            "start_sha256": digest,
             "timestep": timestep,
             "phases": [asdict(phase) for phase in phases],
             "adapters": adapters,
@@ -277,6 +292,30 @@ class TRQ:
             "versions": versions(),
         }
         write_sweep(sweep, self.output)
+
+
+class _SameRun(Trainer):
+    """Continues from no state but that of a run of the same model, data and settings."""
+
+    def _check(self, state: dict[str, Any]) -> None:
+        super()._check(state)
+        check_made_with(self.state_path, (state.get("record") or {}) | {"phases": state["phases"]}, self.record)
+
+
+def read_training_record(folder: Path) -> dict[str, Any]:
+    """How the model in a folder that `TRQ` wrote was retrained.
+
+    Raises:
+        ValueError: the folder has no such record, or it is damaged.
+    """
+    path = folder / TRAINING_RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}, which says how the model there was made, cannot be read ({error}): remove {folder} to retrain anew"
+        ) from error
+    return record
 
 
 def plainly_quantized(model: OneStepModel, latents: list[torch.Tensor], bits: tuple[int, int]) -> OneStepModel:

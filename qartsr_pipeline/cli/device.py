@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qartsr_pipeline.cli.messages import UsageError
+from qartsr_pipeline.loading import default_device
 
 
 def choose_device(asked: str, own: str | None = None) -> tuple[str, str]:
@@ -22,9 +23,10 @@ def choose_device(asked: str, own: str | None = None) -> tuple[str, str]:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     others = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if asked == "auto":
-        if torch.cuda.is_available():
-            return "cuda", f"found {torch.cuda.get_device_name()}"
-        return others[0], "found Apple's GPU" if others[0] == "mps" else "no CUDA or MPS device is available to PyTorch"
+        chosen = default_device()
+        if chosen == "cuda":
+            return chosen, f"found {torch.cuda.get_device_name()}"
+        return chosen, "found Apple's GPU" if chosen == "mps" else "no CUDA or MPS device is available to PyTorch"
     if asked in (*gpus, *others) or (asked == "cuda" and torch.cuda.is_available()):
         return asked, "as asked"
     raise UsageError(

@@ -107,19 +107,32 @@ def _add_timestep(parser: argparse.ArgumentParser) -> None:
         help=f"this much below the best full-precision quality is as good; default: {DEFAULTS.quality_margin:g}",
     )
     group.add_argument("--held-out", type=int, metavar="N", help=f"images kept for measuring; default: {DEFAULTS.held_out}")
+    group.add_argument(
+        "--search-bits",
+        type=str.lower,
+        help=f"of the plain quantization that candidates are measured with; default: {DEFAULTS.search_bits}",
+    )
 
 
 def arguments_of(given: dict[str, Any], output: Path, resume: bool) -> RunArguments:
     """The run's arguments: those given, on top of the defaults, or of the run that is resumed.
 
     Raises:
-        ValueError, OSError: nothing to resume, other arguments than those of the run, or the folder holds another run.
+        ValueError, OSError: nothing to resume, other arguments than those of the run, the run was made of what a Python program
+            had in memory, or the folder holds another run.
     """
     there = read_arguments(output)
     if resume:
         if there is None:
             raise UsageError(f"nothing to resume: there is no {output / ARGUMENTS_NAME}")
-        arguments = replace(there, **given)
+        in_memory = there.only_in_memory() + (["the images to measure on"] if there.evaluate_in_memory else [])
+        if in_memory and (there.only_in_memory() or "evaluate" not in given):
+            way_out = "" if there.only_in_memory() else ", or name a folder with --evaluate"
+            raise UsageError(
+                f"the run in {output} was begun in Python with {' and '.join(in_memory)} in memory, which no folder has: continue"
+                f" it there, by calling quantize() with the same arguments{way_out}"
+            )
+        arguments = replace(there, evaluate_in_memory=False, **given)
         for name in there.differing(arguments):
             raise UsageError(
                 f"--resume continues with the run's own arguments, and {argument_text(name)} is {getattr(there, name)!r} there,"

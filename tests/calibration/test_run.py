@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration import carry_out, job
+from qartsr_pipeline.calibration.arguments import RunArguments
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, file_digests
 from qartsr_pipeline.calibration.family import ImageFamily
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.cli.main import main
+from qartsr_pipeline.cli.quantize import arguments_of
 
 TINY = ["--steps", "6", "--set", *SMALL]
 
@@ -84,6 +86,25 @@ def test_resuming_takes_the_arguments_of_the_run(tiny_folder, small_picture, tmp
     quantize(str(moved), "--resume", "--output", str(output), "--evaluate", str(others))
     assert measured == [others / "crop.png"]
     assert json.loads((output / "model" / "quantization.json").read_text())["bits"] == "w8a8"
+
+
+@pytest.mark.parametrize(
+    ("in_memory", "evaluate", "said"),
+    [
+        ({"data_in_memory": "a hash"}, True, "with the images to calibrate on in memory"),
+        ({"model_in_memory": True}, True, "with the model in memory"),
+        ({"evaluate_in_memory": True}, False, "or name a folder with --evaluate"),
+        ({"evaluate_in_memory": True}, True, None),
+    ],
+)
+def test_a_run_of_what_was_in_memory_is_not_continued_with_something_else(small_picture, tmp_path, in_memory, evaluate, said):
+    (tmp_path / "run.json").write_text(RunArguments(**in_memory).to_json())
+    given = {"evaluate": small_picture[1]} if evaluate else {}
+    if said is None:
+        assert arguments_of(given, tmp_path, resume=True).evaluate == small_picture[1]
+        return
+    with pytest.raises(ValueError, match=said):
+        arguments_of(given, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

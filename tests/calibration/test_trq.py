@@ -26,6 +26,8 @@ from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.settings import Rule, Settings, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.retraining.trainer import Trainer
+from qartsr_pipeline.calibration.stopping import Stopped
+from qartsr_pipeline.calibration.training.progress import Callbacks
 from tiny_models import build_tiny_pipeline
 
 SHORT = ["--phases", "latent:2:1e-4:32:2", "pixel:2:1e-4:32:2", "--fp32", "--held-out", "1"]
@@ -224,6 +226,41 @@ def test_command_writes_table_plot_and_a_folder_that_loads(tmp_path, photographs
     with pytest.raises(SystemExit):
         command.main([*arguments, "--seed", "1"])
     assert "was made with other settings or data" in capsys.readouterr().err
+
+
+def test_a_retrained_model_is_not_taken_for_another(tmp_path, patches):
+    """Neither a finished model nor a state is continued with another model, timestep, phases, data or seed."""
+    for seed in (0, 1):
+        build_tiny_pipeline(seed, timestep=100).save_pretrained(tmp_path / f"{seed}" / "tiny")
+    held_out, phases = procedural_pairs(patches, 1, "bicubic"), (parse_phase("latent:2:1e-4:32:2"),)
+
+    def stage(model=0, data="a", **settings):
+        training_set = TrainingSet(patches, held_out, {"data": {"count": 1, "sha256": data}})
+        return trq.TRQ(str(tmp_path / f"{model}" / "tiny"), training_set, tmp_path, settings=Settings(bf16=False, **settings))
+
+    def retrain(folder, by=None, timestep=99, phases=phases):
+        by = by or stage()
+        return by.retrain(by.model, timestep, phases, tmp_path / folder)
+
+    stopping = stage()
+    stopping.progress = Callbacks(lambda *_: True)
+    with pytest.raises(Stopped):
+        retrain("stopped", stopping)
+    stamp = (retrain("done") / "training.json").stat().st_mtime_ns
+    others = {
+        "start is another": {"by": stage(model=1)},
+        r"timestep is another \(99 there, 20 now\)": {"timestep": 20},
+        "phases is another": {"phases": (parse_phase("latent:3:1e-4:32:2"),)},
+        "data is another": {"by": stage(data="b")},
+        "seed is another": {"by": stage(seed=1)},
+    }
+    for folder, tried in (("stopped", list(others)[1:2]), ("done", others)):
+        for said in tried:
+            with pytest.raises(ValueError, match=said):
+                retrain(folder, **others[said])
+    (tmp_path / "0").rename(tmp_path / "2")
+    assert (retrain("done", stage(model=2)) / "training.json").stat().st_mtime_ns == stamp, "the same model from elsewhere"
+    assert retrain("stopped", stage(model=2)).is_dir()
 
 
 def weight(folder, name):

@@ -80,6 +80,8 @@ def _middle(pixels: np.ndarray, name: str) -> np.ndarray:
 
 def procedural_pairs(patches: Patches, count: int, degradation: str) -> list[Pair]:
     """As `held_out_pairs`, for training without photographs."""
+    if not count:
+        return []
     rng = np.random.default_rng([2**31, count])  # no training step has this seed
     crops = patches.sample(count, VALIDATION_SIDE + 2 * MARGIN, rng)
     return [degraded_pair(crop[None], degradation, rng) for crop in crops]

@@ -29,19 +29,28 @@ class Patches(Protocol):
         ...
 
 
-def pixels_of(images: Iterable[MemoryImage]) -> list[np.ndarray]:
+def pixels_of(images: Iterable[MemoryImage], name: str = "data") -> list[np.ndarray]:
     """Images in memory as uint8 RGB, (H, W, 3) each; transparency is dropped, 16 bits are rounded to 8.
 
     Args:
         images: PIL images, numpy arrays (H, W[, C]) or tensors ([C, ]H, W), of uint8, uint16 or floats in [0, 1], or one of
             these by itself; a batch counts as several images.
+        name: what error messages call them.
 
     Raises:
         TypeError, ValueError: an image is of another kind, shape or range; the message says which.
     """
     if isinstance(images, (PIL.Image.Image, np.ndarray, torch.Tensor)):
         images = [images]  # taken apart, a tensor (3, H, W) would be three grey images
-    return [as_pixels(picture.rgb) for picture in to_images(list(images), "data")]
+    return [as_pixels(picture.rgb) for picture in to_images(list(images), name)]
+
+
+def find_equal(images: Iterable[np.ndarray], others: Sequence[np.ndarray]) -> int | None:
+    """The number of the first image that is also among ``others``, pixel by pixel; None if there is none. All are uint8."""
+    for number, image in enumerate(images):
+        if any(image.shape == other.shape and np.array_equal(image, other) for other in others):
+            return number
+    return None
 
 
 def images_record(images: Iterable[MemoryImage]) -> dict[str, int | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -86,6 +87,14 @@ class OneStepModel(nn.Module):
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.scaling_factor.device
+
+    def digest(self) -> str:
+        """SHA-256 over everything that the model computes with: weights, prompt, scaling factor, and alpha_bar at T."""
+        digest = hashlib.sha256(f"{self.timestep} {self.alpha_bar!r}".encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def set_timestep(self, timestep: int) -> None:
         """Takes the step at another T, with the same weights; see `move_timestep` for keeping the function."""

@@ -6,8 +6,10 @@ Nothing heavy is imported here, so that command lines can show the defaults quic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from qartsr_pipeline.calibration.data import MULTIPLE
 
@@ -96,14 +98,44 @@ class Rule:
     quality_margin: float = 0.1
 
 
+# Entries of a record that a retrained model depends on, and options among them.
+MADE_WITH = ("start_sha256", "timestep", "phases", "adapters", "perceptual", "data", "held_out")
+OPTIONS = ("seed", "train_encoder", "bf16", "degradation", "loss")
+
+
+def check_made_with(path: Path, before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Makes sure that a model or state was made as ``record`` says. What an older version did not record is not compared.
+
+    Args:
+        path: the model's folder, or the state.
+        before, record: what is recorded of it, and of the run that is to continue; see `trq.TRQ`.
+
+    Raises:
+        ValueError: it was made with something else; the message names it.
+    """
+    compared = {name: (before[name], record[name]) for name in MADE_WITH if name in before and name in record}
+    if "start_sha256" not in compared and "start" in before:
+        compared["start"] = before["start"], record["start"]
+    options = before.get("options") or {}
+    compared |= {name: (options[name], record["options"][name]) for name in OPTIONS if name in options}
+    for name, (was, now) in compared.items():
+        if was != now:
+            name = name.removesuffix("_sha256")
+            values = f" ({was} there, {now} now)" if len(f"{was}{now}") < 80 else ""
+            raise ValueError(
+                f"{path} was retrained with other arguments: {name} is another{values}. Repeat that run's arguments to continue"
+                f" it, choose another output folder, or remove {path} to retrain anew"
+            )
+
+
 @dataclass(frozen=True)
 class TimestepSearch:
     """The search for the timestep at which a model bears quantization best; see `qartsr_pipeline.calibration.trq`.
 
     Attributes:
-        timesteps: candidates, 0 to 999.
+        timesteps: candidates, different ones from 0 to 999.
         phases, full_phases: of the short retraining at each candidate, and of the one at the chosen timestep.
-        held_out: how many images are kept for measuring.
+        held_out: how many images are kept for measuring, at least 1.
         bits: of weights and activations in the plain quantization that candidates are measured under.
     """
 
@@ -129,7 +161,8 @@ class TimestepSearch:
         least_bypass_cost: float,
         quality_margin: float,
         held_out: int,
+        bits: tuple[int, int],
     ) -> TimestepSearch:
         """From the arguments of a command line, phases as texts; raises ValueError that says what is wrong with them."""
-        rule = Rule(least_bypass_cost, quality_margin)
-        return cls(tuple(timesteps), tuple(map(parse_phase, phases)), tuple(map(parse_phase, full_phases)), rule, held_out)
+        short, full = (tuple(map(parse_phase, texts)) for texts in (phases, full_phases))
+        return cls(tuple(timesteps), short, full, Rule(least_bypass_cost, quality_margin), held_out, bits)

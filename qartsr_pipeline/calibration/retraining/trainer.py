@@ -50,7 +50,7 @@ class Trainer:
     """One run. Step i of phase p depends only on the weights, the seed, p and i: stopping and resuming changes nothing.
 
     A subclass adds phases of its own by overriding `_trained_modules`, `_batch`, `_loss`, `_before_step`, `_scores` and
-    `_further_state`.
+    `_further_state`, and restricts what is continued by overriding `_check`.
 
     Args:
         output: folder of the state, the history and the curves.
@@ -123,10 +123,7 @@ class Trainer:
             FileNotFoundError, ValueError: there is no usable state, or its phases so far are not those of this run.
         """
         state = load_state(self.state_path, self.model.device)
-        begun = state["phase_index"] + (state["step"] > 0)
-        names = [phase["name"] for phase in state["phases"]][:begun]
-        if names != [phase.name for phase in self.phases][:begun]:
-            raise ValueError(f"{self.state_path} was trained in the phases {', '.join(names)}: the phases must begin with these")
+        self._check(state)
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         self.phase_index, self.step, self.history = state["phase_index"], state["step"], state["history"]
@@ -134,6 +131,13 @@ class Trainer:
         if self.phase_index < len(self.phases) and state["optimizer"]:
             self.optimizer = self._new_optimizer(self.phases[self.phase_index])
             self.optimizer.load_state_dict(state["optimizer"])
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the state is not of this run."""
+        begun = state["phase_index"] + (state["step"] > 0)
+        names = [phase["name"] for phase in state["phases"]][:begun]
+        if names != [phase.name for phase in self.phases][:begun]:
+            raise ValueError(f"{self.state_path} was trained in the phases {', '.join(names)}: the phases must begin with these")
 
     def run(self) -> bool:
         """Trains to the end and returns True; or, when asked to stop, to the end of the step, saves, and returns False.

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
+from qartsr_pipeline.calibration.arguments import PERCEPTUAL_NAMES
 from qartsr_pipeline.calibration.saving import load_tensors
-
-PERCEPTUAL = ("encoder", "lpips")
 
 
 class Perceptual(Protocol):
@@ -102,8 +101,10 @@ def load_perceptual(kind: str, vae: AutoencoderKL, weights: Path | None = None) 
         weights: for "lpips", a local file with the backbone's weights (torchvision's vgg16).
 
     Raises:
-        ImportError, OSError, ValueError: LPIPS was asked for and is not to be had.
+        ValueError: there is no such kind. ImportError, OSError, ValueError: LPIPS was asked for and is unavailable.
     """
+    if kind not in PERCEPTUAL_NAMES:
+        raise ValueError(f"there is no perceptual loss {kind!r}; expected {' or '.join(PERCEPTUAL_NAMES)}")
     if kind == "encoder":
         return EncoderFeatures(vae)
     if importlib.util.find_spec("lpips") is None:
