@@ -23,7 +23,7 @@ from qartsr_pipeline.calibration.retraining.settings import (
     Settings,
     TimestepSearch,
 )
-from qartsr_pipeline.calibration.saving import SavingError
+from qartsr_pipeline.calibration.run_folder import SavingError, make_folder
 from qartsr_pipeline.calibration.stopping import Stopped
 from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.calibration.trq import TRQ
@@ -92,7 +92,7 @@ def stage_of(args: argparse.Namespace, progress: Progress) -> TRQ:
         adapters=ADAPTERS[args.train],
     )
     data = TrainingData(args.data, 0.0 if args.data else 1.0, args.degradation, args.held_out).load()
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output)
     return TRQ(args.model, data, args.output, search, settings, device=args.device, progress=progress)
 
 

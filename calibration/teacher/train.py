@@ -48,7 +48,7 @@ from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, PHASES, Phase, Settings, parse_phase, phase_text
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
-from qartsr_pipeline.calibration.saving import SavingError
+from qartsr_pipeline.calibration.run_folder import FolderLock, SavingError, remove_left_over
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.cli.training_bar import TrainingBar
 
@@ -211,7 +211,9 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(" ".join(str(error).split()))
         how = f"python -m calibration.teacher.train --resume --output {run.output}"
         try:
-            finished = trainer.run()
+            with FolderLock(run.output).take():
+                remove_left_over(run.output)
+                finished = trainer.run()
         except KeyboardInterrupt:
             parser.exit(130, f"\nstopped at once; {run.state_path} holds what was saved last. Continue with: {how}\n")
         except SavingError as error:

@@ -18,6 +18,7 @@ from qartsr_pipeline.calibration.data.patches import images_record, pixels_of
 from qartsr_pipeline.calibration.job import Order
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.retraining.settings import TimestepSearch, phase_text
+from qartsr_pipeline.calibration.run_folder import check_free
 from qartsr_pipeline.calibration.training.progress import Callbacks, PreparationCallback, StepCallback
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
@@ -79,7 +80,8 @@ def quantize(
     Raises:
         ValueError: an argument that cannot be, by name; the model is quantized already; ``output`` holds a run with other
             arguments; an image to measure on is among those that the model was made with.
-        FileExistsError: ``output`` holds something else. OSError: files that cannot be read or written.
+        FileExistsError: ``output`` holds something else. OSError: files that cannot be read or written; another process works in
+            ``output``.
         CheckpointError: a model that is damaged or unavailable.
         FloatingPointError: training diverged; a smaller learning rate is the way out.
 
@@ -170,8 +172,7 @@ def _continues(output: Path, arguments: RunArguments) -> bool:
     """
     there = read_arguments(output)
     if there is None:
-        if output.exists() and any(output.iterdir()):
-            raise FileExistsError(f"{output} exists and holds something else: choose another output folder")
+        check_free(output)
         return False
     for name in there.differing(arguments):
         raise ValueError(

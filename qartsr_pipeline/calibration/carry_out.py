@@ -11,9 +11,10 @@ from typing import Any
 from qartsr_pipeline.calibration.data.fingerprint import BEFORE, hardware, versions, without_files
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.family import family_of
-from qartsr_pipeline.calibration.job import Job, Order, evaluation_files, forget_unbegun, load_job, perceptual_of
+from qartsr_pipeline.calibration.job import MODEL, REPORT, Job, Order, evaluation_files, forget_unbegun, load_job, perceptual_of
 from qartsr_pipeline.calibration.report.pipeline_folder import model_card, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import FinishedRun
+from qartsr_pipeline.calibration.run_folder import FolderLock, explained
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
 from qartsr_pipeline.calibration.stopping import Stopped
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, StateFile
@@ -26,8 +27,6 @@ from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from qartsr_pipeline.checkpoint_files import shipped_checkpoints
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.freeze import freeze
-
-MODEL, REPORT = "model", "report"  # folders of a run
 
 
 @dataclass(frozen=True)
@@ -75,23 +74,28 @@ def carry_out(order: Order, progress: Progress = SILENT, workers: Workers = ALON
         workers: the processes that were launched together; the first one writes, and has the result.
 
     Raises:
-        ValueError, OSError, ImportError: see `job.load_job`. FloatingPointError: training diverged.
+        ValueError, OSError, ImportError: see `job.load_job`; a full or read-only disk. FloatingPointError: training diverged.
     """
     untouched = nullcontext() if order.model is None else gradients_restored(order.model)
-    try:
-        with evaluation_files(order) as evaluation, untouched:
-            return _carry_out(order, evaluation, progress, workers)
-    except Stopped:
-        return QuantizationResult(output=order.output if order.keeps_output else None)
-    except (OSError, ValueError, ImportError):
-        if workers.is_main and not order.continues:
-            forget_unbegun(order.output)
-        raise
+    with FolderLock(order.output) as lock:
+        try:
+            with evaluation_files(order) as evaluation, untouched:
+                return _carry_out(order, evaluation, progress, workers, lock)
+        except Stopped:
+            return QuantizationResult(output=order.output if order.keeps_output else None)
+        except (OSError, ValueError, ImportError) as error:
+            if lock.held and not order.continues:
+                forget_unbegun(order.output)
+            if isinstance(error, OSError) and (clearer := explained(error, order.output)) is not error:
+                raise clearer from error
+            raise
 
 
-def _carry_out(order: Order, evaluation: list[Path], progress: Progress, workers: Workers) -> QuantizationResult:
+def _carry_out(
+    order: Order, evaluation: list[Path], progress: Progress, workers: Workers, lock: FolderLock
+) -> QuantizationResult:
     started = time.perf_counter()
-    job = workers.together(lambda: load_job(order, evaluation, progress, workers))
+    job = workers.together(lambda: load_job(order, evaluation, progress, workers, lock))
     arguments = order.arguments
     perceptual = perceptual_of(arguments, job.full_precision) if job.recipe.is_perceptual else None
     context = CalibrationContext(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,19 +28,20 @@ from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bi
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
 from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
+from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, make_folder, remove_left_over
 from qartsr_pipeline.calibration.saving import whole_folder, write_whole
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
 from qartsr_pipeline.calibration.training.engine import check_start
 from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
-from qartsr_pipeline.calibration.training.tensor_store import PREFIX
 from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.loading import default_device, load_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
+MODEL, REPORT = "model", "report"  # folders of a run
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "rider.jpg"
 
 
@@ -98,15 +98,17 @@ class Job:
     retrained: dict[str, Any] | None = None
 
 
-def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: Workers) -> Job:
+def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: Workers, lock: FolderLock) -> Job:
     """Checks everything that can be checked before the first step, and loads models and data.
 
     Args:
         evaluation: files to measure on.
         progress: of retraining at another timestep.
+        lock: of the run's folder; taken once the arguments are known to be good.
 
     Raises:
-        ValueError, OSError, ImportError: bad arguments, recipe, model or data; images to evaluate on among those to calibrate on.
+        ValueError, OSError, ImportError: bad arguments, recipe, model or data; images to evaluate on among those to calibrate on;
+            another process works in the folder.
         Stopped: retraining at another timestep was stopped.
     """
     arguments = order.arguments
@@ -126,7 +128,7 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
         check_no_overlap(evaluation, made_from)
         before |= recorded_files(made_from) or {}
     if workers.is_main:
-        start_folder(order)
+        start_folder(order, lock)
     device = workers.device or order.device or (default_device() if order.model is None else order.model.device)
     folder, model, sweep, retrained = source, order.model, None, None
     if arguments.timestep != "keep":
@@ -217,7 +219,6 @@ def evaluation_files(order: Order) -> Iterator[list[Path]]:
 
 
 def _write_images(images: Sequence[np.ndarray], folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"image-{number:06d}.png" for number in range(1, len(images) + 1)]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)
@@ -327,15 +328,20 @@ def _model_for_retraining(order: Order, folder: Path) -> str:
     return str(given)
 
 
-def start_folder(order: Order) -> None:
-    """Makes the run's folder and writes its arguments into it; removes what a killed process left there."""
-    order.output.mkdir(parents=True, exist_ok=True)
-    for left_over in order.output.glob(PREFIX + "*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+def start_folder(order: Order, lock: FolderLock) -> None:
+    """Makes the run's folder, takes its lock, writes the arguments into it, and removes what a killed process left there.
+
+    Raises:
+        FolderInUseError: another process works there. SavingError: the folder cannot be made or written to.
+    """
+    make_folder(order.output)
+    lock.take()
+    for folder in (order.output, order.output / REPORT):
+        remove_left_over(folder)
     write_whole(order.output / ARGUMENTS_NAME, order.arguments.to_json().encode())
 
 
 def forget_unbegun(output: Path) -> None:
     """Removes the arguments of a run that ended with an error before it made anything: the call can be corrected."""
-    if output.is_dir() and [path.name for path in output.iterdir()] == [ARGUMENTS_NAME]:
+    if output.is_dir() and {path.name for path in output.iterdir()} - {LOCK_NAME} == {ARGUMENTS_NAME}:
         (output / ARGUMENTS_NAME).unlink()

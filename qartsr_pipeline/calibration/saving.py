@@ -6,41 +6,39 @@ import io
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-
-class SavingError(OSError):
-    """A file or folder of a run could not be written. The message says why and what is kept.
-
-    A command that can continue a run adds how to do so.
-    """
+from qartsr_pipeline.calibration.run_folder import SavingError, make_folder, remedy
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes to a temporary name and renames: after a crash, or on a full disk, the file's old content is still there.
 
+    The temporary name is a new one each time, and of the form that `run_folder.LEFT_OVER` knows.
+
     Raises:
         SavingError: the disk is full, or the folder cannot be written to.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         kept = "The file that was saved before is untouched." if path.exists() else "Nothing was saved before."
         raise SavingError(
-            f"{path} ({len(content) / 1e6:.0f} MB) cannot be written: {error.strerror or error}. {kept}"
-            " Free some space or check the folder's permissions."
+            f"{path} ({len(content) / 1e6:.0f} MB) cannot be written: {error.strerror or error}. {kept} {remedy(error)}"
         ) from error
 
 
@@ -53,11 +51,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         yield temporary
         os.replace(temporary, target)
     except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
-        raise SavingError(f"{target} cannot be written ({error}). Free some space or check the folder's permissions.") from error
+        raise SavingError(f"{target} cannot be written ({error}). {remedy(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -69,17 +67,24 @@ def save_tensors(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def load_tensors(path: Path, what: str, device: str | torch.device = "cpu") -> Any:
-    """Reads a file of `torch.save`; only tensors and plain values are unpickled.
+def load_tensors(path: Path, what: str, way_out: str, device: str | torch.device = "cpu") -> Any:
+    """Reads a file of `torch.save`; only tensors and plain values are unpickled, and what the disk damaged is noticed.
 
     Args:
         what: the kind of file that is expected, for the message.
+        way_out: what to do if it is another one, for the message.
 
     Raises:
         ValueError: the file is missing, damaged or of another kind.
     """
     try:
+        if zipfile.is_zipfile(path):  # files of old versions of PyTorch are not
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch.load does not compare the checksums
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        reason = f"{type(error).__name__}: it is missing, damaged or of another kind"
-        raise ValueError(f"{path} cannot be read as {what} ({reason})") from error
+        why = f": {error}" if isinstance(error, zipfile.BadZipFile) else ""
+        reason = f"{type(error).__name__}{why}: it is missing, damaged or of another kind"
+        raise ValueError(f"{path} cannot be read as {what} ({reason}): {way_out}") from error

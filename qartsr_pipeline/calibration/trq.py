@@ -45,6 +45,7 @@ from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, Settings, TimestepSearch, check_made_with
 from qartsr_pipeline.calibration.retraining.sweep_report import write_sweep
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer
+from qartsr_pipeline.calibration.run_folder import FolderLock, make_folder, remove_left_over
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
 from qartsr_pipeline.calibration.start.observers import observe
@@ -161,8 +162,8 @@ class TRQ:
         path = folder / RESULT_NAME
         made_with = self._made_with()
         if path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if result["made_with"] != made_with:
+            result = _read_record(path, folder)
+            if result.get("made_with") != made_with:
                 raise ValueError(f"{path} was made with other settings or data: choose another output folder, or remove {folder}")
             before = result.get("start_sha256")  # absent in older folders
             if before is not None and before != self._digest:
@@ -170,12 +171,23 @@ class TRQ:
             return Candidate(**result["candidate"])
         pipeline_folder = self.retrain(self.model, timestep, self.search.phases, folder)
         candidate = self.measure(OneStepModel.from_pretrained(pipeline_folder).to(self.device))
-        start = read_training_record(pipeline_folder).get("start_sha256")
+        start = _read_record(pipeline_folder / TRAINING_RECORD, pipeline_folder).get("start_sha256")
         result = {"candidate": asdict(candidate), "made_with": made_with, "start_sha256": start}
         write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
         return candidate
 
     def retrain(self, start: str, timestep: int, phases: tuple[Phase, ...], folder: Path) -> Path:
+        """As `_retrain`, as the only process that works in the folder.
+
+        Raises:
+            FolderInUseError: another one does. See `_retrain` for the others.
+        """
+        make_folder(folder)
+        with FolderLock(folder).take():
+            remove_left_over(folder)
+            return self._retrain(start, timestep, phases, folder)
+
+    def _retrain(self, start: str, timestep: int, phases: tuple[Phase, ...], folder: Path) -> Path:
         """Trains ``start`` at ``timestep`` in ``folder`` and returns the pipeline folder ``folder / "model"``.
 
         The training state is removed once that folder is written; a folder that is already there, made from the same model with
@@ -186,12 +198,11 @@ class TRQ:
             Stopped: the state is saved; call it again to continue. FloatingPointError: the loss became NaN or infinite.
         """
         target, state_path = folder / "model", folder / STATE_NAME
-        folder.mkdir(parents=True, exist_ok=True)
         model = OneStepModel.from_pretrained(start)
         adapters = is_large(model) if self.settings.adapters is None else self.settings.adapters
         record = self._record(start, model.digest(), timestep, phases, adapters)
         if target.exists() and not state_path.exists():
-            check_made_with(target, read_training_record(target), record)
+            check_made_with(target, _read_record(target / TRAINING_RECORD, target), record)
             return target
         move_timestep(model, timestep, latents_for_fit(model, self.data.patches, self.settings.degradation))
         if adapters:
@@ -302,20 +313,16 @@ class _SameRun(Trainer):
         check_made_with(self.state_path, (state.get("record") or {}) | {"phases": state["phases"]}, self.record)
 
 
-def read_training_record(folder: Path) -> dict[str, Any]:
-    """How the model in a folder that `TRQ` wrote was retrained.
-
-    Raises:
-        ValueError: the folder has no such record, or it is damaged.
-    """
-    path = folder / TRAINING_RECORD
+def _read_record(path: Path, folder: Path) -> dict[str, Any]:
+    """What was recorded of a retrained model; ValueError that says to remove ``folder`` where it is missing or damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+        why = f"{type(record).__name__} in the place of an object"
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}, which says how the model there was made, cannot be read ({error}): remove {folder} to retrain anew"
-        ) from error
-    return record
+        why = str(error)
+    raise ValueError(f"{path}, which says how the model there was made, cannot be read ({why}): remove {folder} to retrain anew")
 
 
 def plainly_quantized(model: OneStepModel, latents: list[torch.Tensor], bits: tuple[int, int]) -> OneStepModel:

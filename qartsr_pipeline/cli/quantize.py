@@ -30,6 +30,7 @@ from qartsr_pipeline.calibration.arguments import (
     recipe_names,
 )
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
+from qartsr_pipeline.calibration.run_folder import SavingError, check_free
 from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.cli.training_bar import TrainingBar
@@ -124,7 +125,7 @@ def arguments_of(given: dict[str, Any], output: Path, resume: bool) -> RunArgume
     there = read_arguments(output)
     if resume:
         if there is None:
-            raise UsageError(f"nothing to resume: there is no {output / ARGUMENTS_NAME}")
+            raise UsageError(f"nothing to resume: there is no {output / ARGUMENTS_NAME}. Begin the run without --resume")
         in_memory = there.only_in_memory() + (["the images to measure on"] if there.evaluate_in_memory else [])
         if in_memory and (there.only_in_memory() or "evaluate" not in given):
             way_out = "" if there.only_in_memory() else ", or name a folder with --evaluate"
@@ -141,15 +142,13 @@ def arguments_of(given: dict[str, Any], output: Path, resume: bool) -> RunArgume
         return arguments
     if there is not None:
         raise UsageError(f"{output} holds a run already: continue it with --resume, or choose another --output")
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} exists and holds something else: choose another --output")
+    check_free(output)
     return RunArguments.of(given)
 
 
 def run(options: argparse.Namespace) -> int:
     """Carries out the run and prints what was made; 130 if it was stopped."""
     from qartsr_pipeline.calibration.job import Order
-    from qartsr_pipeline.calibration.saving import SavingError
     from qartsr_pipeline.calibration.training.workers import Workers
     from qartsr_pipeline.cli.device import choose_device
     from qartsr_pipeline.cli.processes import join_processes
@@ -164,7 +163,8 @@ def run(options: argparse.Namespace) -> int:
         finished = _run(order, workers)
         processes.gather(finished)
     except SavingError as error:
-        raise SavingError(f"{error} Then continue with: {how}") from error
+        begun = (options.output / ARGUMENTS_NAME).is_file()
+        raise SavingError(f"{error} Then continue with: {how}" if begun else str(error)) from error
     except ImportError as error:  # of an optional package; the message says how to install it
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from qartsr_pipeline.calibration import api, job
 from qartsr_pipeline.calibration.arguments import RunArguments
 from qartsr_pipeline.calibration.data.training_set import TrainingData
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch, parse_phase
-from qartsr_pipeline.calibration.saving import SavingError
+from qartsr_pipeline.calibration.run_folder import SavingError
 from tiny_models import build_tiny_pipeline
 
 STEPS = 4

@@ -1,7 +1,6 @@
 """The command `qartsr quantize`, from its arguments to the folder, the record and the report."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -191,16 +190,6 @@ def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_pictu
     assert record["timestep"] == retrained["timestep"] in (20, 400) and retrained["phases"][0]["steps"] == 2
     assert "picture_0.png" in record["data"]["files"] and "timestep" in (output / "report" / "index.html").read_text()
     assert QArtSRPipeline.from_pretrained(output / "model").config.timestep == retrained["timestep"]
-
-
-def test_what_is_left_of_a_killed_process_is_removed(tiny_folder, small_picture, tmp_path):
-    output = tmp_path / "run"
-    quantize(str(tiny_folder), "--output", str(output), *small_picture, *TINY)
-    (output / ".activations.x").mkdir()
-    (output / ".activations.x" / "0.safetensors").write_bytes(b"large")
-    shutil.rmtree(output / "model")
-    quantize("--resume", "--output", str(output))
-    assert (output / "model").exists() and not list(output.glob(".activations*"))
 
 
 def test_pictures_to_evaluate_must_not_be_calibrated_on(tiny_folder, photographs, tmp_path, capsys):

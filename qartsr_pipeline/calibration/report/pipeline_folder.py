@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qartsr_pipeline.calibration.saving import SavingError
+from qartsr_pipeline.calibration.run_folder import SavingError, remedy
 from qartsr_pipeline.convert.model_card import PIPELINE_TAG, code_text, license_of, markdown_text, yaml_text
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
@@ -54,10 +54,7 @@ def save_pipeline(
             (temporary / CARD_NAME).write_text(card, encoding="utf-8")
         replace_folder(temporary, folder)
     except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
-        raise SavingError(
-            f"{folder} cannot be written ({error}). What was saved before is untouched. Free some space or check the folder's"
-            " permissions."
-        ) from error
+        raise SavingError(f"{folder} cannot be written ({error}). What was saved before is untouched. {remedy(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder_sizes(folder)

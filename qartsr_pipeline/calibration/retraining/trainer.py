@@ -38,7 +38,7 @@ def load_state(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no training state {str(path)!r}: a training run writes one to its output folder")
-    state = load_tensors(path, "a training state", device)
+    state = load_tensors(path, "a training state", f"restore it, or remove {path} to begin anew", device)
     missing = ENTRIES - state.keys() if isinstance(state, dict) else ENTRIES
     if missing:
         raise ValueError(f"{path} is no training state: it lacks the entries {', '.join(sorted(missing))}")

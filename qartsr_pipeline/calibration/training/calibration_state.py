@@ -53,7 +53,7 @@ def save_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    state = load_tensors(path, "a calibration state")
+    state = load_tensors(path, "a calibration state", f"restore it, or remove {path} to begin anew")
     if not isinstance(state, dict) or ENTRIES - state.keys():
         raise ValueError(f"{path} is no calibration state: choose another output folder, or remove it")
     return state

@@ -81,7 +81,7 @@ class Lpips(nn.Module):
 
     def _load_backbone(self, path: Path) -> None:
         """lpips cuts torchvision's `features` into slices that keep the layers' numbers."""
-        state = load_tensors(path, "weights of the LPIPS backbone")
+        state = load_tensors(path, "weights of the LPIPS backbone", "download it again")
         for name, parameter in self.model.net.named_parameters():
             key = "features." + ".".join(name.split(".")[-2:])
             if key not in state or state[key].shape != parameter.shape:

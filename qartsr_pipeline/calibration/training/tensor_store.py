@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-PREFIX = ".activations."  # of the temporary folder's name
+from qartsr_pipeline.calibration.run_folder import ACTIVATIONS
 
 
 class TensorStore:
@@ -48,7 +48,7 @@ class TensorStore:
             self.bytes_in_memory += size
             return
         if self.folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self.parent))
+            self.folder = Path(tempfile.mkdtemp(prefix=ACTIVATIONS, dir=self.parent))
         path = self.folder / f"{len(self._files)}.safetensors"
         try:
             save_file({"tensor": tensor.detach().contiguous()}, path)
