@@ -27,18 +27,17 @@ from benchmarks.machine import peak_megabytes
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
+from qartsr_pipeline.calibration.instances import on_the_same_weights
 from qartsr_pipeline.calibration.recipe import parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
 from qartsr_pipeline.calibration.training import engine
-from qartsr_pipeline.calibration.training.calibration_state import StateFile
-from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext, StateFile
 from qartsr_pipeline.calibration.training.engine import begin
 from qartsr_pipeline.calibration.training.losses import load_perceptual
 from qartsr_pipeline.calibration.training.progress import Callbacks
-from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.convert import stable_diffusion_2_1
 from qartsr_pipeline.prompt_embedding import PromptEmbedding

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
-from qartsr_pipeline.calibration.data.training_set import TrainingData
+from qartsr_pipeline.calibration.data.pairs import TrainingData
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
 from qartsr_pipeline.calibration.retraining.settings import (
     DISTANCE_NAMES,
@@ -24,8 +24,7 @@ from qartsr_pipeline.calibration.retraining.settings import (
     TimestepSearch,
 )
 from qartsr_pipeline.calibration.run_folder import SavingError, make_folder
-from qartsr_pipeline.calibration.stopping import Stopped
-from qartsr_pipeline.calibration.training.progress import Progress
+from qartsr_pipeline.calibration.training.progress import Progress, Stopped
 from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.cli.training_bar import TrainingBar
 

@@ -19,7 +19,7 @@ from calibration.comparison.setting import Comparison, Model, write_json
 from calibration.comparison.stored_size import stored_size
 from calibration.comparison.table import full_precision_name
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
-from qartsr_pipeline.calibration.data.photographs import as_pixels
+from qartsr_pipeline.calibration.data.patches import as_pixels
 from qartsr_pipeline.calibration.evaluation.measurement import BICUBIC, Candidate, Evaluation, ImageOutputs
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, load_metrics
 from qartsr_pipeline.calibration.evaluation.originals import originals_of

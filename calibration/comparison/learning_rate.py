@@ -14,9 +14,9 @@ from calibration.comparison.setting import Comparison, Model, write_json
 from qartsr_pipeline.calibration.data.pairs import held_out_pairs
 from qartsr_pipeline.calibration.family import image_of
 from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
-from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.engine import Run, begin
-from qartsr_pipeline.calibration.training.result import Calibrated
+from qartsr_pipeline.calibration.training.progress import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it

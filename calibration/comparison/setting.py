@@ -13,8 +13,7 @@ import torch
 from calibration.comparison.methods import Cell
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, data_fingerprint, file_digests, overlap
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
-from qartsr_pipeline.calibration.data.patches import PhotographPatches
-from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.data.patches import PhotographPatches, list_photographs
 from qartsr_pipeline.calibration.evaluation.metrics import load_metrics
 from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.saving import write_whole

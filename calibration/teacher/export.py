@@ -20,7 +20,7 @@ from calibration.teacher.model import TIMESTEP, new_model
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.fingerprint import photographs_record, versions
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
-from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.data.patches import list_photographs
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, save_pipeline
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.trainer import load_state

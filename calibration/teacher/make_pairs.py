@@ -21,8 +21,7 @@ from tqdm import tqdm
 from qartsr_pipeline.calibration.data import SCALE
 from qartsr_pipeline.calibration.data.degradations import Degradation, bicubic_degradation, one_round, two_rounds
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
-from qartsr_pipeline.calibration.data.patches import PhotographPatches
-from qartsr_pipeline.calibration.data.photographs import as_pixels, list_photographs
+from qartsr_pipeline.calibration.data.patches import PhotographPatches, as_pixels, list_photographs
 
 SIDE = 64  # of the degraded images
 BORDER = 8  # degraded pixels cut off around them

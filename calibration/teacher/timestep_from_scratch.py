@@ -24,7 +24,7 @@ from calibration.teacher.train import TeacherRun
 from qartsr_pipeline.calibration.retraining.settings import Rule, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, load_state
 from qartsr_pipeline.calibration.saving import write_whole
-from qartsr_pipeline.calibration.stopping import Stopped
+from qartsr_pipeline.calibration.training.progress import Stopped
 from qartsr_pipeline.calibration.trq import RESULT_NAME, TRQ, Candidate, choose
 from qartsr_pipeline.cli.training_bar import TrainingBar
 

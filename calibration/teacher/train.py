@@ -40,10 +40,8 @@ from calibration.teacher.perceptual.trainer import PhotoTrainer
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import versions
-from qartsr_pipeline.calibration.data.pairs import Pair, choose_held_out, held_out_pairs, procedural_pairs
-from qartsr_pipeline.calibration.data.patches import Patches
-from qartsr_pipeline.calibration.data.photographs import list_photographs
-from qartsr_pipeline.calibration.data.training_set import TrainingData
+from qartsr_pipeline.calibration.data.pairs import Pair, TrainingData, choose_held_out, held_out_pairs, procedural_pairs
+from qartsr_pipeline.calibration.data.patches import Patches, list_photographs
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, PHASES, Phase, Settings, parse_phase, phase_text

@@ -11,18 +11,15 @@ from typing import Any
 from qartsr_pipeline.calibration.data.fingerprint import BEFORE, hardware, versions, without_files
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.instances import give_own_weights, gradients_restored
 from qartsr_pipeline.calibration.job import MODEL, REPORT, Job, Order, evaluation_files, forget_unbegun, load_job, perceptual_of
 from qartsr_pipeline.calibration.report.pipeline_folder import model_card, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import FinishedRun
 from qartsr_pipeline.calibration.run_folder import FolderLock, explained
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
-from qartsr_pipeline.calibration.stopping import Stopped
-from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, StateFile
-from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, CalibrationContext, StateFile
 from qartsr_pipeline.calibration.training.engine import calibrate
-from qartsr_pipeline.calibration.training.progress import SILENT, Progress
-from qartsr_pipeline.calibration.training.result import Calibrated
-from qartsr_pipeline.calibration.training.sharing import give_own_weights, gradients_restored
+from qartsr_pipeline.calibration.training.progress import SILENT, Calibrated, Progress, Stopped
 from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from qartsr_pipeline.checkpoint_files import shipped_checkpoints
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline

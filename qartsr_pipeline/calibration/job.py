@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tempfile
@@ -20,10 +19,18 @@ from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, PERCEPTUAL_NAM
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, photographs_record, recorded_files
-from qartsr_pipeline.calibration.data.patches import ImagePatches, Patches, PhotographPatches, find_equal, images_record
-from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
-from qartsr_pipeline.calibration.data.training_set import TrainingData
+from qartsr_pipeline.calibration.data.pairs import TrainingData
+from qartsr_pipeline.calibration.data.patches import (
+    ImagePatches,
+    Patches,
+    PhotographPatches,
+    find_equal,
+    images_record,
+    list_photographs,
+    read_photograph,
+)
 from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.instances import check_not_offloaded, instance_of, load_pipeline, on_the_same_weights
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
@@ -34,11 +41,10 @@ from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
 from qartsr_pipeline.calibration.training.engine import check_start
 from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.calibration.training.progress import Progress
-from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
 from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.checkpoint_files import fetch
-from qartsr_pipeline.loading import default_device, load_quietly
+from qartsr_pipeline.loading import default_device
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 MODEL, REPORT = "model", "report"  # folders of a run
@@ -236,32 +242,6 @@ def source_of(order: Order) -> Path | None:
 def _folder(source: Path | None) -> Path:
     assert source is not None  # there is one wherever the model is not in memory
     return source
-
-
-def load_pipeline(folder: Path) -> QArtSRPipeline:
-    """The full-precision pipeline on the CPU, without text encoder: the fixed prompt is folded into the weights."""
-    return load_quietly(folder, text_encoder=None, tokenizer=None)
-
-
-def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QArtSRPipeline:
-    """Another instance of a pipeline in memory, in float32, on the same weights where these are so already.
-
-    Raises:
-        ValueError: its components are moved around by offloading.
-    """
-    check_not_offloaded(model)
-    pipeline = on_the_same_weights(model)
-    pipeline.register_modules(text_encoder=None, tokenizer=None)
-    wanted = torch.device(device or model.device)
-    if model.dtype != torch.float32 or wanted.type != model.device.type or wanted.index not in (None, model.device.index):
-        pipeline = copy.deepcopy(pipeline).to(wanted, torch.float32)
-    return pipeline
-
-
-def check_not_offloaded(model: QArtSRPipeline) -> None:
-    """Raises ValueError if the pipeline's components are moved around by offloading."""
-    if getattr(model, "_all_hooks", None):  # a private attribute of diffusers'
-        raise ValueError("the pipeline is offloaded: call its remove_all_hooks(), or give its folder")
 
 
 def perceptual_of(arguments: RunArguments, full_precision: QArtSRPipeline) -> Perceptual:

@@ -36,22 +36,20 @@ from typing import Any
 import torch
 
 from qartsr_pipeline.calibration.data.fingerprint import versions, without_files
-from qartsr_pipeline.calibration.data.training_set import TrainingSet
+from qartsr_pipeline.calibration.data.pairs import TrainingSet
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, check_target, save_pipeline
-from qartsr_pipeline.calibration.retraining.adapters import add_adapters, is_large, merge_adapters
 from qartsr_pipeline.calibration.retraining.losses import image_quality, validate
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
-from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
+from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel, add_adapters, is_large, merge_adapters
+from qartsr_pipeline.calibration.retraining.report import write_sweep
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, Settings, TimestepSearch, check_made_with
-from qartsr_pipeline.calibration.retraining.sweep_report import write_sweep
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer
 from qartsr_pipeline.calibration.run_folder import FolderLock, make_folder, remove_left_over
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
 from qartsr_pipeline.calibration.start.observers import observe
-from qartsr_pipeline.calibration.stopping import Stopped
 from qartsr_pipeline.calibration.training.losses import Perceptual
-from qartsr_pipeline.calibration.training.progress import SILENT, Progress
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress, Stopped
 from qartsr_pipeline.quantization.calibrating import calibrating_layers, prepare
 from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers

@@ -54,7 +54,7 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     import torch
 
     from qartsr_pipeline.calibration.data.degradations import real_degradation
-    from qartsr_pipeline.calibration.data.photographs import as_pixels, as_tensor
+    from qartsr_pipeline.calibration.data.patches import as_pixels, as_tensor
     from qartsr_pipeline.cli.description import describe, kernels
     from qartsr_pipeline.loading import load_quietly
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, recorded_files, versions
 from qartsr_pipeline.calibration.data.paired_folders import HR_ONLY, find_pairs
-from qartsr_pipeline.calibration.data.photographs import as_pixels
+from qartsr_pipeline.calibration.data.patches import as_pixels
 from qartsr_pipeline.calibration.evaluation.api import evaluate, row_names
 from qartsr_pipeline.calibration.evaluation.measurement import ImageOutputs
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN

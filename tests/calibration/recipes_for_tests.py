@@ -12,11 +12,9 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.family import ImageFamily, family_of
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
-from qartsr_pipeline.calibration.training.calibration_state import StateFile
-from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext, StateFile
 from qartsr_pipeline.calibration.training.engine import calibrate
-from qartsr_pipeline.calibration.training.progress import Callbacks
-from qartsr_pipeline.calibration.training.result import Calibrated
+from qartsr_pipeline.calibration.training.progress import Calibrated, Callbacks
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from tiny_models import build_tiny_pipeline
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from qartsr_pipeline import QArtSRPipeline, quantize
 from qartsr_pipeline.calibration import api, job
 from qartsr_pipeline.calibration.arguments import RunArguments
-from qartsr_pipeline.calibration.data.training_set import TrainingData
+from qartsr_pipeline.calibration.data.pairs import TrainingData
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.run_folder import SavingError
 from tiny_models import build_tiny_pipeline

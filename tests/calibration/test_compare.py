@@ -26,8 +26,8 @@ from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.recipe import Layer
 from qartsr_pipeline.calibration.recipe_files import load_recipe
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
-from qartsr_pipeline.calibration.training.context import CalibrationContext
-from qartsr_pipeline.calibration.training.result import Calibrated
+from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
+from qartsr_pipeline.calibration.training.progress import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.freeze import freeze_layer

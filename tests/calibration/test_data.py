@@ -9,13 +9,18 @@ from PIL import Image
 
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves, power_law_radii
-from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS, bicubic_degradation
-from qartsr_pipeline.calibration.data.filters import convolve, gaussian_kernel
+from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS, bicubic_degradation, convolve, gaussian_kernel
 from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint
-from qartsr_pipeline.calibration.data.pairs import MARGIN, degraded_pair, held_out_pairs
-from qartsr_pipeline.calibration.data.patches import ImagePatches, MixedPatches, PhotographPatches, images_record, pixels_of
-from qartsr_pipeline.calibration.data.photographs import list_photographs, read_photograph
-from qartsr_pipeline.calibration.data.training_set import TrainingData
+from qartsr_pipeline.calibration.data.pairs import MARGIN, TrainingData, degraded_pair, held_out_pairs
+from qartsr_pipeline.calibration.data.patches import (
+    ImagePatches,
+    MixedPatches,
+    PhotographPatches,
+    images_record,
+    list_photographs,
+    pixels_of,
+    read_photograph,
+)
 from qartsr_pipeline.image_files import ImageFileError
 
 

@@ -14,15 +14,14 @@ from recipes_for_tests import COMPONENTS, SmoothPatches, all_layers, calibrated,
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.family import family_of, image_of
 from qartsr_pipeline.calibration.recipe import RecipeError
-from qartsr_pipeline.calibration.training import extended, losses, steps
+from qartsr_pipeline.calibration.training import losses, stages, steps
 from qartsr_pipeline.calibration.training.blocks import distributed, turns
 from qartsr_pipeline.calibration.training.engine import begin
 from qartsr_pipeline.calibration.training.losses import EncoderFeatures
-from qartsr_pipeline.calibration.training.optimization import keep_zero_inside
 from qartsr_pipeline.calibration.training.progress import Callbacks
-from qartsr_pipeline.calibration.training.rpq import record
-from qartsr_pipeline.calibration.training.steps import StagePlan
-from qartsr_pipeline.calibration.training.tensor_store import TensorStore
+from qartsr_pipeline.calibration.training.replay import TensorStore
+from qartsr_pipeline.calibration.training.stages import record
+from qartsr_pipeline.calibration.training.steps import StagePlan, keep_zero_inside
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.calibrating import prepare
 from qartsr_pipeline.quantization.fold import fold
@@ -246,8 +245,8 @@ def test_a_loss_or_gradient_that_is_no_number_stops_with_the_way_out(tmp_path, m
         loss = end_to_end_loss(*arguments)
         return spoilt(loss) if next(calls) == 3 else loss
 
-    calls, end_to_end_loss = itertools.count(1), extended.end_to_end_loss
-    monkeypatch.setattr(extended, "end_to_end_loss", diverging)
+    calls, end_to_end_loss = itertools.count(1), stages.end_to_end_loss
+    monkeypatch.setattr(stages, "end_to_end_loss", diverging)
     with pytest.raises(FloatingPointError, match=f"step 2 of ET.*{said}.* smaller learning rate than 0.003"):
         calibrated(recipe, state=tmp_path / "state.pt", every=1)
     monkeypatch.undo()

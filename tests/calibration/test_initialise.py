@@ -9,8 +9,7 @@ from torch import nn
 from qartsr_pipeline.arithmetic.affine import BITS, fake_quantize
 from qartsr_pipeline.calibration.recipe import Layer
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error, smoothing_factor
-from qartsr_pipeline.calibration.start.input_bounds import SquaredErrors
-from qartsr_pipeline.calibration.start.observers import observe
+from qartsr_pipeline.calibration.start.observers import SquaredErrors, observe
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers, prepare
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme

@@ -27,10 +27,15 @@ from calibration.teacher.perceptual.settings import DISCRIMINATORS as DISCRIMINA
 from calibration.teacher.perceptual.settings import PhotoSettings
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.data.degradations import MIXTURE, one_round, photo_degradation, two_rounds
-from qartsr_pipeline.calibration.data.filters import random_sinc_kernel, sinc_kernel
-from qartsr_pipeline.calibration.data.patches import PhotographPatches
-from qartsr_pipeline.calibration.data.photographs import list_photographs
+from qartsr_pipeline.calibration.data.degradations import (
+    MIXTURE,
+    one_round,
+    photo_degradation,
+    random_sinc_kernel,
+    sinc_kernel,
+    two_rounds,
+)
+from qartsr_pipeline.calibration.data.patches import PhotographPatches, list_photographs
 from qartsr_pipeline.calibration.retraining.trainer import Trainer, load_state
 
 PHOTO = ("--phases", "photo:6:1e-3:32:2", "--held-out", "1", "--every", "3", "--seed", "3", "--fp32", "--degradation", "photo",

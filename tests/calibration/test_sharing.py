@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from recipes_for_tests import SmoothPatches, context_of, picture, small_recipe
 
+from qartsr_pipeline.calibration.instances import on_the_same_weights
 from qartsr_pipeline.calibration.start import branches
 from qartsr_pipeline.calibration.start.branches import leading_vectors
-from qartsr_pipeline.calibration.training import sharing
-from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training import blocks
+from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.engine import calibrate
-from qartsr_pipeline.calibration.training.sharing import on_the_same_weights
 from tiny_models import build_tiny_pipeline
 
 
@@ -26,8 +26,8 @@ def test_two_instances_on_the_same_weights_are_quantized_independently():
 
 def test_blocks_that_run_again_in_the_backward_pass_train_the_same(monkeypatch):
     recipe, results, runs = small_recipe("steps=4"), [], []
-    for large in (sharing.LARGE, 0):
-        monkeypatch.setattr(sharing, "LARGE", large)
+    for large in (blocks.LARGE, 0):
+        monkeypatch.setattr(blocks, "LARGE", large)
         context = context_of(recipe)
         block = context.pipeline.vae.decoder.mid_block.resnets[0]
         calls = []

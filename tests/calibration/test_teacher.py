@@ -16,7 +16,7 @@ from calibration.teacher import train as teacher
 from calibration.teacher.model import TIMESTEP, build_models, new_model
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration import saving
-from qartsr_pipeline.calibration.retraining import plots as training_plots
+from qartsr_pipeline.calibration.retraining import report as training_plots
 from qartsr_pipeline.calibration.retraining.losses import PhaseLoss
 from qartsr_pipeline.calibration.retraining.settings import parse_phase
 from qartsr_pipeline.calibration.retraining.trainer import Trainer, load_state

@@ -17,17 +17,13 @@ from calibration.teacher import train as teacher
 from calibration.teacher.model import new_model
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration import trq
-from qartsr_pipeline.calibration.data.pairs import procedural_pairs
-from qartsr_pipeline.calibration.data.patches import PhotographPatches
-from qartsr_pipeline.calibration.data.photographs import list_photographs
-from qartsr_pipeline.calibration.data.training_set import TrainingSet
-from qartsr_pipeline.calibration.retraining.adapters import LowRank, add_adapters, merge_adapters
+from qartsr_pipeline.calibration.data.pairs import TrainingSet, procedural_pairs
+from qartsr_pipeline.calibration.data.patches import PhotographPatches, list_photographs
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
-from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
+from qartsr_pipeline.calibration.retraining.one_step_model import LowRank, OneStepModel, add_adapters, merge_adapters
 from qartsr_pipeline.calibration.retraining.settings import Rule, Settings, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.retraining.trainer import Trainer
-from qartsr_pipeline.calibration.stopping import Stopped
-from qartsr_pipeline.calibration.training.progress import Callbacks
+from qartsr_pipeline.calibration.training.progress import Callbacks, Stopped
 from tiny_models import build_tiny_pipeline
 
 SHORT = ["--phases", "latent:2:1e-4:32:2", "pixel:2:1e-4:32:2", "--fp32", "--held-out", "1"]

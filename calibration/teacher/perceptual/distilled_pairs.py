@@ -12,7 +12,7 @@ import torch
 
 from qartsr_pipeline.calibration.data import SCALE
 from qartsr_pipeline.calibration.data.pairs import MARGIN, Pair
-from qartsr_pipeline.calibration.data.photographs import read_photograph
+from qartsr_pipeline.calibration.data.patches import read_photograph
 from qartsr_pipeline.image.resize import resize
 
 

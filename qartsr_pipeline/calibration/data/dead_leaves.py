@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from qartsr_pipeline.calibration.data.filters import gaussian_blur
+from qartsr_pipeline.calibration.data.degradations import gaussian_blur
 
 SUPERSAMPLING = 2  # drawn this many times larger and averaged, so that edges are antialiased
 FIELD_SIDE = 512  # of the noise fields, which repeat seamlessly

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from qartsr_pipeline.calibration.data import SCALE
-from qartsr_pipeline.calibration.data.photographs import as_tensor, list_photographs, read_photograph
+from qartsr_pipeline.calibration.data.patches import as_tensor, list_photographs, read_photograph
 
 EQUAL_NAMES = {"hr": "lr", "test_hr": "test_lr", "gt": "lq"}
 REALSR = re.compile(r"(?P<scene>.+)_(?P<kind>HR|LR\d)")

@@ -17,7 +17,7 @@ from PIL import Image
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
 from qartsr_pipeline.calibration.saving import write_whole
-from qartsr_pipeline.calibration.training.result import Histogram
+from qartsr_pipeline.calibration.training.progress import Histogram
 from qartsr_pipeline.image.comparison import picture_sheet
 
 STYLE = """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qartsr_pipeline.calibration.training.result import Histogram
+from qartsr_pipeline.calibration.training.progress import Histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from qartsr_pipeline.calibration.data.fingerprint import without_files
-from qartsr_pipeline.calibration.data.photographs import as_pixels
+from qartsr_pipeline.calibration.data.patches import as_pixels
 from qartsr_pipeline.calibration.evaluation.measurement import Candidate, Evaluation, ImageOutputs
 from qartsr_pipeline.calibration.evaluation.originals import originals_of
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.report.report import ReportData, write_report
-from qartsr_pipeline.calibration.training.result import Calibrated
+from qartsr_pipeline.calibration.training.progress import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SHOWN = 4  # images that are shown; all are measured

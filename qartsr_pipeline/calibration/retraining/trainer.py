@@ -13,17 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
-from qartsr_pipeline.calibration.data.training_set import TrainingSet
-from qartsr_pipeline.calibration.retraining.adapters import trained_parameters
+from qartsr_pipeline.calibration.data.pairs import Pair, TrainingSet, sample_pair
 from qartsr_pipeline.calibration.retraining.losses import PhaseLoss, set_scaling_factor, trained_modules, validate
-from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
-from qartsr_pipeline.calibration.retraining.plots import plot_if_possible
+from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel, trained_parameters
+from qartsr_pipeline.calibration.retraining.report import plot_if_possible
 from qartsr_pipeline.calibration.retraining.settings import Phase, Settings
 from qartsr_pipeline.calibration.saving import load_tensors, save_tensors, write_whole
-from qartsr_pipeline.calibration.stopping import StopSignals
 from qartsr_pipeline.calibration.training.losses import Perceptual
-from qartsr_pipeline.calibration.training.progress import SILENT, Progress, Step
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress, Step, StopSignals
 
 STATE_NAME = "state.pt"
 ENTRIES = {"model", "average", "phase_index", "step", "history", "phases"}

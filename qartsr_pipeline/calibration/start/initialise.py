@@ -27,8 +27,7 @@ import torch
 from qartsr_pipeline.arithmetic.affine import fake_quantize
 from qartsr_pipeline.calibration.recipe import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.calibration.start.branches import branch_from_weight, fit_branch, left_by_quantization, unfolded
-from qartsr_pipeline.calibration.start.input_bounds import SHRINK, input_bounds
-from qartsr_pipeline.calibration.start.observers import InputSample
+from qartsr_pipeline.calibration.start.observers import SHRINK, InputSample, input_bounds
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, Rotated
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress, follow
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin

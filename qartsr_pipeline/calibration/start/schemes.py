@@ -12,7 +12,7 @@ from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
 from qartsr_pipeline.calibration.start.observers import InputSample, observe
 from qartsr_pipeline.calibration.start.ranks import Budget, RankedLayer, ranks_within_budget
-from qartsr_pipeline.calibration.training.context import CalibrationContext
+from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.progress import follow
 from qartsr_pipeline.quantization.calibrating import Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers

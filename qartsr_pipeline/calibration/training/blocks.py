@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
+
+LARGE = 200_000_000  # weights of calibrating layers from which their blocks run twice
 
 
 @dataclass(frozen=True)
@@ -123,3 +128,21 @@ def turns(blocks: list[Block], modules: str, order: str) -> list[Turn]:
     if order == "distributed":
         return [groups[index] for index in distributed(len(groups))]
     return groups[::-1] if order == "reversed" else groups
+
+
+@contextmanager
+def recomputed(blocks: list[Block]) -> Iterator[None]:
+    """Within, blocks of a large model run again during the backward pass, instead of keeping what they computed.
+
+    A calibrating layer keeps some 17 bytes a weight for its gradient (weight, residual, codes, mask): for 866 million that is
+    more than a GPU has.
+    """
+    large = sum(layer.weight.numel() for block in blocks for layer in block.layers) > LARGE
+    chosen = blocks if large else []
+    for block in chosen:
+        block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for block in chosen:
+            del block.module.forward

@@ -4,7 +4,7 @@ Read from top to bottom:
 
 1. `begin` observes the full-precision model, chooses ranks, replaces its layers by calibrating ones and sets their parameters
    (`qartsr_pipeline.calibration.start`).
-2. `Run.complete` trains them stage by stage: modules one after another (`rpq`), or all at once (`extended`).
+2. `Run.complete` trains them stage by stage: modules one after another, or all at once (`stages`).
 3. It then measures every layer, and makes sure that no original weight was changed.
 """
 
@@ -23,19 +23,17 @@ from qartsr_pipeline.calibration.start.observers import InputSample
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.calibration.start.schemes import fold_and_make_schemes, give_ranks, observe_full_precision
 from qartsr_pipeline.calibration.start.warm_start import record_of_folder, start_from_folder
-from qartsr_pipeline.calibration.stopping import Stopped, StopSignals
+from qartsr_pipeline.calibration.training.blocks import recomputed
 from qartsr_pipeline.calibration.training.calibration_state import (
     NO_STATE,
+    CalibrationContext,
     StateFile,
     load_parameters,
     quantization_parameters,
     started_from,
 )
-from qartsr_pipeline.calibration.training.context import CalibrationContext
-from qartsr_pipeline.calibration.training.extended import train_end_to_end
-from qartsr_pipeline.calibration.training.result import Calibrated, Histogram
-from qartsr_pipeline.calibration.training.rpq import quantize_per_module
-from qartsr_pipeline.calibration.training.sharing import recomputed
+from qartsr_pipeline.calibration.training.progress import Calibrated, Histogram, Stopped, StopSignals
+from qartsr_pipeline.calibration.training.stages import quantize_per_module, train_end_to_end
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, prepare
 

@@ -1,24 +1,20 @@
-"""Memory for large models: two instances of a pipeline on the same weights, and blocks that keep nothing for the gradient.
-
-A calibrating layer keeps some 17 bytes a weight for its gradient (weight, residual, codes, mask): for 866 million that is more
-than a GPU has. Blocks of large models therefore keep their inputs only, and run a second time during the backward pass.
-"""
+"""Full-precision pipelines that a run works on: loaded, or other instances on the weights of one that is in memory."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from qartsr_pipeline.calibration.training.blocks import Block
+from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
-LARGE = 200_000_000  # weights of calibrating layers from which their blocks run twice
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
@@ -57,15 +53,27 @@ def give_own_weights(pipeline: DiffusionPipeline) -> None:
                     module._buffers[name] = buffer.clone()
 
 
-@contextmanager
-def recomputed(blocks: list[Block]) -> Iterator[None]:
-    """Within, blocks of a large model run again during the backward pass, instead of keeping what they computed."""
-    large = sum(layer.weight.numel() for block in blocks for layer in block.layers) > LARGE
-    chosen = blocks if large else []
-    for block in chosen:
-        block.module.forward = partial(checkpoint, block.module.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for block in chosen:
-            del block.module.forward
+def load_pipeline(folder: Path) -> QArtSRPipeline:
+    """The full-precision pipeline on the CPU, without text encoder: the fixed prompt is folded into the weights."""
+    return load_quietly(folder, text_encoder=None, tokenizer=None)
+
+
+def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QArtSRPipeline:
+    """Another instance of a pipeline in memory, in float32, on the same weights where these are so already.
+
+    Raises:
+        ValueError: its components are moved around by offloading.
+    """
+    check_not_offloaded(model)
+    pipeline = on_the_same_weights(model)
+    pipeline.register_modules(text_encoder=None, tokenizer=None)
+    wanted = torch.device(device or model.device)
+    if model.dtype != torch.float32 or wanted.type != model.device.type or wanted.index not in (None, model.device.index):
+        pipeline = copy.deepcopy(pipeline).to(wanted, torch.float32)
+    return pipeline
+
+
+def check_not_offloaded(model: QArtSRPipeline) -> None:
+    """Raises ValueError if the pipeline's components are moved around by offloading."""
+    if getattr(model, "_all_hooks", None):  # a private attribute of diffusers'
+        raise ValueError("the pipeline is offloaded: call its remove_all_hooks(), or give its folder")

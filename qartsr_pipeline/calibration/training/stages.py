@@ -1,6 +1,7 @@
-"""Reversed per-module quantization (RPQ, QArtSR's second stage, arXiv 2503.05584): modules are quantized one after another.
+"""The stages of a training: RPQ, module after module, and ET, all modules at once (QArtSR, arXiv 2503.05584).
 
-The paper's terms, and where they are here:
+Reversed per-module quantization (RPQ, the second stage of the paper) quantizes modules one after another. The paper's terms, and
+where they are here:
 
 - *modules*: the blocks of the network, or its parts, in the order that the stage gives (`StagePlan.turns`). Reversed, what runs
   before a module is still full precision and what runs after it is quantized already.
@@ -13,6 +14,10 @@ other methods.
 
 Every module is trained on the same few batches: their full-precision block outputs are recorded once (`replay`), so that a step
 neither computes nor remembers what lies before the first quantized block.
+
+Extended end-to-end training (ET, the third stage) trains the parameters of all modules at once. Every step draws fresh patches,
+and compares the quantized model's image with the full-precision model's: a1 perceptual + a2 L2 in the paper, the stage's weights
+here. So the modules that RPQ quantized last are trained as long as the first.
 """
 
 from __future__ import annotations
@@ -23,10 +28,9 @@ import torch
 from qartsr_pipeline.calibration.family import outputs_of
 from qartsr_pipeline.calibration.recipe import Stage
 from qartsr_pipeline.calibration.training.blocks import Block, Turn
-from qartsr_pipeline.calibration.training.context import CalibrationContext
-from qartsr_pipeline.calibration.training.replay import Recording
+from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
+from qartsr_pipeline.calibration.training.replay import Recording, TensorStore
 from qartsr_pipeline.calibration.training.steps import StagePlan, Training
-from qartsr_pipeline.calibration.training.tensor_store import TensorStore
 
 MEMORY_FOR_ACTIVATIONS = 2 * 2**30  # bytes of recorded block outputs that stay in memory; more go to disk
 
@@ -94,3 +98,23 @@ class ModuleLoss:
         if self.stage.loss.get("module_l2"):
             module = seen["module"], recording.output(index, self.module)
         return self.context.family.loss(self.stage.loss, output, recording.targets[index], self.context.perceptual, module)
+
+
+def train_end_to_end(training: Training, plan: StagePlan) -> None:
+    """The whole stage, from the position on that the training is at."""
+    for block in training.blocks:
+        block.quantize(True)
+    training.take_turn(plan, 0, lambda step: end_to_end_loss(training.context, plan, step))
+    training.next_stage()
+
+
+def end_to_end_loss(context: CalibrationContext, plan: StagePlan, step: int) -> torch.Tensor:
+    """The loss of one step, a scalar."""
+    family, stage = context.family, plan.stage
+    rng = np.random.default_rng([context.seed, plan.index, 2, step])
+    batch = family.training_batch(context.patches, stage.batch, stage.patch, context.degradation, rng)
+    batch = context.workers.part(batch).to(context.device)
+    with torch.no_grad():
+        target = family.run(context.full_precision, batch)
+    output = family.run(context.pipeline, batch)
+    return family.loss(stage.loss, output, target, context.perceptual)
