@@ -29,6 +29,7 @@ from qartsr_pipeline.calibration.recipe import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.calibration.start.branches import branch_from_weight, fit_branch, left_by_quantization, unfolded
 from qartsr_pipeline.calibration.start.observers import SHRINK, InputSample, input_bounds
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, Rotated
+from qartsr_pipeline.calibration.training.losses import total
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress, follow
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
@@ -170,12 +171,12 @@ class _Inputs:
 
 def _set_offset(layers: list[CalibratingMixin], sample: InputSample, options: Initialisation) -> _Inputs:
     """Sets the offset of layers that have one; returns the inputs without it."""
-    rows, lower, upper = sample.rows, sample.lower, sample.upper
+    rows, (lower, upper) = sample.rows, sample.extremes
     for layer in layers:
         if isinstance(layer, DynamicActivations):
             layer.set_input_range(float(lower.min()))
         elif _has(layer, "input_offset") and options.offset in ("mean", "centre"):
-            layer.input_offset.copy_(rows.mean(0) if options.offset == "mean" else (lower + upper) / 2)
+            layer.get_parameter("input_offset").copy_(rows.mean(0) if options.offset == "mean" else (lower + upper) / 2)
     offset = getattr(layers[0], "input_offset", None)
     if offset is None:
         return _Inputs(rows, lower, upper)
@@ -187,7 +188,7 @@ def _set_offset(layers: list[CalibratingMixin], sample: InputSample, options: In
 def _set_input_bounds(layers: list[CalibratingMixin], inputs: _Inputs, seen: torch.Tensor, options: Initialisation) -> None:
     """``seen`` (positions, C) are the rows as the quantizer sees them: smoothed, and rotated where that is wanted."""
     first = layers[0]
-    importance = sum(unfolded(layer.residual_weight()).square().sum(0) for layer in layers)
+    importance = total([unfolded(layer.residual_weight()).square().sum(0) for layer in layers])
     read = importance > 0  # bounds need not hold channels that nobody reads
     if isinstance(first, Rotated):
         ends = torch.stack([seen.amin(0), seen.amax(0)])

@@ -4,7 +4,7 @@ shrunken extremes of least squared error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -45,6 +45,12 @@ class InputSample:
         self.vectors.append(rows[chosen.to(rows.device)].clone())
 
     @property
+    def extremes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`lower` and `upper` of a layer that something was seen of."""
+        assert self.lower is not None and self.upper is not None
+        return self.lower, self.upper
+
+    @property
     def rows(self) -> torch.Tensor:
         """(positions, C) of all pictures."""
         return torch.cat(self.vectors)
@@ -52,7 +58,7 @@ class InputSample:
 
 @torch.no_grad()
 def observe(
-    layers: dict[str, nn.Module],
+    layers: Mapping[str, nn.Module],
     run: Callable[[Batch], object],
     batches: Iterable[Batch],
     positions: int = 256,
@@ -83,7 +89,7 @@ def observe(
     for name, sample in samples.items():
         if sample.lower is None:
             raise ValueError(f"no calibration picture reached the layer {name!r}; leave it out with an override")
-        if not (torch.isfinite(sample.lower).all() and torch.isfinite(sample.upper).all()):
+        if not all(torch.isfinite(extreme).all() for extreme in sample.extremes):
             raise ValueError(f"the layer {name!r} sees values that are not finite; run the full-precision model in float32")
     return samples
 

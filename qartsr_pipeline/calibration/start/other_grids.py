@@ -15,6 +15,7 @@ All of them give exactly the original layer while `quantizing` is False, and non
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ from qartsr_pipeline.arithmetic.affine import SMALLEST_SCALE, centred_codes, cod
 from qartsr_pipeline.calibration.recipe import Layer
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
+
+if TYPE_CHECKING:  # the classes below are put before a calibrating layer, see `layer_kinds`
+    from typing_extensions import Self  # a part of the standard library from Python 3.11 on
+
+    _Layer = CalibratingMixin
+else:
+    _Layer = object
 
 LOWEST_OF_SILU = -0.2785  # an input that never falls below is what SiLU or GELU gave (-0.2785 and -0.17 are their minima)
 
@@ -38,7 +46,7 @@ def _over_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return values.view(-1, 1, 1) if x.dim() == 4 else values
 
 
-class SimulationOnly:
+class SimulationOnly(_Layer):
     """A layer without a deployed form: what freezing asks of it raises."""
 
     def weight_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,14 +74,17 @@ class SimulationOnly:
         return self.codes(weight, 1 / scale, zero_point, bits, symmetric=bits == 8) * scale
 
 
-class LearnedStep:
+class LearnedStep(_Layer):
     """Parameters weight_log_step (N,) and input_log_step (), which start at 0: both bounds are multiplied by their exponential.
 
     The zero point does not move, since it is a ratio of the bounds.
     """
 
+    weight_log_step: nn.Parameter
+    input_log_step: nn.Parameter
+
     @classmethod
-    def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
+    def from_layer(cls, layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, adapter_rank: int = 0) -> Self:
         """See `CalibratingMixin.from_layer`."""
         new = super().from_layer(layer, scheme, adapter_rank)
         for name in ("weight", "input"):
@@ -101,13 +112,13 @@ def codes_clipped_first(
     return round_straight_through(torch.clamp(x.float() * multiplier, smallest - zero_point, largest - zero_point))
 
 
-class ClippedFirst:
+class ClippedFirst(_Layer):
     """Layers whose values are clipped before they are rounded, which changes gradients only."""
 
     codes = staticmethod(codes_clipped_first)
 
 
-class Shifted:
+class Shifted(_Layer):
     """Subtracts `input_offset`, (C,) or (), from the input before everything else, and adds to the output what that changes:
 
         y = [layer](x - o) + (W + F1 F2) o
@@ -116,6 +127,10 @@ class Shifted:
     """
 
     input_offset: torch.Tensor
+    stride: tuple[int, int]  # of a convolution, as the next three
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The input's and output's shapes are the original layer's."""
@@ -145,7 +160,7 @@ class Offset(Shifted):
     """Parameter input_offset (C,), which starts at 0."""
 
     @classmethod
-    def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
+    def from_layer(cls, layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, adapter_rank: int = 0) -> Self:
         """See `CalibratingMixin.from_layer`."""
         new = super().from_layer(layer, scheme, adapter_rank)
         new.input_offset = nn.Parameter(torch.zeros_like(new.log_smooth))
@@ -175,7 +190,7 @@ def quantize_groups(x: torch.Tensor, axis: int, size: int, bits: int, unsigned: 
     return (codes * scale).flatten(axis, axis + 1).narrow(axis, 0, x.shape[axis])
 
 
-class GroupedWeights:
+class GroupedWeights(_Layer):
     """Weights with one symmetric scale per output channel, tap and `group_size` input channels, from their extremes.
 
     There are no weight bounds to train.
@@ -184,7 +199,7 @@ class GroupedWeights:
     group_size: int
 
     @classmethod
-    def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
+    def from_layer(cls, layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, adapter_rank: int = 0) -> Self:
         """See `CalibratingMixin.from_layer`."""
         new = super().from_layer(layer, scheme, adapter_rank)
         for name in ("weight_lower", "weight_upper", "weight_log_step"):
@@ -209,9 +224,10 @@ class DynamicActivations(Shifted):
     """
 
     group_size: int
+    input_unsigned: nn.Parameter
 
     @classmethod
-    def from_layer(cls, layer: nn.Module, scheme: LayerScheme, adapter_rank: int = 0) -> CalibratingMixin:
+    def from_layer(cls, layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, adapter_rank: int = 0) -> Self:
         """See `CalibratingMixin.from_layer`."""
         new = super().from_layer(layer, scheme, adapter_rank)
         for name in ("input_lower", "input_upper", "input_log_step"):
@@ -255,7 +271,7 @@ def _rotate(x: torch.Tensor, axis: int) -> torch.Tensor:
     return (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
 
 
-class Rotated:
+class Rotated(_Layer):
     """H (phi x) is quantized instead of phi x, and the residual weight times H^T instead of itself."""
 
     def transform_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -268,7 +284,8 @@ class Rotated:
 
     def quantized_input(self, x: torch.Tensor, smooth: torch.Tensor | float) -> torch.Tensor:
         """H (phi x) after quantization, float32; ``smooth`` is phi shaped to broadcast over x."""
-        return super().quantized_input(_rotate(x.float() * smooth, _channel_axis(x)), 1.0)
+        rotated = _rotate(x.float() * smooth, _channel_axis(x))
+        return super().quantized_input(rotated, 1.0)  # type: ignore[arg-type]  # a scalar broadcasts as well
 
 
 @functools.cache

@@ -151,11 +151,11 @@ def errors_by_rank(ranked: RankedLayer, weights: torch.Tensor, budget: Budget) -
 
 def _set_inputs(layer: CalibratingMixin, other: CalibratingMixin, sample: InputSample) -> None:
     """Smoothing and input bounds as those of another layer around the same weight."""
-    for name, value in other._parameters.items():
+    for name in other._parameters:
         if name.startswith(("log_smooth", "input_")):
-            layer._parameters[name].copy_(value)
+            layer.get_parameter(name).copy_(other.get_parameter(name))
     if isinstance(layer, DynamicActivations):
-        layer.set_input_range(float(sample.lower.min()))
+        layer.set_input_range(float(sample.extremes[0].min()))
 
 
 def choose(errors: dict[str, dict[int, float]], costs: dict[str, int], budget: float) -> dict[str, int]:

@@ -43,7 +43,7 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
     folding = family.fold(pipeline)
     schemes = {}
     for component, model in models.items():
-        kept = {}
+        kept: dict[str, LayerScheme | None] = {}
         for pattern, text in family.kept(recipe).items():
             if pattern.startswith(f"{component}."):
                 weights, activations = parse_bits(text)

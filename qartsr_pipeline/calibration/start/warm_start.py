@@ -105,7 +105,9 @@ def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Ten
 
 
 def _same(bias: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return (bias is None) == (other is None) and (bias is None or torch.equal(bias.float(), other))
+    if bias is None or other is None:
+        return bias is other
+    return torch.equal(bias.float(), other)
 
 
 def _weight_of(deployed: DeployedLayer) -> torch.Tensor:

@@ -116,7 +116,7 @@ def load_perceptual(kind: str, vae: AutoencoderKL, weights: Path | None = None) 
 
 
 def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of at least one scalar."""
+    """The sum of at least one tensor, all of one shape, from the first to the last."""
     first, *others = terms
     for term in others:
         first = first + term
