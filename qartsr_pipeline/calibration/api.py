@@ -12,10 +12,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from qartsr_pipeline.calibration.arguments import RunArguments, argument_text, read_arguments
+from qartsr_pipeline.calibration.arguments import Order, RunArguments, argument_text, read_arguments
 from qartsr_pipeline.calibration.carry_out import QuantizationResult, carry_out
 from qartsr_pipeline.calibration.data.patches import images_record, pixels_of
-from qartsr_pipeline.calibration.job import Order
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.retraining.settings import TimestepSearch, phase_text
 from qartsr_pipeline.calibration.run_folder import check_free

@@ -1,14 +1,20 @@
-"""The arguments of a calibration run, as the command line and the run's folder know them. Imports nothing heavy."""
+"""What a calibration run is to make, and its arguments as command line and run folder know them. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qartsr_pipeline.calibration.retraining.settings import FULL, SHORT, TIMESTEPS, Rule, parse_phase, phase_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 ARGUMENTS_NAME = "run.json"
 PERCEPTUAL_NAMES = ("encoder", "lpips")
@@ -94,6 +100,28 @@ class RunArguments:
         """What the run is made of that was in memory only, in words: nothing but another call of `quantize` can continue it."""
         given = {"the model": self.model_in_memory, "the images to calibrate on": self.data_in_memory}
         return [name for name, in_memory in given.items() if in_memory]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made, and where.
+
+    Attributes:
+        output: the run's folder.
+        device: None for the first GPU where there is one, and for that of ``model``.
+        model, data, evaluation: in memory, in the place of what the arguments name; images are (H, W, 3) uint8.
+        keeps_output: False if the folder is removed afterwards: no model is written then.
+        continues: whether the folder holds the run already.
+    """
+
+    arguments: RunArguments
+    output: Path
+    device: str | torch.device | None = None
+    model: QArtSRPipeline | None = None
+    data: Sequence[np.ndarray] | None = None
+    evaluation: Sequence[np.ndarray] | None = None
+    keeps_output: bool = True
+    continues: bool = False
 
 
 def read_arguments(folder: Path) -> RunArguments | None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qartsr_pipeline.calibration.arguments import Order
 from qartsr_pipeline.calibration.data.fingerprint import BEFORE, hardware, versions, without_files
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.instances import give_own_weights, gradients_restored
-from qartsr_pipeline.calibration.job import MODEL, REPORT, Job, Order, evaluation_files, forget_unbegun, load_job, perceptual_of
+from qartsr_pipeline.calibration.job import MODEL, REPORT, Job, evaluation_files, forget_unbegun, load_job, perceptual_of
 from qartsr_pipeline.calibration.report.pipeline_folder import model_card, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import FinishedRun
 from qartsr_pipeline.calibration.run_folder import FolderLock, explained

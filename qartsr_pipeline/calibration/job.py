@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,65 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, PERCEPTUAL_NAMES, RunArguments
+from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, PERCEPTUAL_NAMES, Order, RunArguments
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, photographs_record, recorded_files
-from qartsr_pipeline.calibration.data.pairs import TrainingData
+from qartsr_pipeline.calibration.data.pairs import MARGIN
 from qartsr_pipeline.calibration.data.patches import (
     ImagePatches,
     Patches,
     PhotographPatches,
+    check_size,
     find_equal,
     images_record,
     list_photographs,
     read_photograph,
 )
 from qartsr_pipeline.calibration.family import family_of
-from qartsr_pipeline.calibration.instances import check_not_offloaded, instance_of, load_pipeline, on_the_same_weights
+from qartsr_pipeline.calibration.instances import instance_of, load_pipeline, on_the_same_weights
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
-from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
 from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, make_folder, remove_left_over
-from qartsr_pipeline.calibration.saving import whole_folder, write_whole
+from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.calibration.timestep import at_timestep, search_of
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
 from qartsr_pipeline.calibration.training.engine import check_start
 from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.calibration.training.workers import Workers
-from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.loading import default_device
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 MODEL, REPORT = "model", "report"  # folders of a run
+LEAST_MEASURED = 20  # pixels: windows of 11 for SSIM within a border of 4, in multiples of 4
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "rider.jpg"
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be made, and where.
-
-    Attributes:
-        output: the run's folder.
-        device: None for the first GPU where there is one, and for that of ``model``.
-        model, data, evaluation: in memory, in the place of what the arguments name; images are (H, W, 3) uint8.
-        keeps_output: False if the folder is removed afterwards: no model is written then.
-        continues: whether the folder holds the run already.
-    """
-
-    arguments: RunArguments
-    output: Path
-    device: str | torch.device | None = None
-    model: QArtSRPipeline | None = None
-    data: Sequence[np.ndarray] | None = None
-    evaluation: Sequence[np.ndarray] | None = None
-    keeps_output: bool = True
-    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +104,7 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     _check_timestep(arguments, start, workers)
     patches, data = calibration_data(order)
     _check_unseen(order, evaluation, patches, data)
+    _check_sizes(order, recipe, evaluation, patches)
     source = source_of(order)
     before: dict[str, str] = {}
     starts = [start.parent / "model" if start.is_file() else start] if start else []
@@ -202,6 +180,26 @@ def _check_unseen(order: Order, evaluation: list[Path], patches: Patches, data: 
         raise ValueError(f"{names[number]} is among the images to calibrate on: evaluate on others")
 
 
+def _check_sizes(order: Order, recipe: Recipe, evaluation: list[Path], patches: Patches) -> None:
+    """Makes sure that images are large enough for every stage, and those to measure on readable and large enough, too.
+
+    Raises:
+        ValueError: one is not, by name. ImageFileError: one cannot be read.
+    """
+    check_size(patches, recipe.image_size)
+    for stage in recipe.stages:
+        if sum(recipe.steps_of(stage, 1)):
+            check_size(patches, stage.patch + 2 * MARGIN)
+    for number, path in enumerate(evaluation):
+        height, width = read_photograph(path).shape[:2]
+        if min(height, width) < LEAST_MEASURED:
+            name = path if order.evaluation is None else f"evaluation_data[{number}]"
+            raise ValueError(
+                f"{name} has {width} x {height} pixels, and an image to measure on needs {LEAST_MEASURED} x {LEAST_MEASURED}:"
+                " leave it out, or give a larger one"
+            )
+
+
 def calibration_data(order: Order) -> tuple[Patches, dict[str, Any]]:
     """Where patches are cut from, and what the record says of it."""
     if order.data is not None:
@@ -248,64 +246,6 @@ def perceptual_of(arguments: RunArguments, full_precision: QArtSRPipeline) -> Pe
     """The perceptual loss that the arguments ask for; raises what `load_perceptual` does."""
     weights = Path(arguments.perceptual_weights) if arguments.perceptual_weights else None
     return family_of(full_precision).perceptual(full_precision, arguments.perceptual, weights)
-
-
-def search_of(arguments: RunArguments) -> TimestepSearch:
-    """The search that the arguments describe; where they give the timestep, it is the only candidate.
-
-    Raises:
-        ValueError: an argument of it that cannot be.
-    """
-    searched, bits = arguments.timestep == "search", parse_bits(arguments.search_bits)
-    check_quantizes(bits)
-    return TimestepSearch.parse(
-        arguments.timesteps if searched else (int(arguments.timestep),),
-        arguments.phases,
-        arguments.full_phases,
-        arguments.least_bypass_cost,
-        arguments.quality_margin,
-        arguments.held_out if searched else max(1, arguments.held_out),  # nothing is measured without a search
-        bits,
-    )
-
-
-def at_timestep(order: Order, device: str | torch.device, progress: Progress) -> tuple[Path, list[dict[str, Any]] | None]:
-    """The full-precision pipeline folder, retrained at another timestep, and the search's rows if there was one.
-
-    Raises:
-        ValueError: none fits the rule of the search. Stopped: call it again to continue.
-    """
-    arguments, folder = order.arguments, order.output / "timestep"
-    search = search_of(arguments)
-    images = order.data if order.data is not None else arguments.data
-    data = TrainingData(images, 1.0 if images is None else 0.0, arguments.degradation, arguments.held_out).load()
-    settings = Settings(seed=arguments.seed, every=250, degradation=arguments.degradation)
-    model = _model_for_retraining(order, folder)
-    stage = TRQ(model, data, folder, search, settings, device=device, progress=progress)
-    if arguments.timestep != "search":
-        return stage.retrain(model, int(arguments.timestep), search.full_phases, folder), None
-    chosen = stage.run()
-    sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    return chosen, [row | {"chosen": row["timestep"] == sweep["chosen"]} for row in sweep["rows"]]
-
-
-def _model_for_retraining(order: Order, folder: Path) -> str:
-    """What is retrained, by name; a pipeline in memory is written into ``folder`` first, under a name that tells its content.
-
-    Raises:
-        ValueError: the pipeline is offloaded. SavingError: it cannot be written.
-    """
-    if order.model is None:
-        return order.arguments.model
-    check_not_offloaded(order.model)
-    content = hashlib.sha256(family_of(order.model).digest(order.model).encode())
-    content.update(repr((order.model.config["timestep"], order.model.vae.config.scaling_factor)).encode())
-    content.update(order.model.prompt_embedding(1).detach().float().cpu().numpy().tobytes())
-    given = folder / f"given-{content.hexdigest()[:16]}"
-    if not given.exists():
-        with whole_folder(given) as temporary:
-            order.model.save_pretrained(temporary)
-    return str(given)
 
 
 def start_folder(order: Order, lock: FolderLock) -> None:

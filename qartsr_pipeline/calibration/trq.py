@@ -36,7 +36,8 @@ from typing import Any
 import torch
 
 from qartsr_pipeline.calibration.data.fingerprint import versions, without_files
-from qartsr_pipeline.calibration.data.pairs import TrainingSet
+from qartsr_pipeline.calibration.data.pairs import MARGIN, TrainingSet
+from qartsr_pipeline.calibration.data.patches import check_size
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, check_target, save_pipeline
 from qartsr_pipeline.calibration.retraining.losses import image_quality, validate
 from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
@@ -138,6 +139,8 @@ class TRQ:
             ValueError: see `choose` and `sweep`. Stopped: call it again to continue.
         """
         check_target(self.output / "model")
+        for phase in (*self.search.phases, *self.search.full_phases):
+            check_size(self.data.patches, phase.patch + 2 * MARGIN)
         _, chosen = self.sweep()
         start = self.output / f"t{chosen.timestep:03d}" / "model"
         return self.retrain(str(start), chosen.timestep, self.search.full_phases, self.output)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from qartsr_pipeline.calibration.arguments import (
     ARGUMENTS_NAME,
     PERCEPTUAL_NAMES,
+    Order,
     RunArguments,
     argument_text,
     read_arguments,
@@ -36,7 +37,6 @@ from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.cli.training_bar import TrainingBar
 
 if TYPE_CHECKING:
-    from qartsr_pipeline.calibration.job import Order
     from qartsr_pipeline.calibration.training.progress import Step
 
 OUTPUT = Path("runs/calibration")
@@ -148,7 +148,6 @@ def arguments_of(given: dict[str, Any], output: Path, resume: bool) -> RunArgume
 
 def run(options: argparse.Namespace) -> int:
     """Carries out the run and prints what was made; 130 if it was stopped."""
-    from qartsr_pipeline.calibration.job import Order
     from qartsr_pipeline.calibration.training.workers import Workers
     from qartsr_pipeline.cli.device import choose_device
     from qartsr_pipeline.cli.processes import join_processes

@@ -14,15 +14,15 @@ from recipes_for_tests import small_recipe
 from safetensors.torch import load_file
 
 from qartsr_pipeline import QArtSRPipeline, quantize
-from qartsr_pipeline.calibration import api, job
-from qartsr_pipeline.calibration.arguments import RunArguments
+from qartsr_pipeline.calibration import api, job, timestep
+from qartsr_pipeline.calibration.arguments import Order, RunArguments
 from qartsr_pipeline.calibration.data.pairs import TrainingData
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.run_folder import SavingError
 from tiny_models import build_tiny_pipeline
 
 STEPS = 4
-PIXELS = np.full((16, 16, 3), 7, np.uint8)
+PIXELS, LARGE = (np.full((side, side, 3), 7, np.uint8) for side in (16, 64))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,9 @@ def test_without_data_and_output_nothing_is_kept(evaluated, capsys, monkeypatch,
         ({"data": [PIXELS], "evaluation_data": [PIXELS + 1, PIXELS]}, r"evaluation_data\[1\] is among the images to calibrate"),
         ({"evaluation_data": [PIXELS, PIXELS.astype(float)]}, r"`evaluation_data\[1\]`"),
         ({"timestep": TimestepSearch(bits=(5, 4))}, "weight_bits is 5"),
+        ({"data": [LARGE], "evaluation_data": [LARGE + 1, PIXELS]}, r"evaluation_data\[1\] has 16 x 16 pixels"),
+        ({"data": [LARGE], "recipe": small_recipe("stages.1.patch=48")}, "no image is at least 80 pixels"),
+        ({"data": [LARGE], "recipe": small_recipe("image_size=96")}, "no image is at least 96 pixels"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(changes, said, tmp_path):
@@ -176,27 +179,27 @@ def test_the_search_gets_what_was_asked_for_and_computes_where_the_pipeline_does
         seen.update(search=search, device=device, held_out=len(data.held_out))
         raise _Captured
 
-    monkeypatch.setattr(job, "TRQ", captured)
+    monkeypatch.setattr(timestep, "TRQ", captured)
     monkeypatch.setattr(job, "default_device", lambda: pytest.fail("the pipeline has a device"))
     search = TimestepSearch((20,), held_out=1, bits=(8, 6))
-    for timestep in (search, 500):
+    for asked in (search, 500):
         with pytest.raises(_Captured):
-            quantize(build_tiny_pipeline(), timestep=timestep, output=tmp_path / str(timestep == 500))
+            quantize(build_tiny_pipeline(), timestep=asked, output=tmp_path / str(asked == 500))
         assert str(seen["device"]) == "cpu"
-        assert timestep != search or (seen["search"] == search and seen["held_out"] == 1)
+        assert asked != search or (seen["search"] == search and seen["held_out"] == 1)
     assert seen["search"].timesteps == (500,)
 
 
 def test_retraining_at_a_timestep_needs_no_images_held_out():
-    assert job.search_of(RunArguments(timestep="500", held_out=0)).timesteps == (500,)
+    assert timestep.search_of(RunArguments(timestep="500", held_out=0)).timesteps == (500,)
     with pytest.raises(ValueError, match="0 images held out"):
-        job.search_of(RunArguments(timestep="search", held_out=0))
+        timestep.search_of(RunArguments(timestep="search", held_out=0))
     assert len(TrainingData(held_out=0).load().held_out) == 0
 
 
 def test_a_pipeline_in_memory_is_written_whole_under_a_name_of_its_own(monkeypatch, tmp_path):
     def given(pipeline):
-        return Path(job._model_for_retraining(job.Order(RunArguments(model="model"), tmp_path, model=pipeline), tmp_path))
+        return Path(timestep._model_for_retraining(Order(RunArguments(model="model"), tmp_path, model=pipeline), tmp_path))
 
     other_prompt = build_tiny_pipeline()
     other_prompt.prompt_embedding.embedding.data += 1
@@ -211,7 +214,7 @@ def test_a_pipeline_in_memory_is_written_whole_under_a_name_of_its_own(monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(QArtSRPipeline, "save_pretrained", killed)
-    with pytest.raises(SavingError, match="No space left.*Free some space"):
+    with pytest.raises(SavingError, match="No space left.*The disk is full: free some space"):
         given(build_tiny_pipeline(seed=2))
     assert sorted(tmp_path.iterdir()) == sorted(folders)
     pipelines[0]._all_hooks = ["a hook"]  # as after enable_model_cpu_offload, which needs a GPU
@@ -221,8 +224,8 @@ def test_a_pipeline_in_memory_is_written_whole_under_a_name_of_its_own(monkeypat
 
 def test_what_may_differ_when_a_run_is_continued():
     changed = {"model": "other", "data": "other", "evaluate": "other", "quality_margin": 0.2, "data_in_memory": "a hash"}
-    for timestep, said in (("keep", []), ("search", ["model", "data", "data_in_memory"])):
-        arguments = RunArguments(timestep=timestep)
+    for asked, said in (("keep", []), ("search", ["model", "data", "data_in_memory"])):
+        arguments = RunArguments(timestep=asked)
         assert arguments.differing(replace(arguments, **changed)) == said
 
 

@@ -12,7 +12,7 @@ import torch
 
 from qartsr_pipeline import quantize
 from qartsr_pipeline.calibration import job, run_folder
-from qartsr_pipeline.calibration.arguments import RunArguments
+from qartsr_pipeline.calibration.arguments import Order, RunArguments
 from qartsr_pipeline.calibration.run_folder import FolderInUseError, FolderLock, SavingError, check_free
 from qartsr_pipeline.calibration.saving import load_tensors, save_tensors, write_whole
 from qartsr_pipeline.cli.quantize import arguments_of
@@ -71,7 +71,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name / "file").write_text("large")
     (tmp_path / "report" / ".index.html.0123abcd.tmp").write_text("half")
     with FolderLock(tmp_path) as lock:
-        job.start_folder(job.Order(RunArguments(), tmp_path), lock)
+        job.start_folder(Order(RunArguments(), tmp_path), lock)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "run.json", ".lock"])
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["file"]
 

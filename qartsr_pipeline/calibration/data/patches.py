@@ -87,15 +87,20 @@ class ImagePatches:
                 half = PIL.Image.fromarray(image).resize((width // 2, height // 2), PIL.Image.Resampling.LANCZOS)
                 self.images.append(np.asarray(half))
 
+    def usable(self, size: int) -> list[np.ndarray]:
+        """The images that are as large as patches of that size; ValueError if there is none."""
+        usable = [image for image in self.images if min(image.shape[:2]) >= size]
+        if not usable:
+            raise ValueError(f"no image is at least {size} pixels high and wide: use smaller patches or larger images")
+        return usable
+
     def sample(self, count: int, size: int, rng: np.random.Generator) -> torch.Tensor:
         """``count`` patches with random position, flip and quarter turn, float32 in [0, 1], shape (count, 3, size, size).
 
         Raises:
             ValueError: no image is as large as the patch.
         """
-        usable = [image for image in self.images if min(image.shape[:2]) >= size]
-        if not usable:
-            raise ValueError(f"no image is at least {size} pixels high and wide: use smaller patches or larger images")
+        usable = self.usable(size)
         # by area: a large image holds more patches than a small one
         areas = np.array([image.shape[0] * image.shape[1] for image in usable], dtype=np.float64)
         patches = []
@@ -107,6 +112,15 @@ class ImagePatches:
             patches.append(patch[:, ::-1] if rng.integers(2) else patch)
         batch = torch.from_numpy(np.ascontiguousarray(np.stack(patches)))
         return batch.permute(0, 3, 1, 2).float().div_(255.0)
+
+
+def check_size(patches: Patches, size: int) -> None:
+    """Raises ValueError if no image is as large as patches of that size: said at once, not when a later stage needs them."""
+    if isinstance(patches, MixedPatches):
+        check_size(patches.first, size)
+        check_size(patches.second, size)
+    elif isinstance(patches, ImagePatches):
+        patches.usable(size)
 
 
 class PhotographPatches(ImagePatches):
