@@ -28,9 +28,8 @@ async def comfy_entrypoint() -> ComfyExtension:
         import_own_package()
         from .import_checkpoint import QArtSRImport
         from .load_folder import QArtSRLoadFolder
-        from .load_model import QArtSRLoadModel
+        from .load_model import QArtSRLoadModel, QArtSRModelInfo
         from .model_folders import register_model_folder
-        from .model_info import QArtSRModelInfo
         from .quantize import QArtSRQuantize
         from .upscale import QArtSRUpscale
 

@@ -1,17 +1,18 @@
-"""QArtSR Load Model: loads a checkpoint, by its name or its id on the Hub, for the other nodes."""
+"""QArtSR Load Model, which loads a checkpoint by its name or its id on the Hub, and QArtSR Model Info, which describes it."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_labels
 
-from .managed_model import AUTO, DTYPES
+from .managed_model import AUTO, DTYPES, ManagedModel, load_model
 from .model_folders import find_models, folder_of
 
 CATEGORY = "QArtSR"
@@ -100,7 +101,6 @@ class QArtSRLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, hub_id: str, backend: str, dtype: str) -> io.NodeOutput:
         from .download import download_once
-        from .managed_model import load_model
 
         hub_id = hub_id.strip()
         name, folder = (hub_id, download_once(hub_id)) if hub_id else (model, folder_of(model))
@@ -110,3 +110,55 @@ class QArtSRLoadModel(io.ComfyNode):
 def _fingerprint(folder: Path) -> tuple:
     files = sorted(path for pattern in ("*.json", "*/*.json", "*/*.safetensors") for path in folder.glob(pattern))
     return (str(folder), *((path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+if TYPE_CHECKING:
+    from qartsr_pipeline.quantization.report import ComponentReport
+
+
+class QArtSRModelInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QArtSRModelInfo",
+            display_name="QArtSR Model Info",
+            category=CATEGORY,
+            description="Shows scheme, bits, bytes and kernels of a model, and where it runs.",
+            inputs=[QArtSRModel.Input("model", tooltip="From QArtSR Load Model.")],
+            outputs=[io.String.Output(id="text", display_name="text", tooltip="What the node shows.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: ManagedModel) -> io.NodeOutput:
+        text = describe(model)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+def describe(model: ManagedModel) -> str:
+    """Several lines on the model as it is loaded: a total, one block for each component, and where it runs."""
+    from qartsr_pipeline.overflow import compute_dtype
+    from qartsr_pipeline.quantization.report import describe_model
+
+    parts = {name: getattr(model.pipeline, name) for name in ("unet", "vae", "prompt_embedding")}
+    with model.kernels():
+        reports = [describe_model(name, part, model.device.type) for name, part in parts.items()]
+    fields = ("packed_bytes", "prepared_bytes", "fp16_bytes")
+    packed, prepared, fp16 = (sum(getattr(report, field) for report in reports) for field in fields)
+    config, dtype = model.pipeline.config, str(compute_dtype(model.pipeline.vae)).removeprefix("torch.")
+    lines = [
+        f"{model.name}: x{config.scale}, timestep {config.timestep}",
+        f"{packed / 1e6:.2f} MB loaded, {prepared / 1e6:.2f} MB more for the kernels; {fp16 / 1e6:.2f} MB at 16 bits",
+        *(line for report in reports for line in _component(report)),
+        f"running on: {model.device}, {dtype}, kernels {model.backend}",
+    ]
+    return "\n".join(lines)
+
+
+def _component(report: ComponentReport) -> list[str]:
+    """One line on the component, and one for each kind of its quantized layers."""
+    lines = [f"{report.name}: {report.bits}, {report.parameters:,} parameters, {report.packed_bytes / 1e6:.2f} MB"]
+    kinds = Counter((layer.kind, layer.weight_bits, layer.activation_bits, layer.kernel) for layer in report.layers)
+    for (kind, weights, activations, kernel), count in sorted(kinds.items()):
+        lines.append(f"  {kind} W{weights}A{activations} x {count}: {kernel}")
+    return lines
