@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 
 from calibration import compare
 from calibration.comparison import learning_rate, methods, setting, table
-from calibration.comparison.cells import CROP, most_restored
+from calibration.comparison.cells import CROP, most_restored, stored_size
 from calibration.comparison.methods import Cell, make_method, method_names
-from calibration.comparison.stored_size import stored_size
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import file_digests
 from qartsr_pipeline.calibration.family import family_of
