@@ -136,7 +136,7 @@ class OneStepModel(nn.Module):
 def keep_empty_channels(model: nn.Module) -> None:
     """Masks gradients where convolutions and normalizations have channels of zeros, so that these stay zero in training.
 
-    The small model has such channels: `calibration/teacher/anchored_init.py` calls them anchors. A convolution's input or output
+    The small model has such channels: `calibration/teacher/model.py` calls them anchors. A convolution's input or output
     channel without any weight gets none; nor does a normalization's channel whose weight and bias are zero. In a model without
     such channels nothing changes.
     """
