@@ -1,1 +1,1 @@
-"""Speed, memory and quality, ours and of peers. Each file runs as `python -m benchmarks.NAME`; results/ keeps the results."""
+"""Speed, memory and quality, ours and of peers: `python -m benchmarks run NAME`. results/ keeps what was measured."""

@@ -1,6 +1,6 @@
 """What the nodes cost in a real ComfyUI: how much later the server answers with them, and seconds and memory of an upscale.
 
-    COMFYUI_PATH=~/ComfyUI COMFYUI_PYTHON=~/ComfyUI/.venv/bin/python python -m benchmarks.comfyui --output FILE.json
+    COMFYUI_PATH=~/ComfyUI COMFYUI_PYTHON=~/ComfyUI/.venv/bin/python python -m benchmarks run comfyui --output FILE.json
 
 Every number is of a server process of its own. Seconds of an upscale are those of the whole graph (load, upscale, save) as
 ComfyUI's own messages tell them: first with the model to be loaded, then again with another seed and the model at hand.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import statistics
@@ -21,8 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from qartsr_pipeline.calibration.data.fingerprint import processor
-from qartsr_pipeline.calibration.saving import write_whole
+from benchmarks.result import Result, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +31,12 @@ _spec.loader.exec_module(server)
 Server, upscale_graph = server.Server, server.upscale_graph
 
 SAMPLE = ROOT / "qartsr_pipeline" / "samples" / "rider.jpg"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", default=["tiny-fp", "tiny-w4a4"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512], help="sides of the input, in pixels")
+    parser.add_argument("--rounds", type=int, default=3, help="starts of the server, with and without (default: 3)")
 
 
 def seconds_to_answer(installed: bool) -> float:
@@ -72,30 +76,30 @@ def upscale(model: str, size: int) -> dict[str, Any]:
     return row | {"server_megabytes": round(before), "peak_megabytes": round(peak), "versions": versions}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", default=["tiny-fp", "tiny-w4a4"])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512], help="sides of the input, in pixels")
-    parser.add_argument("--rounds", type=int, default=3, help="starts of the server, with and without (default: 3)")
-    parser.add_argument("--output", type=Path, required=True, help="the JSON report")
-    args = parser.parse_args(argv)
+def measure(args: argparse.Namespace) -> Result:
+    """A row for each model and size; the summary has the seconds until the server answers, with and without the nodes."""
     if "COMFYUI_PATH" not in os.environ:
-        parser.error("COMFYUI_PATH is not set: give the folder of a ComfyUI checkout, see docs/comfyui.md")
+        raise ValueError("COMFYUI_PATH is not set: give the folder of a ComfyUI checkout, see docs/comfyui.md")
     starts: dict[bool, list[float]] = {False: [], True: []}
     seconds_to_answer(True)  # reads everything from the disk once, which does not count
     for number in range(args.rounds):
         for installed in (number % 2 == 0, number % 2 == 1):
             starts[installed].append(seconds_to_answer(installed))
-    result = {f"start_{'with' if installed else 'without'}": found for installed, found in starts.items()}
-    print({name: round(statistics.median(found), 2) for name, found in result.items()}, flush=True)
-    result["upscales"] = []
+    rows = []
     for size in args.sizes:
         for model in args.models:
-            result["upscales"].append(upscale(model, size))
-            print(result["upscales"][-1], flush=True)
-    result |= {"processor": processor(), "cores": os.cpu_count()}
-    write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
+            rows.append(upscale(model, size))
+            print(rows[-1], flush=True)
+    return Result("comfyui", {"rounds": args.rounds}, rows, {"start_without": starts[False], "start_with": starts[True]})
 
 
-if __name__ == "__main__":
-    main()
+def table(result: Result) -> str:
+    """Markdown."""
+    head = ["model and side of the input", "seconds, loading", "seconds", "server, MB", "peak, MB"]
+    rows = [
+        [f"{row['model']}, {row['size']}", f"{row['seconds_loading']:.1f}", f"{row['seconds']:.1f}",
+         str(row["server_megabytes"]), str(row["peak_megabytes"])]
+        for row in result.rows
+    ]  # fmt: skip
+    starts = [f"{name.replace('_', ' ')}: {statistics.median(found):.2f} s" for name, found in result.summary.items()]
+    return "\n".join([markdown(head, rows), "", *starts])

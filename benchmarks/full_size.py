@@ -1,6 +1,6 @@
 """Calibration at the size of Stable Diffusion 2.1: seconds of each stage, seconds a step, and peak memory.
 
-    python -m benchmarks.full_size --steps 6 --output benchmarks/results/full_size_NAME.json
+    python -m benchmarks run full-size --steps 6 --output FILE.json
 
 The weights are random, so the pictures are noise: only seconds and bytes mean something. It runs what `calibration/run.py` runs,
 on procedural pictures, with few steps; what a full run takes is extrapolated from the measured steps, and labelled as such.
@@ -9,7 +9,6 @@ on procedural pictures, with few steps; what a full run takes is extrapolated fr
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,19 +18,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DDPMScheduler
 
 from benchmarks.contenders import full_precision as random_network
-from benchmarks.machine import peak_megabytes
+from benchmarks.result import Result, markdown, peak_megabytes
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.instances import on_the_same_weights
 from qartsr_pipeline.calibration.recipe import parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import save_pipeline
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
 from qartsr_pipeline.calibration.training import engine
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext, StateFile
@@ -44,6 +40,16 @@ from qartsr_pipeline.prompt_embedding import PromptEmbedding
 from qartsr_pipeline.quantization.freeze import freeze
 
 INITIALISATION = ("observe_full_precision", "give_ranks", "initialise")  # functions that `begin` calls
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="qartsr")
+    parser.add_argument("--bits", default="w4a4")
+    parser.add_argument("--steps", type=int, default=6, help="that are run (default: 6)")
+    parser.add_argument("--full-steps", type=int, default=1000, help="that are extrapolated to (default: 1000)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as calibration/run.py")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--folder", type=Path, help="where 4 GB are free (default: a temporary folder)")
 
 
 def write_random_model(folder: Path) -> None:
@@ -83,7 +89,16 @@ def time_the_initialisation(stages: dict[str, dict[str, float]], device: str) ->
         setattr(engine, name, run)
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> Result:
+    """One calibration of a model with random weights: a row for each stage."""
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        write_random_model(Path(folder))
+        return calibrate(Path(folder), args)
+
+
+def calibrate(folder: Path, args: argparse.Namespace) -> Result:
     """One calibration of the model in ``folder``, timed."""
     device, _ = choose_device(args.device)
     recipe = with_values(load_recipe(args.recipe), [f"steps={args.steps}", *args.set])
@@ -118,19 +133,15 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         marks = ends[first : first + len(losses) + 1]
         seconds[stage] = [round(later - earlier, 2) for earlier, later in pairwise(marks)]
         first += len(losses)
-    return {
-        "recipe": recipe.to_dict(),
-        "bits": args.bits,
+    summary = {
         "parameters": {name: sum(p.numel() for p in getattr(full_precision, name).parameters()) for name in ("unet", "vae")},
-        "stages": stages,
         "seconds_of_steps": seconds,
         "peak_gigabytes": round(peak_gigabytes(device), 2),
         "stored_megabytes": round(sizes["total"] / 1e6, 1),
         "extrapolated_hours": extrapolated(args, stages, seconds),
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
     }
+    rows = [{"stage": name, **found} for name, found in stages.items()]
+    return Result("full-size", {"recipe": recipe.to_dict(), "bits": args.bits}, rows, summary)
 
 
 def extrapolated(
@@ -149,29 +160,8 @@ def extrapolated(
     return {"steps": args.full_steps, "hours": round((once + training) / 3600, 2)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", default="qartsr")
-    parser.add_argument("--bits", default="w4a4")
-    parser.add_argument("--steps", type=int, default=6, help="that are run (default: 6)")
-    parser.add_argument("--full-steps", type=int, default=1000, help="that are extrapolated to (default: 1000)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as calibration/run.py")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--folder", type=Path, help="where 4 GB are free (default: a temporary folder)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    args = parser.parse_args(argv)
-    if args.folder:
-        args.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        write_random_model(Path(folder))
-        result = measure(Path(folder), args)
-    write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
-    print(
-        json.dumps(
-            {name: result[name] for name in ("stages", "seconds_of_steps", "peak_gigabytes", "extrapolated_hours")}, indent=1
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+def table(result: Result) -> str:
+    """Markdown: the stages, and what was measured of all of them."""
+    rows = [[row["stage"], str(row["seconds"]), str(row["peak_gigabytes_so_far"])] for row in result.rows]
+    lines = [f"{name}: {value}" for name, value in result.summary.items()]
+    return "\n".join([markdown(["stage", "seconds", "peak so far, GB"], rows), "", *lines])

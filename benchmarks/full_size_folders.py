@@ -1,6 +1,6 @@
 """Folders at the size of Stable Diffusion 2.1: bytes on disk, seconds to load and to enlarge 128 x 128 to 512 x 512, peak memory.
 
-    python -m benchmarks.full_size_folders --output benchmarks/results/full_size_folders_NAME.json
+    python -m benchmarks run full-size-folders --output FILE.json
 
 A pipeline with random weights is folded, quantized without data (bounds from the weights' extremes, branches of rank 32 from
 their SVD, first and last layers at 8 bits), saved, loaded again by a process of its own, and run, in float32 where layers are not
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -20,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from benchmarks.full_size import peak_gigabytes, write_random_model
+from benchmarks.result import Result, alone, markdown
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import folder_sizes
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.branches import branch_from_weight
 from qartsr_pipeline.calibration.start.schemes import fold_and_make_schemes
 from qartsr_pipeline.quantization.calibrating import calibrating_layers, prepare
@@ -36,6 +33,12 @@ from qartsr_pipeline.quantization.freeze import freeze
 
 RANK = 32
 VARIANTS = {"fp16": 16, "w8a8": 8, "w4a4": 4, "w2a2": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=3, help="calls of each (default: 3)")
+    parser.add_argument("--folder", type=Path, help="where 5 GB are free (default: a temporary folder)")
 
 
 def quantize_from_weights(pipeline: QArtSRPipeline, bits: int) -> None:
@@ -79,13 +82,7 @@ def use(folder: Path, repeats: int) -> dict[str, Any]:
     }
 
 
-def alone(function: Any, *arguments: Any) -> Any:
-    """The function's result from a process of its own, whose peak of memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(result: Result) -> str:
     """Markdown."""
     heads = [
         "",
@@ -99,20 +96,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         "peak there, GB",
     ]
     keys = ("load_seconds", "first_seconds", "seconds", "peak_gigabytes", "make_seconds", "make_peak_gigabytes")
-    lines = ["| " + " | ".join(heads) + " |", "| :-- " + "| --: " * (len(heads) - 1) + "|"]
-    for row in rows:
-        values = [f"{row['megabytes']:.0f}", f"{row['of_fp16']:.3f}", *(str(row.get(key, "")) for key in keys)]
-        lines.append("| " + " | ".join([row["name"], *values]) + " |")
-    return "\n".join(lines)
+    return markdown(
+        heads,
+        [
+            [row["name"], f"{row['megabytes']:.0f}", f"{row['of_fp16']:.3f}", *(str(row.get(key, "")) for key in keys)]
+            for row in result.rows
+        ],
+    )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--repeats", type=int, default=3, help="calls of each (default: 3)")
-    parser.add_argument("--folder", type=Path, help="where 5 GB are free (default: a temporary folder)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    args = parser.parse_args(argv)
+def measure(args: argparse.Namespace) -> Result:
+    """A row for each variant."""
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         base = Path(temporary) / "fp16"
@@ -125,10 +119,4 @@ def main(argv: list[str] | None = None) -> None:
             row |= {"megabytes": round(size / 1e6, 1), "of_fp16": round(size / folder_sizes(base)["total"], 3)}
             rows.append(row | alone(use, folder, args.repeats))
             print(json.dumps(rows[-1]), flush=True)
-    result = {"rows": rows, "rank": RANK, "hardware": hardware("cpu"), "threads": torch.get_num_threads(), "versions": versions()}
-    write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    main()
+    return Result("full-size-folders", {"rank": RANK, "repeats": args.repeats}, rows)

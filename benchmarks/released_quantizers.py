@@ -1,7 +1,7 @@
 """One convolution layer of a baseline, computed by its released program and by ours, from the same numbers.
 
-    python -m benchmarks.released_quantizers --lsq lsq-net --efficientdm EfficientDM --passionsr PassionSR \\
-        --deepcompressor deepcompressor --output benchmarks/results/released_quantizers.json
+    python -m benchmarks run released-quantizers --lsq lsq-net --efficientdm EfficientDM --passionsr PassionSR \\
+        --deepcompressor deepcompressor --output FILE.json
 
 Every argument is a checkout: github.com/zhutmost/lsq-net (the reimplementation that is used most, LSQ's authors released none),
 ThisisBillhe/EfficientDM, libozhu03/PassionSR, mit-han-lab/deepcompressor (SVDQuant). Only their quantizers are imported. Each
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import types
 from pathlib import Path
@@ -21,9 +20,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from qartsr_pipeline.calibration.data.fingerprint import versions
+from benchmarks.result import Result, markdown
 from qartsr_pipeline.calibration.recipe import Layer
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds, quantize_groups
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.scheme import LayerScheme
@@ -160,20 +158,30 @@ COMPARED = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in COMPARED:
         parser.add_argument(f"--{name}", type=Path, metavar="CHECKOUT")
-    parser.add_argument("--output", type=Path, required=True, help="JSON report")
-    args = parser.parse_args()
-    given = {name: compare for name, compare in COMPARED.items() if getattr(args, name)}
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """A row for each quantizer and bit width."""
+    given = {name: getattr(args, name) for name in COMPARED if getattr(args, name)}
     if not given:
-        parser.error(f"give at least one checkout, of {', '.join('--' + name for name in COMPARED)}")
-    found = {name: {f"{bits} bits": compare(getattr(args, name), bits) for bits in BITS} for name, compare in given.items()}
-    text = json.dumps({"largest relative difference": found, "versions": versions()}, indent=1)
-    write_whole(args.output, (text + "\n").encode())
-    print(text)
+        raise ValueError(f"give at least one checkout, of {', '.join('--' + name for name in COMPARED)}")
+    rows = [
+        {"quantizer": name, "bits": f"{bits} bits", **COMPARED[name](folder, bits)}
+        for name, folder in given.items()
+        for bits in BITS
+    ]
+    return Result("released-quantizers", {}, rows)
 
 
-if __name__ == "__main__":
-    main()
+def table(result: Result) -> str:
+    """Markdown."""
+    rows = [
+        [f"{row['quantizer']}, {row['bits']}", what, f"{value:.1e}"]
+        for row in result.rows
+        for what, value in row.items()
+        if what not in ("quantizer", "bits")
+    ]
+    return markdown(["quantizer", "what", "largest relative difference"], rows)

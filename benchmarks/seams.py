@@ -1,6 +1,6 @@
 """How much does tiling change a picture, and can its tile borders be seen? Prints one line per way of tiling.
 
-    python -m benchmarks.seams CHECKPOINT PICTURES --tile-size 256 512 --limit 8
+    python -m benchmarks run seams CHECKPOINT PICTURES --tile-size 256 512 --limit 8 --output FILE.json
 
 Every picture is reduced by the model's scale (bicubic), enlarged once as a whole and then in tiles, without colour alignment,
 which would hide differences in tone (and once more with it). Columns, averaged over the pictures, in 8-bit steps (0 to 255):
@@ -15,15 +15,26 @@ which would hide differences in tone (and once more with it). Columns, averaged 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
+from benchmarks.result import Result
 from qartsr_pipeline.image.tile_size import plan_tiles
 from qartsr_pipeline.image_files import READABLE_SUFFIXES
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint")
+    parser.add_argument("pictures", type=Path, help="folder of photographs")
+    parser.add_argument("--tile-size", type=int, nargs="+", default=[256])
+    parser.add_argument("--tile-overlap", type=int, nargs="+", default=[None])
+    parser.add_argument("--limit", type=int, default=8, help="number of pictures")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--save", type=Path, help="folder for the tiled images")
 
 
 @dataclass
@@ -57,7 +68,7 @@ def jumps(image: np.ndarray, axis: int) -> np.ndarray:
     return difference.mean(axis=tuple(a for a in range(3) if a != axis))
 
 
-def measure(whole: np.ndarray, tiled: np.ndarray, borders: dict[int, list[int]]) -> dict[str, float]:
+def compare_tiled(whole: np.ndarray, tiled: np.ndarray, borders: dict[int, list[int]]) -> dict[str, float]:
     """Both pictures (H, W, 3) in [0, 255]; `borders`: axis -> positions."""
     difference = tiled - whole
     at, elsewhere, ratio = [], [], []
@@ -88,7 +99,7 @@ def compare(pipe: QArtSRPipeline, path: Path, ways: list[Way], output: Path | No
         size = (low.height * pipe.config.scale, low.width * pipe.config.scale)
         grid = plan_tiles(size, way.tile, way.overlap, pipe.multiple, pipe.vae_scale_factor, automatic=None).grid
         borders = {0: border_positions(grid.tops, grid.tile_height), 1: border_positions(grid.lefts, grid.tile_width)}
-        rows.append(measure(whole[way.color_fix], tiled, borders))
+        rows.append(compare_tiled(whole[way.color_fix], tiled, borders))
         if output is not None:
             name = f"{path.stem}_{way.tile}_{'shared' if way.shared else 'own'}_{way.color_fix}.png"
             PIL.Image.fromarray(tiled.clip(0, 255).round().astype(np.uint8)).save(output / name)
@@ -100,34 +111,33 @@ def enlarge(pipe: QArtSRPipeline, low: PIL.Image.Image, **arguments: object) -> 
     return pipe(low, upscale=pipe.config.scale, output_type="np", **arguments).images[0].astype(np.float64) * 255
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint")
-    parser.add_argument("pictures", type=Path, help="folder of photographs")
-    parser.add_argument("--tile-size", type=int, nargs="+", default=[256])
-    parser.add_argument("--tile-overlap", type=int, nargs="+", default=[None])
-    parser.add_argument("--limit", type=int, default=8, help="number of pictures")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="folder for the tiled pictures")
-    args = parser.parse_args(argv)
-
+def measure(args: argparse.Namespace) -> Result:
+    """A row for every way of tiling: means over the images."""
     pipe = QArtSRPipeline.from_pretrained(args.checkpoint).to(args.device)
     pipe.set_progress_bar_config(disable=True)
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
+    if args.save:
+        args.save.mkdir(parents=True, exist_ok=True)
     paths = sorted(path for path in args.pictures.iterdir() if path.suffix.lower() in READABLE_SUFFIXES)[: args.limit]
+    if not paths:
+        raise ValueError(f"{args.pictures} has no images")
     ways = [
         Way(tile, overlap, shared, color_fix)
         for tile in args.tile_size
         for overlap in args.tile_overlap
         for shared, color_fix in ((False, None), (True, None), (True, "wavelet"))
     ]
-    table = [compare(pipe, path, ways, args.output) for path in paths]
-    names = list(table[0][0])
-    print(f"{len(paths)} pictures\n tile overlap  norms    color " + " ".join(f"{name:>9}" for name in names))
-    for way, rows in zip(ways, zip(*table, strict=True), strict=True):
-        print(way, " ".join(f"{np.mean([row[name] for row in rows]):9.3f}" for name in names))
+    found = [compare(pipe, path, ways, args.save) for path in paths]
+    means = ({name: float(np.mean([row[name] for row in rows])) for name in rows[0]} for rows in zip(*found, strict=True))
+    rows = [asdict(way) | values for way, values in zip(ways, means, strict=True)]
+    return Result("seams", {"checkpoint": args.checkpoint, "images": [path.name for path in paths]}, rows)
 
 
-if __name__ == "__main__":
-    main()
+def table(result: Result) -> str:
+    """One line for every way of tiling."""
+    ways = [field.name for field in fields(Way)]
+    names = [name for name in result.rows[0] if name not in ways]
+    lines = [
+        f"{Way(**{name: row[name] for name in ways})} " + " ".join(f"{row[name]:9.3f}" for name in names) for row in result.rows
+    ]
+    title = f"{len(result.settings['images'])} images\n tile overlap  norms    color "
+    return "\n".join([title + " ".join(f"{name:>9}" for name in names), *lines])

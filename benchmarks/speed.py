@@ -1,8 +1,7 @@
 """Seconds, memory and error of a whole enlargement: ours against peers, in one run, in turns.
 
-    python -m benchmarks.speed --shape tiny --size 512
-    python -m benchmarks.speed --shape sd21 --size 512 --device cuda --contenders fp32 bf16 "bf16 compiled" "ours W4A4"
-    python -m benchmarks.speed --table benchmarks/results/speed_tiny_cpu.json
+    python -m benchmarks run speed --shape tiny --size 512 --output FILE.json
+    python -m benchmarks run speed --shape sd21 --device cuda --contenders fp32 bf16 "ours W4A4" --output FILE.json
 
 Every contender lives in a process of its own, so that its peak of memory is its own; the processes take turns, one at a time.
 Medians and ranges over the rounds; ratios are against the first contender, and who is `PATIENCE` times slower is timed in the
@@ -13,7 +12,6 @@ first round only. `--size` is the side of the enlarged picture. Peers that are n
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -24,14 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, WITHOUT_DATA
-from benchmarks.machine import forget_peak, peak_megabytes
-from qartsr_pipeline.calibration.data.fingerprint import processor
+from benchmarks.result import Result, forget_peak, peak_megabytes
+from qartsr_pipeline.calibration.report.report_plots import png_of
+from qartsr_pipeline.calibration.saving import write_whole
 
 PATIENCE = 10
 TITLES = {
     "tiny": "the small models that ship",
     "sd21": "Stable Diffusion 2.1's shape with RANDOM weights: about speed and memory only, errors mean nothing",
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=tuple(TITLES), default="tiny")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help="; ".join(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
 
 
 def work(connection: Connection, name: str, args: argparse.Namespace) -> None:
@@ -85,8 +93,20 @@ def ask(pipe: Connection, order: str | None = None) -> dict[str, Any]:
         return {"error": "the process has ended: was there too little memory?"}
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Result:
     """A row a contender; those that fail have an "error"."""
+    import torch
+
+    usual = [n for n, c in CONTENDERS.items() if c.listed and c.installed and args.device in c.devices]
+    args.contenders = args.contenders or usual
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    torch.set_num_threads(args.threads)
+    setting = {"shape": args.shape, "size": args.size, "rounds": args.rounds, "device": args.device}
+    return Result("speed", setting | {"capability": torch.backends.cpu.get_cpu_capability()}, time_in_turns(args))
+
+
+def time_in_turns(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of `measure`."""
     import numpy as np
 
     context = multiprocessing.get_context("spawn")
@@ -121,17 +141,17 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def report(result: dict[str, Any]) -> str:
-    """The table in Markdown."""
-    setting = result["setting"]
+def table(result: Result) -> str:
+    """Markdown."""
+    setting = result.settings
     lines = [
-        f"{setting['size']} x {setting['size']} pixels out, {TITLES[setting['shape']]}. {result['hardware']}. Median (range) of"
-        f" {setting['rounds']} rounds, in turns.\n",
+        f"{setting['size']} x {setting['size']} pixels out, {TITLES[setting['shape']]}. {result.environment['hardware']}."
+        f" Median (range) of {setting['rounds']} rounds, in turns.\n",
         "| | floats | seconds | ratio | encode | UNet | decode | peak MB | weights MB | dB to the first |",
         "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     base = None
-    for row in result["rows"]:
+    for row in result.rows:
         if "error" in row:
             lines.append(f"| {row['name']} | {row['error'].splitlines()[0][:100]} | | | | | | | | |")
             continue
@@ -145,7 +165,7 @@ def report(result: dict[str, Any]) -> str:
         means_nothing = decibels is None or row["name"] in WITHOUT_DATA
         cells += [f"{row['peak_mb']:.0f}", f"{row['weights_mb']:.1f}", "" if means_nothing else f"{decibels:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *kinds_table(result["rows"]), "", *layer_counts(result["rows"])])
+    return "\n".join([*lines, "", *kinds_table(result.rows), "", *layer_counts(result.rows)])
 
 
 def layer_counts(rows: list[dict[str, Any]]) -> list[str]:
@@ -170,12 +190,13 @@ def kinds_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: Result, path: Path) -> None:
     """Seconds of the stages as stacked bars, with their sums; bars that are many times as long as most are cut off."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if "error" not in row]
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.4 * len(rows)), layout="constrained")
+    rows = [row for row in result.rows if "error" not in row]
+    figure = Figure(figsize=(8, 0.6 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     left = [0.0] * len(rows)
     for stage in rows[0]["rounds"][0]:
         seconds = [statistics.median(r[stage] for r in row["rounds"]) for row in rows]
@@ -188,44 +209,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.text(place[0], line, f" {total:.3g} ", ha=place[1], va="center", color=place[2])
     axes.set_xlim(0, 1.1 * longest if max(left) == longest else longest)
     axes.invert_yaxis()
-    axes.set_title(TITLES[result["setting"]["shape"]], fontsize="small")
+    axes.set_title(TITLES[result.settings["shape"]], fontsize="small")
     axes.set_xlabel("seconds")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shape", choices=tuple(TITLES), default="tiny")
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help="; ".join(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/speed_SHAPE_DEVICE.json")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="only print the table of an earlier run, and draw its plot")
-    args = parser.parse_args()
-    if args.table:
-        result = json.loads(args.table.read_text(encoding="utf-8"))
-        print(report(result))
-        plot(result, args.table.with_suffix(".png"))
-        return
-    usual = [n for n, c in CONTENDERS.items() if c.listed and c.installed and args.device in c.devices]
-    args.contenders = args.contenders or usual
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    rows = measure(args)
-    import torch
-
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, {args.threads} threads"
-    setting = {"shape": args.shape, "size": args.size, "rounds": args.rounds, "device": args.device}
-    capability = torch.backends.cpu.get_cpu_capability()
-    result = {"setting": setting, "hardware": f"{name} ({capability}), torch {torch.__version__}", "rows": rows}
-    output = args.output or Path(f"benchmarks/results/speed_{args.shape}_{args.device}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(report(result))
-    plot(result, output.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    main()
+    write_whole(path, png_of(figure))

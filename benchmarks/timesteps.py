@@ -1,11 +1,11 @@
 """What the timestep is worth in the end: QArtSR at low bits on every candidate of a timestep search, equal budgets.
 
     python calibration/trq.py tiny-fp --data PHOTOS --sweep-only --output runs/trq
-    python -m benchmarks.timesteps runs/trq --data PHOTOS --evaluate OTHERS --steps 60 --output runs/timesteps
+    python -m benchmarks run timesteps runs/trq --data PHOTOS --evaluate OTHERS --cells runs/timesteps --output FILE.json
 
 Every candidate was retrained for the same steps (`calibration/trq.py`); here each is quantized with the same recipe, steps, seed
-and pictures, its learning rate chosen on held-out patches, and measured on other photographs. OUTPUT gets a JSON file for every
-candidate and bit width, which are not made again, and timesteps.md, timesteps.json and timesteps.png.
+and pictures, its learning rate chosen on held-out patches, and measured on other photographs. The folder of --cells
+gets a JSON file for every candidate and bit width, which are not made again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.result import Result, markdown
 from calibration.comparison.cells import full_precision, run_cell
 from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import Cell, make_method
-from calibration.comparison.setting import Comparison, Sources, prepare, write_json
+from calibration.comparison.setting import Comparison, Sources, prepare
 from calibration.comparison.table import COLOR_FIX
-from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.report.report_plots import png_of
 from qartsr_pipeline.calibration.saving import write_whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("search", type=Path, help="output folder of calibration/trq.py")
+    parser.add_argument("--data", required=True, help="folder of photographs to calibrate on")
+    parser.add_argument("--evaluate", required=True, help="folder of other photographs to measure on")
+    parser.add_argument("--steps", type=int, default=60, help="of QArtSR at each candidate and bit width (default: 60)")
+    parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"], metavar="BITS")
+    parser.add_argument("--limit", type=int, help="only so many photographs of --evaluate, the first by name")
+    parser.add_argument("--cells", type=Path, required=True, help="folder of the finished cells")
 
 
 def read_candidates(search: Path) -> dict[str, dict[str, Any]]:
@@ -55,23 +65,24 @@ def line_of(comparison: Comparison, name: str, searched: dict[str, Any], steps: 
     return row
 
 
-def markdown(rows: list[dict[str, Any]], widths: list[str], about: str) -> str:
-    """The table, and what it is of."""
+def table(result: Result) -> str:
+    """Markdown, and what it is of."""
+    rows, widths = result.rows, result.settings["bits"]
     shown = [f"{bits.upper()}{what}" for bits in widths for what in (", dB", " to full precision, dB")]
     head = ["T", "amplification", "bypassing the UNet costs, dB", "z_H error, plain W4A4", "full precision, dB", *shown]
-    lines = ["| " + " | ".join(head) + " |", "| --: " * len(head) + "|"]
+    lines = []
     for row in rows:
         values = [f"{row[bits][key]:.2f}" for bits in widths for key in ("psnr_y", "to_full_precision")]
         first = [str(row["timestep"]), f"{row['amplification']:.3f}", f"{row['bypass_cost']:.2f}", f"{row['z_error']:.3f}"]
-        lines.append("| " + " | ".join([*first, f"{row['full_precision']:.2f}", *values]) + " |")
-    return "\n".join([*lines, "", f"Bicubic {rows[0]['bicubic']:.2f} dB. {about}", ""])
+        lines.append([*first, f"{row['full_precision']:.2f}", *values])
+    return f"{markdown(head, lines)}\n\nBicubic {rows[0]['bicubic']:.2f} dB. {result.summary['about']}"
 
 
-def plot(rows: list[dict[str, Any]], widths: list[str], path: Path) -> None:
+def plot(result: Result, path: Path) -> None:
     """PSNR-Y against the timestep. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure, rows, widths = Figure(figsize=(8, 5), layout="constrained"), result.rows, result.settings["bits"]
     axes, timesteps = figure.subplots(), [row["timestep"] for row in rows]
     axes.plot(timesteps, [row["full_precision"] for row in rows], marker="o", label="full precision")
     for bits in widths:
@@ -82,11 +93,15 @@ def plot(rows: list[dict[str, Any]], widths: list[str], path: Path) -> None:
     write_whole(path, png_of(figure))
 
 
-def run(args: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace) -> Result:
+    """A row for each candidate."""
     candidates = read_candidates(args.search)
     folders = {name: str(args.search / name / "model") for name in candidates}
-    comparison = prepare(Sources(folders, args.data, args.evaluate, args.output, args.limit, device="cpu"))
-    rows = [line_of(comparison, name, candidates[name], args.steps, args.bits) for name in candidates]
+    comparison = prepare(Sources(folders, args.data, args.evaluate, args.cells, args.limit, device="cpu"))
+    try:
+        rows = [line_of(comparison, name, candidates[name], args.steps, args.bits) for name in candidates]
+    except StoppedError as stopped:
+        raise KeyboardInterrupt from stopped
     options = json.loads((args.search / next(iter(candidates)) / "result.json").read_text())["made_with"]
     retrained = " + ".join(f"{phase['steps']} {phase['name']}" for phase in options["phases"])
     about = (
@@ -94,30 +109,4 @@ def run(args: argparse.Namespace) -> None:
         f" learning rates chosen on held-out patches; {len(comparison.evaluation)} photographs, colours aligned ({COLOR_FIX})."
         " The first columns are of `calibration/trq.py`, on its own held-out photographs."
     )
-    text = markdown(rows, args.bits, about)
-    report = {"rows": rows, "about": about, "data": comparison.data, "versions": versions(), "hardware": hardware("cpu")}
-    write_json(args.output / "timesteps.json", report)
-    write_whole(args.output / "timesteps.md", text.encode())
-    plot(rows, args.bits, args.output / "timesteps.png")
-    print(text)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("search", type=Path, help="output folder of calibration/trq.py")
-    parser.add_argument("--data", required=True, help="folder of photographs to calibrate on")
-    parser.add_argument("--evaluate", required=True, help="folder of other photographs to measure on")
-    parser.add_argument("--steps", type=int, default=60, help="of QArtSR at each candidate and bit width (default: 60)")
-    parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"], metavar="BITS")
-    parser.add_argument("--limit", type=int, help="only so many photographs of --evaluate, the first by name")
-    parser.add_argument("--output", type=Path, required=True)
-    try:
-        run(parser.parse_args(argv))
-    except (StoppedError, KeyboardInterrupt):
-        parser.exit(130, "\nstopped; what is finished is kept. Continue with the same command.\n")
-    except (OSError, ValueError, FloatingPointError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
-
-
-if __name__ == "__main__":
-    main()
+    return Result("timesteps", {"bits": args.bits, "data": comparison.data}, rows, {"about": about})

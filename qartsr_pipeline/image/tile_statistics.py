@@ -15,7 +15,7 @@ The windows of a pass together have at most as many pixels as one tile, so that 
 there is at most one pass for every four tiles. The rim of a window is not measured: there the network sees the zero padding
 around the window, which the image does not have.
 
-Measured on photographs with two small trained models (`benchmarks/seams.py`: 512 x 512 in tiles of 256, no colour alignment,
+Measured on photographs with two small trained models (`benchmarks run seams`: 512 x 512 in tiles of 256, no colour alignment,
 PSNR to the untiled result): with the exact statistics, tiles equal the whole image (104 dB), so the statistics are the only
 cause of seams. With each tile's own statistics the result is 42 and 55 dB, with shared ones 53 and 62 dB. Counting the rims, the
 second model falls to 53 dB. Smaller windows are worse, and windows of 16 pixels useless.
