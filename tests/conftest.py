@@ -10,12 +10,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that tests in sub-folders can import tiny_models
 
+from qartsr_pipeline.calibration.report.report import Page  # noqa: E402
 from tiny_models import build_tiny_pipeline  # noqa: E402
+
+DRAWN = Page.plot
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers_in_every_run():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plots_are_left_out():
+    """Drawing the plots of a report, or of a retraining, takes longer than quantizing a tiny model. Most tests do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Page, "plot", lambda page, name, draw, description: "")
+        patch.setattr("qartsr_pipeline.calibration.retraining.trainer.plot_if_possible", lambda *_: False)
+        yield
+
+
+@pytest.fixture
+def plots(monkeypatch):
+    """Reports with their plots."""
+    monkeypatch.setattr(Page, "plot", DRAWN)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from PIL import Image
 
 from calibration.teacher import train as teacher
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.retraining.plots import plot_if_possible
 from tiny_models import build_tiny_unet, build_tiny_vae
 
 PHASES = ("--phases", "autoencoder:2:1e-3:32:4", "pixel:4:1e-3:32:4")
@@ -48,6 +49,7 @@ def trained_once(photographs, training_arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibration.teacher.model.build_models", build_tiny_models)
+        patch.setattr("qartsr_pipeline.calibration.retraining.trainer.plot_if_possible", plot_if_possible)
         patch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
         teacher.main(["--data", str(photographs), "--output", str(folder), *training_arguments])
     return folder
@@ -55,8 +57,7 @@ def trained_once(photographs, training_arguments, tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, tmp_path, monkeypatch):
-    """A copy of that folder, for a test in which `calibration.teacher.train` builds tiny models and draws no curves."""
+    """A copy of that folder, for a test in which `calibration.teacher.train` builds tiny models."""
     monkeypatch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
-    monkeypatch.setattr("qartsr_pipeline.calibration.retraining.trainer.plot_if_possible", lambda *_: False)
     monkeypatch.setattr("calibration.teacher.model.build_models", build_tiny_models)
     return Path(shutil.copytree(trained_once, tmp_path / "run"))

@@ -142,7 +142,7 @@ class Interrupting(SmoothPatches):
 @pytest.fixture(scope="module")
 def straight_run():
     """A recipe, and the pipeline and result of a run that nothing stopped."""
-    recipe = small_recipe("steps=16", "stages.0.share=0.7", "stages.1.share=0.3")
+    recipe = small_recipe("steps=10", "stages.0.share=0.7", "stages.1.share=0.3")
     return recipe, *calibrated(recipe)
 
 
@@ -386,7 +386,7 @@ def test_lpips_takes_a_local_backbone_and_is_never_exchanged_silently(monkeypatc
 
 
 def test_a_run_that_starts_again_with_another_learning_rate_ends_as_a_new_one(tmp_path):
-    slow, fast = (small_recipe("steps=6", f"stages.1.lr={lr}") for lr in (0.001, 0.01))
+    slow, fast = (small_recipe("steps=4", f"stages.1.lr={lr}") for lr in (0.001, 0.01))
     stop_after = []
     contexts = [context_of(slow, progress=Callbacks(lambda step, *_: [step] == stop_after)), context_of(fast)]
     run = begin(contexts[0])
@@ -399,7 +399,7 @@ def test_a_run_that_starts_again_with_another_learning_rate_ends_as_a_new_one(tm
     assert second.layer_errors == alone.layer_errors and second.errors_before == alone.errors_before
     assert torch.equal(picture(contexts[0].pipeline), picture(contexts[1].pipeline))
     run.start_again(fast, parameters, tmp_path / "stopped.pt")
-    stop_after.append(3)
+    stop_after.append(2)
     assert run.complete().stopped
     stop_after.clear()
     run.start_again(fast, parameters, tmp_path / "stopped.pt")  # where it was stopped

@@ -31,6 +31,7 @@ HEADINGS = {
     "bounds": "Bounds",
     "sweep": "Timesteps",
 }
+pytestmark = pytest.mark.usefixtures("plots")
 PLOTS = {"losses.png", "modules.png", "layers.png", "bounds.png", "timesteps.png"}
 
 

@@ -16,6 +16,7 @@ from qartsr_pipeline.calibration.family import ImageFamily
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.cli.quantize import arguments_of
+from tiny_models import build_tiny_pipeline
 
 TINY = ["--steps", "6", "--set", *SMALL]
 
@@ -25,16 +26,30 @@ def quantize(*arguments: object, code: int = 0) -> None:
     assert main(["quantize", *map(str, arguments)]) == code
 
 
-@pytest.fixture
-def small_picture(tmp_path):
-    """Arguments: a folder of one small photograph for the report."""
-    folder = tmp_path / "evaluated"
+def evaluate_on_crop(folder: Path) -> list[str]:
+    """Arguments: a folder, made here, of one small photograph for the report."""
     folder.mkdir()
     Image.open(job.SAMPLE).crop((0, 0, 64, 64)).save(folder / "crop.png")
     return ["--evaluate", str(folder)]
 
 
-def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, small_picture, tmp_path, capsys):
+@pytest.fixture
+def small_picture(tmp_path):
+    return evaluate_on_crop(tmp_path / "evaluated")
+
+
+@pytest.fixture(scope="module")
+def finished(photographs, tmp_path_factory):
+    """A model whose record lists `photographs`, and the output of its finished run on procedural images; not to be changed."""
+    base = tmp_path_factory.mktemp("finished")
+    build_tiny_pipeline(seed=0).save_pretrained(base / "tiny")
+    record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
+    (base / "tiny" / "training.json").write_text(json.dumps(record))
+    quantize(str(base / "tiny"), "--output", str(base / "run"), *evaluate_on_crop(base / "evaluated"), *TINY)
+    return base / "tiny", base / "run"
+
+
+def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, small_picture, plots, tmp_path, capsys):
     output = tmp_path / "run"
     (tiny_folder / "README.md").write_text("---\nlicense: bigscience-openrail-m\n---\n# tiny\n")
     quantize(str(tiny_folder), "--bits", "w3a4", "--output", str(output), *small_picture, *TINY, "keep={unet.mid_block*: w16a16}")
@@ -49,6 +64,7 @@ def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, s
     assert "W3A4" in card and "6 steps, seed 0, on procedural" in card
     page = (output / "report" / "index.html").read_text()
     assert "features of the full-precision VAE encoder" in page and "w3a4" in page
+    assert {"losses.png", "layers.png", "bounds.png"} <= {path.name for path in (output / "report").iterdir()}
     assert "written:" in capsys.readouterr().out
     quantize(str(tiny_folder), "--output", str(output), *TINY, code=2)
     assert "continue it with --resume" in capsys.readouterr().err
@@ -164,14 +180,10 @@ def test_pictures_that_the_model_was_trained_on_are_not_reported_on(tiny_folder,
     assert not (tmp_path / "new").exists()
 
 
-def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, small_picture, photographs, tmp_path, capsys):
-    record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
-    (tiny_folder / "training.json").write_text(json.dumps(record))
-    first = tmp_path / "first"
-    quantize(str(tiny_folder), "--output", str(first), *small_picture, *TINY)  # on procedural images
+def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, finished, photographs, tmp_path, capsys):
+    first = finished[1]
     with pytest.raises(ValueError, match="picture_0.png is one of the photographs that model was made with"):
         check_no_overlap(sorted(photographs.iterdir()), first / "model")
-    (tiny_folder / "training.json").unlink()
     for start in (first, first / "model"):
         arguments = ["--start", start, "--evaluate", photographs, "--output", tmp_path / "new"]
         quantize(tiny_folder, *arguments, *TINY, code=2)

@@ -25,7 +25,7 @@ def test_two_instances_on_the_same_weights_are_quantized_independently():
 
 
 def test_blocks_that_run_again_in_the_backward_pass_train_the_same(monkeypatch):
-    recipe, results, runs = small_recipe("steps=4"), [], []
+    recipe, results, runs = small_recipe("steps=2"), [], []
     for large in (blocks.LARGE, 0):
         monkeypatch.setattr(blocks, "LARGE", large)
         context = context_of(recipe)

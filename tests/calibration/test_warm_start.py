@@ -42,9 +42,10 @@ def of_folder(folder):
 def test_it_begins_with_what_the_folder_computes(quantized, bits):
     folder = quantized(bits)
     pipeline, result = calibrated(small_recipe("steps=0", FULL), bits, start=folder)
+    loaded = of_folder(folder)
     for name, layer in all_layers(pipeline).items():
         component, _, path = name.partition(".")
-        deployed = getattr(of_folder(folder), component).get_submodule(path)
+        deployed = getattr(loaded, component).get_submodule(path)
         x = torch.randn(1, layer.weight.shape[1], *[5] * (layer.weight.dim() - 2))
         torch.testing.assert_close(layer(x), deployed(x), rtol=1e-3, atol=1e-3 * float(deployed(x).abs().max()))
     assert result.start["folder"] == folder.name
