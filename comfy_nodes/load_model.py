@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,17 @@ from comfy_api.latest import io, ui
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_labels
 
-from .managed_model import AUTO, DTYPES, ManagedModel, load_model
+from .managed_model import AUTO, DTYPES, ManagedModel, UpscaleModel, load_model
 from .model_folders import find_models, folder_of
 
 CATEGORY = "QArtSR"
 QArtSRModel = io.Custom("QARTSR_MODEL")
+
+
+def found_by(*words: str) -> dict[str, list[str]]:
+    """Further words that the search box finds a node by, as an argument of its schema; none in an older ComfyUI."""
+    known = {field.name for field in fields(io.Schema)}
+    return {"search_aliases": list(words)} if "search_aliases" in known else {}
 
 
 @lru_cache(maxsize=1)
@@ -40,6 +47,7 @@ class QArtSRLoadModel(io.ComfyNode):
             display_name="QArtSR Load Model",
             category=CATEGORY,
             description="Loads a super-resolution model. Small ones are included; put others into models/qartsr.",
+            **found_by("upscale model", "super resolution model"),
             inputs=[
                 io.Combo.Input(
                     "model",
@@ -70,7 +78,13 @@ class QArtSRLoadModel(io.ComfyNode):
                 ),
             ],
             outputs=[
-                QArtSRModel.Output(id="loaded_model", display_name="model", tooltip="For QArtSR Upscale and QArtSR Model Info.")
+                QArtSRModel.Output(id="loaded_model", display_name="model", tooltip="For QArtSR Upscale and QArtSR Model Info."),
+                io.Custom("UPSCALE_MODEL").Output(
+                    id="upscale_model",
+                    display_name="upscale_model",
+                    tooltip="For other nodes that enlarge with a model, such as Upscale Image (using Model) and Ultimate SD"
+                    " Upscale. They cut tiles themselves; QArtSR Upscale hides tile borders better.",
+                ),
             ],
         )
 
@@ -104,7 +118,8 @@ class QArtSRLoadModel(io.ComfyNode):
 
         hub_id = hub_id.strip()
         name, folder = (hub_id, download_once(hub_id)) if hub_id else (model, folder_of(model))
-        return io.NodeOutput(load_model(name, folder, backend, dtype))
+        model = load_model(name, folder, backend, dtype)
+        return io.NodeOutput(model, UpscaleModel(model))
 
 
 def _fingerprint(folder: Path) -> tuple:

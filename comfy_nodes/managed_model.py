@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .progress import interruptible
+
 AUTO = "auto"
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
@@ -65,6 +67,45 @@ class ManagedModel:
         else:
             with use_backend(self.backend):
                 yield
+
+
+class UpscaleModel:
+    """A loaded model as an UPSCALE_MODEL connection has it, for core's Upscale Image (using Model) and nodes built on it.
+
+    Those nodes cut tiles themselves and blend them, call it on each, and use nothing of it but what is defined here. On a GPU it
+    has not been run.
+    """
+
+    def __init__(self, managed: ManagedModel):
+        self.managed = managed
+
+    @property
+    def model(self) -> nn.Module:
+        """The networks, whose bytes are counted."""
+        return self.managed.patcher.model
+
+    @property
+    def scale(self) -> int:
+        return self.managed.pipeline.config.scale
+
+    def to(self, device: torch.device | str) -> UpscaleModel:
+        """Has ComfyUI bring the networks to its device. It takes them back when it needs the memory, so `cpu` does nothing."""
+        if torch.device(device).type == self.managed.device.type:
+            self.managed.bring_to_device()
+        return self
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) in [0, 1] -> (B, 3, H', W'), on the same device and of the same dtype.
+
+        Grey counts as RGB; a fourth channel is left out.
+
+        Raises:
+            InterruptProcessingException: cancelled by the user.
+        """
+        channels = image[:, :3].expand(-1, 3, -1, -1).float().cpu().clamp(0, 1)
+        with self.managed.kernels(), interruptible(self.model):
+            enlarged = self.managed.pipeline(channels, upscale=self.scale, output_type="pt").images
+        return enlarged.to(image)
 
 
 def load_model(name: str, folder: Path, backend: str, dtype: str) -> ManagedModel:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from qartsr_pipeline.cli.messages import is_out_of_memory
 
-from .load_model import CATEGORY, QArtSRModel
+from .load_model import CATEGORY, QArtSRModel, found_by
 from .managed_model import ManagedModel
 from .progress import TileProgress, interruptible
 
@@ -28,6 +28,7 @@ class QArtSRUpscale(io.ComfyNode):
             display_name="QArtSR Upscale",
             category=CATEGORY,
             description="Enlarges images in tiles with a QArtSR model.",
+            **found_by("QArtSR", "upscale", "upscaler", "super resolution", "enhance", "enlarge", "4x", "restore details"),
             inputs=[
                 QArtSRModel.Input("model", tooltip="From QArtSR Load Model."),
                 io.Image.Input("image", tooltip="One image, or a batch of images of one size."),

@@ -38,12 +38,3 @@ def test_the_examples_of_the_docstrings_run(function):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'QArtSRPipelines'"):
         _ = qartsr_pipeline.QArtSRPipelines
-
-
-def test_the_pipelines_name_registers_the_quantization_method():
-    code = (
-        "from qartsr_pipeline import QArtSRPipeline\n"
-        "from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING\n"
-        "print('qartsr' in AUTO_QUANTIZER_MAPPING, 'qartsr' in AUTO_QUANTIZATION_CONFIG_MAPPING)"
-    )
-    assert in_a_fresh_process(code) == ["True", "True"]

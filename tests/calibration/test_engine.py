@@ -81,36 +81,40 @@ def test_what_is_simulated_is_what_is_deployed(tmp_path):
     assert torch.equal(picture(loaded), picture(pipeline))
 
 
-def test_only_what_a_stage_names_is_trained():
+@pytest.fixture(scope="module")
+def untrained():
+    """Layers as training finds them; not to be changed."""
+    return dict(all_layers(calibrated(small_recipe("steps=0"))[0]))
+
+
+def test_only_what_a_stage_names_is_trained(untrained):
     recipe = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1", "stages.1.train=[adapter]")
-    start = dict(all_layers(calibrated(small_recipe("steps=0"))[0]))
     end = all_layers(calibrated(recipe)[0])
     changed = {
         name
         for layer_name, layer in end.items()
         for name, parameter in layer.named_parameters(recurse=False)
-        if not torch.equal(parameter, start[layer_name].get_parameter(name))
+        if not torch.equal(parameter, untrained[layer_name].get_parameter(name))
     }
     assert changed == {"adapter_up", "adapter_down"}
 
 
-def test_a_stage_trains_the_layers_that_it_names():
+def test_a_stage_trains_the_layers_that_it_names(untrained):
     recipe = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1", "stages.1.layers=vae.decoder.*")
-    start = all_layers(calibrated(small_recipe("steps=0"))[0])
     for name, layer in all_layers(calibrated(recipe)[0]).items():
-        changed = any(not torch.equal(p, start[name].get_parameter(key)) for key, p in layer.named_parameters(recurse=False))
+        changed = any(not torch.equal(p, untrained[name].get_parameter(key)) for key, p in layer.named_parameters(recurse=False))
         assert changed == name.startswith("vae.decoder."), name
 
 
-def test_turns_without_a_trained_layer_leave_their_steps_to_the_others():
+def test_turns_without_a_trained_layer_leave_their_steps_to_the_others(untrained):
     """Reversed, the first modules are of the VAE's decoder: nothing of them is trained here."""
     recipe = small_recipe("steps=4", "stages.0.share=1", "stages.1.share=0", "stages.0.layers=unet.*")
-    start = all_layers(calibrated(small_recipe("steps=0"))[0])
     pipeline, result = calibrated(recipe)
     assert len(result.losses["RPQ"]) == 4 and all(turn["module"].startswith("unet") for turn in result.turns)
     for name, layer in all_layers(pipeline).items():
         if not name.startswith("unet."):
-            assert all(torch.equal(p, start[name].get_parameter(key)) for key, p in layer.named_parameters(recurse=False)), name
+            parameters = dict(layer.named_parameters(recurse=False))
+            assert all(torch.equal(p, untrained[name].get_parameter(key)) for key, p in parameters.items()), name
     with pytest.raises(ValueError, match="trains smoothing.* of the layers 'transformer.*', and there are none: .* unet.conv_in"):
         calibrated(small_recipe("steps=4", "stages.0.layers=transformer.*"))
 

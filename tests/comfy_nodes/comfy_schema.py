@@ -72,6 +72,7 @@ class Schema:
     is_deprecated: bool = False
     is_experimental: bool = False
     not_idempotent: bool = False
+    search_aliases: list[str] = field(default_factory=list)  # not in older versions
 
     def validate(self) -> None:
         """Raises ValueError for ids that are not unique, and for defaults that the frontend would refuse or change."""

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields, make_dataclass
 from inspect import signature
 from pathlib import Path
 
@@ -62,6 +63,39 @@ def test_nodes_take_what_their_schemas_declare(nodes):
         for method in ("validate_inputs", "fingerprint_inputs"):
             named = signature(getattr(node, method)).parameters.values() if method in vars(node) else ()
             assert {each.name for each in named if each.kind is not each.VAR_KEYWORD} <= inputs.keys(), (name, method)
+
+
+def test_search_finds_upscale_by_what_people_call_it(nodes, monkeypatch):
+    node = nodes["QArtSRUpscale"]
+    assert {"upscale", "super resolution", "enhance", "enlarge", "4x"} <= set(node.define_schema().search_aliases)
+    older = [(field.name, field.type, field) for field in fields(comfy_schema.Schema) if field.name != "search_aliases"]
+    monkeypatch.setattr(comfy_schema.io, "Schema", make_dataclass("Schema", older))
+    assert node.define_schema().node_id == "QArtSRUpscale"
+
+
+def test_nodes_of_others_take_the_model(nodes, comfy, tiny_folder):
+    """As core's Upscale Image (using Model) does: bytes, device, a call for each tile, and `cpu` at the end."""
+    import folder_paths
+
+    shutil.copytree(tiny_folder, Path(folder_paths.models_dir) / "qartsr" / "base")
+    node = nodes["QArtSRLoadModel"]
+    assert [output.io_type for output in node.define_schema().outputs] == ["QARTSR_MODEL", "UPSCALE_MODEL"]
+    loaded, upscale_model = node.execute(model="base", hub_id="", backend="auto", dtype="auto").args
+    assert sum(tensor.numel() for tensor in upscale_model.model.state_dict().values()) > 1000 and upscale_model.scale == 4
+    image = torch.rand(2, 12, 10, 3)
+    upscale_model.to(torch.device("cpu"))
+    result = upscale_model(image.movedim(-1, -3))
+    assert torch.equal(result.movedim(-3, -1), upscale(nodes, loaded, image)[0])
+    grey, clear = torch.rand(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    rgb = grey.expand(1, 3, 8, 8)
+    assert (
+        torch.equal(upscale_model(grey), upscale_model(torch.cat([rgb, clear], 1)))
+        and upscale_model(grey.half()).dtype == torch.half
+    )
+    comfy.cancel_at = comfy.looked
+    with pytest.raises(Exception) as raised:
+        upscale_model(rgb)
+    assert type(raised.value).__name__ == "InterruptProcessingException"
 
 
 def test_the_default_model_is_that_of_the_command_line(nodes):

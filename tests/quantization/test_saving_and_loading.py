@@ -121,7 +121,7 @@ def test_a_fresh_process_loads_with_stock_diffusers(saved):
     code = (
         "import sys; sys.modules['optimum.quanto'] = None\n"
         "from diffusers import AutoencoderKL\n"
-        "import qartsr_pipeline.quantization\n"
+        "from qartsr_pipeline import QArtSRPipeline\n"
         f"vae = AutoencoderKL.from_pretrained({str(folder / 'vae')!r})\n"
         "print(type(vae.decoder.conv_in).__name__, vae.decoder.conv_in.weight_packed.dtype)"
     )
