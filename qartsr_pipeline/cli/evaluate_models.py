@@ -20,11 +20,16 @@ from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN
 from qartsr_pipeline.calibration.evaluation.reported_results import reproduce
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, markdown
 from qartsr_pipeline.calibration.evaluation.written_report import made_by, read_report, report_text, write_report
+from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.image.comparison import compare
+from qartsr_pipeline.image.comparison_page import MOST_IMAGE_PIXELS, Comparison, NamedImage, comparison_page
 from qartsr_pipeline.image_files import ImageFile, make_folder, write_image
+
+PAGE_NAME = "compare.html"
+PAGE_PIXELS = 40_000_000  # about as many bytes: 25 photographs of 512 x 512 in six versions, 2 of DIV2K
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
     checkpoints = {names[model]: fetch(model) for model in request.models}
     if request.pictures:
         make_folder(request.pictures)
+    page = PageOfFirst()
     with tqdm(unit="image", mininterval=1) as bar:
 
         def show(label: str, done: int, total: int) -> None:
@@ -87,6 +93,7 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
         def keep(image: ImageOutputs) -> None:
             if request.pictures:
                 write_comparison(comparison_path(request.pictures, request.data, Path(image.label)), image)
+                page.add(image)
 
         rows = evaluate(
             checkpoints,
@@ -101,6 +108,8 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
             progress=show,
             on_image=keep,
         )
+    if request.pictures and page.comparisons:
+        write_whole(request.pictures / PAGE_NAME, page.content(request.data.resolve().name))
     comparisons = [comparison_path(request.pictures, request.data, path).name for path in originals] if request.pictures else []
     return rows, {
         "data": {
@@ -110,6 +119,7 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
             "count": len(pairs),
             "pictures": [path.name for path in originals],
             "comparisons": comparisons,
+            "page": PAGE_NAME if request.pictures and page.comparisons else None,
             "unseen_by_record": {name: recorded_files(checkpoint) is not None for name, checkpoint in checkpoints.items()},
         },
         "made_by": {name: made_by(checkpoint) for name, checkpoint in checkpoints.items()},
@@ -124,6 +134,27 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
         "versions": versions(),
         "rows": [row.to_json() for row in rows],
     }
+
+
+class PageOfFirst:
+    """The page on which any two outputs lie over one another, for the first images: a page of all would be too large."""
+
+    def __init__(self) -> None:
+        self.comparisons: list[Comparison] = []
+        self._pixels = 0
+
+    def add(self, image: ImageOutputs) -> None:
+        """Adds the image unless the page is full."""
+        height, width = next(iter(image.outputs.values())).shape[-2:]
+        self._pixels += height * width * len(image.outputs)
+        if height * width <= MOST_IMAGE_PIXELS and self._pixels <= PAGE_PIXELS and len(image.outputs) > 1:
+            versions = [NamedImage(name, as_pixels(output)) for name, output in image.outputs.items()]
+            self.comparisons.append(Comparison(Path(image.label).name, versions, left=0, right=1))
+
+    def content(self, data: str) -> bytes:
+        """The page, whose title names the data."""
+        first = f"The first {len(self.comparisons)} images." if len(self.comparisons) > 1 else "The first image."
+        return comparison_page(f"Models on {data}", self.comparisons, first)
 
 
 def check_output(path: Path) -> None:

@@ -37,6 +37,9 @@ COMMANDS = {
     "bench": Command("qartsr_pipeline.cli.bench", "time a checkpoint on this machine, by stage and kernels"),
     "quantize": Command("qartsr_pipeline.cli.quantize", "make a checkpoint of fewer bits from a full-precision one"),
     "evaluate": Command("qartsr_pipeline.cli.evaluate", "measure models on photographs, against bicubic and full precision"),
+    "compare": Command(
+        "qartsr_pipeline.cli.compare", "enlarge photographs with several models and write a page to compare them on"
+    ),
     "demo": Command("qartsr_pipeline.cli.demo", "upscale the sample photograph on the CPU and compare"),
     "convert": Command("qartsr_pipeline.cli.convert", "make a checkpoint folder from published weights"),
 }

@@ -1,4 +1,4 @@
-"""Sheets of images side by side, for comparing them by eye."""
+"""Sheets of images side by side, for comparing them by eye. `comparison_page` has the page with a slider."""
 
 from __future__ import annotations
 
@@ -47,15 +47,23 @@ def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarra
     Raises:
         ValueError: sizes or types differ.
     """
+    cut, detail = cut_to_detail(pictures, number)
+    return compare({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
+
+
+def cut_to_detail(pictures: dict[str, np.ndarray], number: int = 1) -> tuple[dict[str, np.ndarray], tuple[int, int, int, int]]:
+    """At most `PICTURE_SIDE` pixels a side of each image, around the most detailed part of the last one, and where that lies.
+
+    Args, Raises: as in `picture_sheet`.
+    """
     shapes = {name: (picture.shape, str(picture.dtype)) for name, picture in pictures.items()}
     shape, dtype = next(iter(shapes.values()))
     if len(set(shapes.values())) > 1 or len(shape) != 3 or shape[2] != 3 or dtype != "uint8":
         raise ValueError(f"image {number}: all must be uint8 of one shape (H, W, 3), got {shapes}")
     left, top, right, bottom = most_detailed(list(pictures.values())[-1])
     x, y = (_window(low, high, side) for low, high, side in ((left, right, shape[1]), (top, bottom, shape[0])))
-    detail = (left - x, top - y, right - x, bottom - y)
     cut = {name: picture[y : y + PICTURE_SIDE, x : x + PICTURE_SIDE] for name, picture in pictures.items()}
-    return compare({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
+    return cut, (left - x, top - y, right - x, bottom - y)
 
 
 def _marked(picture: np.ndarray, detail: tuple[int, int, int, int]) -> np.ndarray:

@@ -5,7 +5,14 @@ The pipeline itself takes and returns images in memory. Nothing here imports tor
 
 from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError
 from qartsr_pipeline.image_files.reading import READABLE_SUFFIXES, read_image
-from qartsr_pipeline.image_files.writing import DEFAULT_QUALITY, WRITABLE_FORMATS, check_writable, make_folder, write_image
+from qartsr_pipeline.image_files.writing import (
+    DEFAULT_QUALITY,
+    WRITABLE_FORMATS,
+    check_writable,
+    make_folder,
+    write_image,
+    write_whole,
+)
 
 __all__ = [
     "DEFAULT_QUALITY",
@@ -17,4 +24,5 @@ __all__ = [
     "make_folder",
     "read_image",
     "write_image",
+    "write_whole",
 ]

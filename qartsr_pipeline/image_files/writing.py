@@ -80,7 +80,7 @@ def check_writable(path: str | os.PathLike, height: int = 0, width: int = 0) -> 
             f"{path} would have {width} x {height} pixels, but {kind.name} holds at most {kind.largest_side} a side."
             " Write a .png or .tif."
         )
-    _write_whole(path, lambda file: None, keep=False)
+    write_whole(path, lambda file: None, keep=False)
 
 
 def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, quality: int = DEFAULT_QUALITY) -> list[str]:
@@ -111,7 +111,7 @@ def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, 
         icc_profile = exif = None
     metadata = {name: value for name, value in (("icc_profile", icc_profile), ("exif", exif)) if value}
     options = dict(kind.options) | ({"quality": quality} if kind.lossy else {})
-    _write_whole(path, lambda file: file.write(_encoded(pixels, kind, metadata, options)))
+    write_whole(path, lambda file: file.write(_encoded(pixels, kind, metadata, options)))
     return notices
 
 
@@ -148,7 +148,7 @@ def _encoded(pixels: np.ndarray, kind: Format, metadata: dict[str, bytes], optio
     return encoded.getbuffer()
 
 
-def _write_whole(path: Path, write: Callable[[BinaryIO], object], keep: bool = True) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: bool = True) -> None:
     """Writes to a temporary name in the same folder and renames it when everything has reached the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:

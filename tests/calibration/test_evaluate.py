@@ -104,7 +104,9 @@ def test_report_agrees_with_the_pipeline(two_models, small_photographs, tmp_path
     said = capsys.readouterr().out
     assert "| bicubic " in said and "second, UNet bypassed" in said and f"written: {report_path}" in said
     text = (tmp_path / "report.md").read_text()
-    assert "closer to it than bicubic" in text and "(<pictures/picture_1.png>)" in text
+    assert "closer to it than bicubic" in text and "(<pictures/picture_1.png>)" in text and "(<pictures/compare.html>)" in text
+    page = (pictures / "compare.html").read_text(encoding="utf-8")
+    assert page.count("<figure") == 2 and page.count("<li>") == 2 * 4  # bicubic, two models, the original
 
 
 def test_share_of_gain_and_table():

@@ -90,7 +90,7 @@ def evaluate(
         raise ValueError("`color_fixes` is empty: give at least one alignment, such as None for the network's own colours")
     originals = originals_of(data)
     loaded = load_metrics(metrics, "cpu" if device is None else str(device))
-    named = _named(models)
+    named = named_models(models)
     folders = {name: model if isinstance(model, QArtSRPipeline) else fetch(model) for name, model in named.items()}
     check_unseen([folder for folder in folders.values() if isinstance(folder, Path)], originals)
     candidates = [
@@ -117,7 +117,8 @@ def row_names(models: Sequence[str]) -> dict[str, str]:
     return {model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)}
 
 
-def _named(models: Model | Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
+def named_models(models: Model | Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
+    """Name of its rows -> model, as `evaluate` says."""
     if isinstance(models, Mapping):
         named = dict(models)
     else:

@@ -41,6 +41,8 @@ def report_text(report: dict[str, Any], table: str, pictures: Path | None = None
         ]
     if pictures and beside:
         folder = Path(os.path.relpath(pictures, beside))
+        if data["page"]:
+            lines.append(f"\n[Any two of them over one another](<{(folder / data['page']).as_posix()}>), for the first images.")
         lines += [f"\n![{name}](<{(folder / name).as_posix()}>)" for name in data["comparisons"]]
     return "\n".join(lines) + "\n"
 

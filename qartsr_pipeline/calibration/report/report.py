@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Callable, Mapping
@@ -18,25 +17,8 @@ from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.progress import Histogram
-from qartsr_pipeline.image.comparison import picture_sheet
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1c1c1e; --soft: #5a5a60; --back: #ffffff; --line: #d4d4da; --stripe: #f4f4f7; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e8e8ec; --soft: #a4a4ac; --back: #17171a; --line: #3c3c44; --stripe: #212126; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto; max-width: 84rem;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-p, figcaption, summary { color: var(--soft); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child, .text td { text-align: left; }
-td:first-child { white-space: nowrap; } h1, figcaption, .text td:last-child { overflow-wrap: anywhere; }
-tr:nth-child(even) td { background: var(--stripe); }
-figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; border-radius: 6px; }
-"""
+from qartsr_pipeline.image.comparison import cut_to_detail, picture_sheet
+from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, comparison_html, data_address, document
 
 
 @dataclass
@@ -88,7 +70,7 @@ def write_report(folder: str | Path, data: ReportData) -> Path:
         _sweep(data, page),
     ]
     index = folder / "index.html"
-    write_whole(index, _document(data.title, [section for section in sections if section]).encode())
+    write_whole(index, document(data.title, sections).encode())
     return index
 
 
@@ -108,17 +90,9 @@ class Page:
 
     def image(self, name: str, content: bytes, description: str) -> str:
         write_whole(self.folder / name, content)
-        source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
         caption = f'{escape(description)} <a href="{escape(name)}">{escape(name)}</a>'
+        source = data_address(content, "png")
         return f'<figure><img src="{source}" alt="{escape(description)}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _document(title: str, sections: list[str]) -> str:
-    body = "\n".join(sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
-    )
 
 
 def _section(heading: str, *content: str) -> str:
@@ -158,13 +132,16 @@ def _metrics(data: ReportData) -> str:
 
 
 def _pictures(data: ReportData, page: Page) -> list[str]:
+    """A slider for each image; a sheet with all its versions side by side becomes a file, to be passed on."""
     figures = []
     for number, pictures in enumerate(data.pictures, 1):
-        names = ", ".join(pictures)
-        sheet = picture_sheet(pictures, number)
-        figures.append(
-            page.image(f"pictures-{number}.png", _encoded(sheet), f"{names}; below, the framed part of each enlarged.")
-        )
+        name = f"pictures-{number}.png"
+        write_whole(page.folder / name, _encoded(picture_sheet(pictures, number)))
+        versions = [NamedImage(version, pixels) for version, pixels in cut_to_detail(pictures)[0].items()]
+        # First the last two before the original: full precision and the quantized model.
+        left, right = (-3, -2) if len(versions) > 3 else (0, -1)
+        figures.append(comparison_html(Comparison(f"Image {number}", versions, left=left, right=right)))
+        figures.append(f'<p>Side by side, and a part enlarged: <a href="{name}">{name}</a></p>')
     return [_section("Images", *figures)] if figures else []
 
 
