@@ -83,7 +83,9 @@ def test_help_and_usage_errors_wait_for_no_heavy_import():
     assert done.returncode == 0, done.stderr
     assert all(f"usage: qartsr {name}" in done.stdout for name in COMMANDS)
     labels = [f"  {name:<12}{label}\n" for name, label in shipped_labels().items()]
-    assert labels and done.stdout.count("shipped checkpoints:\n" + "".join(labels)) == 5  # qartsr, upscale, info, bench, demo
+    assert (
+        labels and done.stdout.count("shipped checkpoints:\n" + "".join(labels)) == 6
+    )  # qartsr, upscale, info, bench, compare, demo
 
 
 def test_info_of_a_folder_that_is_no_checkpoint(tmp_path, capsys):
@@ -105,7 +107,9 @@ def test_demo_writes_its_pictures_and_ends_with_the_line_of_numbers(tiny_folder,
         pattern = rf"{start}: psnr_y bicubic=({number}) full_precision={number} quantized={number} seconds={number} picture=(.+)"
         match = re.fullmatch(pattern, line)
         assert match and 15 < float(match[1]) < 40 and match[2] == str(folder / picture)
-    sizes = {path.name: Image.open(path).size for path in folder.iterdir()}
+    sizes = {path.name: Image.open(path).size for path in folder.glob("*.png")}
+    page = (folder / "compare.html").read_text(encoding="utf-8")
+    assert page.count("<figure") == 2 and page.count("<li>") == 2 * 4  # bicubic, both models, the original
     assert sizes["input.png"] == sizes["input_real.png"] == (32, 32) and sizes["upscaled.png"] == (128, 128) and len(sizes) == 6
     clean, degraded = (np.asarray(Image.open(folder / name), float) for name in ("input.png", "input_real.png"))
     assert 2 < np.abs(clean - degraded).mean() < 30

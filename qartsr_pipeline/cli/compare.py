@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
-from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype
+from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, list_shipped
 from qartsr_pipeline.cli.messages import UsageError, say
 
 
@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help=f"folder, shipped name or Hub id; default: {DEFAULT_CHECKPOINT}, without --outputs",
+        help=f"folder, shipped name (below) or Hub id; default: {DEFAULT_CHECKPOINT}; none where only --outputs are given",
     )
     add(
         "--outputs",
@@ -42,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_device_and_dtype(parser)
     add("--overwrite", action="store_true", help="replace the page if it exists")
     add_debug(parser)
+    list_shipped(parser)
     parser.set_defaults(run=run)
 
 

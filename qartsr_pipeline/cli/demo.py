@@ -1,6 +1,7 @@
 """`qartsr demo`: a photograph is reduced to 128 x 128, enlarged again by the quantized model, and compared with the original.
 
-Twice: reduced and nothing else, and as photographs often come, blurred, noisy, and saved as JPEG (`real_degradation`).
+Twice: reduced and nothing else, and as photographs often come, blurred, noisy, and saved as JPEG (`real_degradation`). Each
+comparison is written as an image, and both on one page with a slider between any two results.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from PIL import Image
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, fetch, shipped_checkpoints
 from qartsr_pipeline.cli.arguments import add_debug, add_model_option
 from qartsr_pipeline.image.comparison import compare
-from qartsr_pipeline.image_files import ImageFile, check_writable, make_folder, read_image, write_image
+from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, comparison_page
+from qartsr_pipeline.image_files import ImageFile, check_writable, make_folder, read_image, write_image, write_whole
 
 if TYPE_CHECKING:
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
@@ -28,6 +30,7 @@ FP, Q = "full precision", "quantized"
 SCALE = 4
 # The part that is shown larger below the whole images: left, top, right, bottom in the original.
 DETAIL = (150, 100, 278, 228)
+PAGE = "compare.html"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -40,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str | None = None) -> int:
-    """Upscales on the CPU, writes the images to the folder `output`, prints what was done; returns 0.
+    """Upscales on the CPU, writes the images and the page to the folder `output`, prints what was done; returns 0.
 
     The last line is `demo: psnr_y bicubic=.. full_precision=.. quantized=.. seconds=.. picture=PATH`, of the clean image; the one
     before, which begins with `demo real:`, is of the degraded one.
@@ -65,9 +68,12 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     print(f"sample: {SAMPLE.name}, {_size(original)} (credits: {SAMPLE.parent / 'CREDITS.md'}), reduced to {_size(degraded)}")
     print(f"model: {fetch(model)}, compared with {fetch(full_precision)}, on the CPU in float32")
     print(f"kernels: {kernels(describe(fetch(model), 'cpu'))}")
-    real = _compare(pipelines, original, degraded, folder, "_real")
-    clean = _compare(pipelines, original, _bicubic(original, 1 / SCALE), folder, "")
-    print(real, clean, sep="\n")
+    real, real_numbers = _compare(pipelines, original, degraded, folder, "_real")
+    clean, numbers = _compare(pipelines, original, _bicubic(original, 1 / SCALE), folder, "")
+    page = comparison_page(f"{SAMPLE.name}, enlarged {SCALE} times", [real, clean], f"{Path(model).name}, on the CPU in float32.")
+    write_whole(folder / PAGE, lambda file: file.write(page))
+    print(f"written: {folder / PAGE} (open it in a browser)")
+    print(real_numbers, numbers, sep="\n")
     return 0
 
 
@@ -78,8 +84,14 @@ def _made_of(model: str) -> str:
     return name if name in shipped_checkpoints() else FULL_PRECISION
 
 
-def _compare(pipelines: dict[str, QArtSRPipeline], original: np.ndarray, reduced: np.ndarray, folder: Path, ending: str) -> str:
-    """Enlarges one input by all pipelines, writes its images with ``ending`` in their names, and returns the line of numbers."""
+def _compare(
+    pipelines: dict[str, QArtSRPipeline], original: np.ndarray, reduced: np.ndarray, folder: Path, ending: str
+) -> tuple[Comparison, str]:
+    """Enlarges one input by all pipelines, and writes its images with ``ending`` in their names.
+
+    Returns:
+        The results for the page, and the line of numbers.
+    """
     from qartsr_pipeline.image.metrics import psnr_y
 
     results = {name: _enlarge(pipeline, reduced) for name, pipeline in pipelines.items()}
@@ -90,7 +102,12 @@ def _compare(pipelines: dict[str, QArtSRPipeline], original: np.ndarray, reduced
         path = folder / f"{name}{ending}.png"
         write_image(path, _floats(image), ImageFile(image))
         print(f"written: {path}")
-    return (
+    said = {name: f"{score:.2f} dB" for name, score in scores.items()}
+    said |= {name: f"{said[name]}, {seconds:.2f} s" for name, (_, seconds) in results.items()}
+    versions = [NamedImage(name, image, said.get(name, "")) for name, image in {**images, "original": original}.items()]
+    title = "Blurred, noisy, saved as JPEG" if ending else "Reduced and nothing else"
+    comparison = Comparison(title, versions, f"{_size(reduced)}, enlarged {SCALE} times", left=0, right=2)
+    return comparison, (
         f"demo{ending.replace('_', ' ')}: psnr_y bicubic={scores['bicubic']:.2f} full_precision={scores[FP]:.2f}"
         f" quantized={scores[Q]:.2f} seconds={results[Q][1]:.2f} picture={folder / f'comparison{ending}.png'}"
     )

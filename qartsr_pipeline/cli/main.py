@@ -40,7 +40,7 @@ COMMANDS = {
     "compare": Command(
         "qartsr_pipeline.cli.compare", "enlarge photographs with several models and write a page to compare them on"
     ),
-    "demo": Command("qartsr_pipeline.cli.demo", "upscale the sample photograph on the CPU and compare"),
+    "demo": Command("qartsr_pipeline.cli.demo", "enlarge two sample photographs on the CPU and compare"),
     "convert": Command("qartsr_pipeline.cli.convert", "make a checkpoint folder from published weights"),
 }
 
