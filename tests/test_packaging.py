@@ -77,6 +77,7 @@ def test_the_wheel_has_the_package_and_its_data(wheel):
     recipes = {path.name for path in (ROOT / "qartsr_pipeline/calibration/recipes").iterdir() if path.suffix == ".yaml"}
     assert {path.name for path in (package / "calibration/recipes").glob("*.yaml")} == recipes
     assert (package / "samples" / SAMPLE.name).is_file()
+    assert {path.suffix for path in (package / "image").glob("comparison_page.*")} == {".py", ".css", ".js"}
 
 
 @pytest.mark.slow
