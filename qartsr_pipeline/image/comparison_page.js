@@ -28,11 +28,13 @@ class Slider {
       caption: item.querySelector('span').textContent,
       element: item.querySelector('img'),
     }))
-    this.width = this.images[0].element.width
-    this.height = this.images[0].element.height
+    // The attributes: the properties give the size in which the list shows the image.
+    this.width = Number(this.images[0].element.getAttribute('width'))
+    this.height = Number(this.images[0].element.getAttribute('height'))
     this.zoom = 1
     this.x = this.y = 0 // where the images' upper left corner lies
     this.cut = 0.5 // share of the stage that the left image has
+    this.fitted = 1 // the largest zoom at which the whole image is kept in view when the stage changes; 0 once somebody has zoomed
     this.touches = new Map()
     this.build(figure)
     list.remove()
@@ -123,14 +125,14 @@ class Slider {
 
   resize() {
     const width = this.viewer.clientWidth
-    if (!width || (width === this.lastWidth && !document.fullscreenElement === !this.full)) return
-    const first = !this.lastWidth
+    const full = document.fullscreenElement === this.viewer
+    if (!width || (width === this.lastWidth && full === this.full)) return
     const centre = this.at(this.stage.clientWidth / 2, this.stage.clientHeight / 2)
     this.lastWidth = width
-    this.full = document.fullscreenElement === this.viewer
-    const space = this.full ? innerHeight - 150 : Math.min(innerHeight * 0.8, Math.max(this.height, 360), width * this.height / this.width)
+    this.full = full
+    const space = full ? innerHeight - 150 : Math.min(innerHeight * 0.8, Math.max(this.height, 360), width * this.height / this.width)
     this.stage.style.height = `${Math.max(Math.round(space), 220)}px`
-    if (first) return this.fit(1)
+    if (this.fitted) return this.fit(this.fitted)
     this.zoom = Math.max(this.zoom, this.smallest)
     this.x = this.stage.clientWidth / 2 - centre.x * this.zoom
     this.y = this.stage.clientHeight / 2 - centre.y * this.zoom
@@ -149,12 +151,14 @@ class Slider {
     this.zoomTo(Math.min(this.fitting, most))
     this.x = (this.stage.clientWidth - this.width * this.zoom) / 2
     this.y = (this.stage.clientHeight - this.height * this.zoom) / 2
+    this.fitted = most
     this.draw()
   }
 
   // x and y stay where they are.
   zoomTo(zoom, x = this.stage.clientWidth / 2, y = this.stage.clientHeight / 2) {
     const fixed = this.at(x, y)
+    this.fitted = 0
     this.zoom = between(this.smallest, zoom, LARGEST)
     this.x = x - fixed.x * this.zoom
     this.y = y - fixed.y * this.zoom

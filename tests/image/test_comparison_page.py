@@ -99,9 +99,12 @@ def test_the_script_is_valid():
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_makes_a_slider_of_every_comparison(tmp_path):
     page = tmp_path / "page.html"
-    page.write_bytes(comparison_page("Two", [two("a"), two("b", HOSTILE)]))
+    large = Comparison("large", [NamedImage(HOSTILE, noise(0, 40, 3000)), NamedImage("second", noise(1, 40, 3000))])
+    page.write_bytes(comparison_page("Two", [two("a"), large]))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert shown.count('role="slider"') == 2 and shown.count("<select") == 4 and shown.count("<option") == 8
     assert shown.count('aria-valuetext="50 % first, 50 % second"') == 1 and "<ol>" not in shown
-    assert len(re.findall(r"<output>\d+ %</output>", shown)) == 2 and len(re.findall("<img [^>]*translate", shown)) == 4
+    zoom, reduced = re.findall(r"<output>(\d+) %</output>", shown)
+    assert zoom == "100" and 10 < int(reduced) < 50  # an image wider than the window is shown whole
+    assert len(re.findall("<img [^>]*translate", shown)) == 4
