@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     models = options.models or ([] if outputs else [DEFAULT_CHECKPOINT])
     from tqdm import tqdm
 
-    from qartsr_pipeline.calibration.evaluation.compare import compare
+    from qartsr_pipeline.calibration.evaluation.comparison import compare
     from qartsr_pipeline.cli.device import choose_device, choose_dtype
 
     device, why_device = choose_device(options.device)

@@ -4,7 +4,7 @@
 
 const STEPS = [0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8]
 const LARGEST = STEPS[STEPS.length - 1]
-const CRISP = 2 // from this many screen pixels a pixel, pixels are shown as squares
+const CRISP = 2 // from this zoom on, pixels are shown as squares
 const GESTURE = 300 // milliseconds without a turn of the wheel, after which a new turn is a new gesture
 let scrolledAt = -Infinity // when the wheel last scrolled the page
 
@@ -182,7 +182,7 @@ class Slider {
       style.transform = `translate(${Math.round(this.x)}px, ${Math.round(this.y)}px)`
     }
     this.stage.classList.toggle('larger', across > width + 1 || down > height + 1)
-    this.stage.classList.toggle('crisp', this.zoom * devicePixelRatio >= CRISP)
+    this.stage.classList.toggle('crisp', this.zoom >= CRISP)
     this.stage.style.setProperty('--cut', `${this.cut * 100}%`)
     const share = Math.round(this.cut * 100)
     const [left, right] = this.hidden ? ['left', 'right'] : [this.left, this.right].map((index) => this.images[index].name)

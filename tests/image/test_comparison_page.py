@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import doctest
 import io
 import re
 import shutil
@@ -32,6 +33,11 @@ def embedded(page: bytes) -> list[np.ndarray]:
     """The images of a page."""
     contents = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page.decode())
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))) for content in contents]
+
+
+def test_the_example_runs():
+    failures, examples = doctest.testmod(module)
+    assert examples and not failures
 
 
 @pytest.mark.parametrize("webp", [True, False])

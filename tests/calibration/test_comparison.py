@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import doctest
 import io
 import re
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from qartsr_pipeline.calibration.evaluation import compare
-from qartsr_pipeline.calibration.evaluation.compare import _displayed, find_output
+from qartsr_pipeline.calibration.evaluation import compare, comparison
+from qartsr_pipeline.calibration.evaluation.comparison import _displayed, find_output
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.image_files import ImageFile
 
@@ -27,6 +28,11 @@ def image(path: Path, width: int = 9, height: int = 7, seed: int = 0) -> Path:
 @pytest.fixture
 def photo(tmp_path):
     return image(tmp_path / "photo.png")
+
+
+def test_the_example_runs():
+    failures, examples = doctest.testmod(comparison)
+    assert examples and not failures
 
 
 def versions(page: Path) -> dict[str, np.ndarray]:
