@@ -23,12 +23,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add(
         "--models",
         nargs="+",
+        action="extend",
         metavar="MODEL",
         help=f"folder, shipped name (below) or Hub id; default: {DEFAULT_CHECKPOINT}; none where only --outputs are given",
     )
     add(
         "--outputs",
         nargs="+",
+        action="extend",
         default=[],
         type=named_path,
         metavar="NAME=PATH",

@@ -120,7 +120,7 @@ def test_the_command_writes_the_page_and_says_how_large_it_is(tiny_folder, photo
         (["photo.png", "--models", "tiny-w9a9"], "There is no folder 'tiny-w9a9'"),
         (["photo.png", "--models", "tiny", "tiny"], "a model is given twice"),
         (["photo.png", "--outputs", "bicubic=large.png"], "several versions would be called bicubic"),
-        (["photo.png", "--outputs", "a=large.png", "a=large.png"], "a name is given twice"),
+        (["photo.png", "--outputs", "a=large.png", "--outputs", "a=large.png"], "a name is given twice"),
         (
             ["photo.png", "--outputs", "other=photo.png"],
             "outputs other: photo.png has 9 x 7 pixels, but photo.png enlarged",
