@@ -130,7 +130,7 @@ class Slider {
     const centre = this.at(this.stage.clientWidth / 2, this.stage.clientHeight / 2)
     this.lastWidth = width
     this.full = full
-    const space = full ? innerHeight - 150 : Math.min(innerHeight * 0.8, Math.max(this.height, 360), width * this.height / this.width)
+    const space = full ? innerHeight - 150 : Math.min(innerHeight * 0.75, Math.max(this.height, 360), width * this.height / this.width)
     this.stage.style.height = `${Math.max(Math.round(space), 220)}px`
     if (this.fitted) return this.fit(this.fitted)
     this.zoom = Math.max(this.zoom, this.smallest)
