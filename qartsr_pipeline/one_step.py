@@ -121,7 +121,7 @@ def finish(image: ImageTensors, enlarged: torch.Tensor, result: torch.Tensor, se
     size = enlarged_size((image.height, image.width), settings.upscale)
     rgb = resize(align_color(result, enlarged, settings.color_fix), size)
     rgb = rgb.clamp(0, 1) if rgb is result else rgb.clamp_(0, 1)  # the result may be a tile that a callback has kept
-    if image.greyscale:
+    if image.colourless:
         rgb = to_grey(rgb).expand(-1, 3, -1, -1)
     alpha = None if image.alpha is None else enlarge_alpha(image.alpha, size)
     return ImageTensors(rgb=rgb, alpha=alpha, greyscale=image.greyscale, sixteen_bit=image.sixteen_bit)

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image, ImageCms
 from PIL.ExifTags import IFD, Base
 
-from qartsr_pipeline.image_files import ImageFile, ImageFileError, check_writable, read_image, write_image
+from qartsr_pipeline.image_files import ImageFile, ImageFileError, Metadata, check_writable, read_image, write_image
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -142,7 +142,7 @@ def test_modes_without_red_green_and_blue(tmp_path):
 
 
 def test_what_a_format_cannot_hold_is_said(tmp_path):
-    source = ImageFile(np.zeros((2, 2, 4), np.uint16), icc_profile=PROFILE)
+    source = ImageFile(np.zeros((2, 2, 4), np.uint16), Metadata(icc_profile=PROFILE))
     result = np.zeros((2, 2, 4), np.float32)
     notices = write_image(tmp_path / "a.bmp", result, source)
     assert [any(word in notice for notice in notices) for word in ("transparency", "8 bits", "profile")] == [True] * 3
@@ -170,7 +170,7 @@ def test_bad_files_have_messages_of_their_own(tmp_path, monkeypatch):
         "text.png": "not an image",
         "empty.png": "not an image",
         "float.tif": "floating-point",
-        "long.tif": "32-bit",
+        "long.tif": "signed",
     }.items():
         with pytest.raises(ImageFileError, match=expected):
             read_image(tmp_path / name)

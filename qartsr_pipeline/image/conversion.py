@@ -8,10 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 
-from qartsr_pipeline.image import GREY_WEIGHTS, plain_mode
+from qartsr_pipeline.image import GREY_WEIGHTS, pil_images
 
 Stackable = TypeVar("Stackable", np.ndarray, torch.Tensor)
 
@@ -31,12 +30,15 @@ class ImageTensors:
         rgb: (1, 3, H, W), values in [0, 1]; straight (not premultiplied) colour. Greyscale images have three equal channels.
         alpha: (1, 1, H, W), values in [0, 1], or None when the image is opaque.
         greyscale: the input had one colour channel, so a PIL result has one too.
+        colourless: the three channels are equal everywhere, as in a greyscale image or in one that is stored as RGB, so those of
+            the result are, too.
         sixteen_bit: the input had 16 bits a channel, so a greyscale PIL result has mode "I;16".
     """
 
     rgb: torch.Tensor
     alpha: torch.Tensor | None = None
     greyscale: bool = False
+    colourless: bool = False
     sixteen_bit: bool = False
 
     @property
@@ -79,25 +81,39 @@ def _from_pil(image: PIL.Image.Image, name: str) -> ImageTensors:
         raise ValueError(
             f"`{name}` has no pixels: its size is {image.size[0]} x {image.size[1]} (width x height). Give at least one."
         )
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise TypeError(f"`{name}` has mode 'F' (floats of unknown range). Pass numpy.asarray(image) scaled to [0, 1].")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        levels = np.asarray(image).astype(np.int64)
+    undefined = pil_images.undefined_range(image)
+    if undefined:
+        raise TypeError(
+            f"`{name}` has mode {image.mode!r} with {undefined}, whose range is not known. Pass numpy.asarray(image) scaled to"
+            " [0, 1]."
+        )
+    key = pil_images.transparent_value(image)  # before the image is loaded
+    pil_images.load(image)
+    image = pil_images.turned_upright(image)
+    if pil_images.is_grey_16(image):
+        levels = pil_images.grey_levels(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(
                 f"`{name}` has mode {image.mode!r} with values from {levels.min()} to {levels.max()}; expected 16-bit values, "
                 "0 to 65535. Pass a float numpy array scaled to [0, 1] instead."
             )
-        return _assemble(torch.from_numpy(levels.astype(np.float32) / 65535)[None], sixteen_bit=True)
+        return _assemble(torch.from_numpy(_with_transparent(levels, key, 65535).astype(np.float32) / 65535), sixteen_bit=True)
     try:
-        image = image.convert(plain_mode(image))
+        image = image.convert(pil_images.plain_mode(image) if key is None else "RGB" if image.mode == "RGB" else "L")
     except ValueError as error:
         raise TypeError(
             f"`{name}` has mode {image.mode!r}, which does not convert to RGB ({error}). Convert it first."
         ) from error
-    values = np.array(image, dtype=np.float32) / 255
-    return _assemble(torch.from_numpy(values).reshape(*values.shape[:2], -1).permute(2, 0, 1))
+    return _assemble(torch.from_numpy(_with_transparent(np.asarray(image), key, 255).astype(np.float32) / 255))
+
+
+def _with_transparent(pixels: np.ndarray, key: int | tuple[int, ...] | None, full: int) -> np.ndarray:
+    """(H, W) or (H, W, C) -> (C, H, W), with a further channel that is 0 where the pixel has the value `key`, else `full`."""
+    channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    if key is None:
+        return channels
+    opaque = (channels != np.reshape(key, (-1, 1, 1))).any(0, keepdims=True)
+    return np.concatenate([channels, opaque * full])
 
 
 def _from_numpy(array: np.ndarray, name: str) -> list[ImageTensors]:
@@ -167,6 +183,7 @@ def _assemble(channels: torch.Tensor, sixteen_bit: bool = False) -> ImageTensors
         rgb=colours.expand(3, -1, -1)[None].contiguous(),
         alpha=None if alpha is None else alpha[None].contiguous(),
         greyscale=count <= 2,
+        colourless=count <= 2 or bool((colours[1:] == colours[:1]).all()),
         sixteen_bit=sixteen_bit,
     )
 

@@ -1,9 +1,9 @@
-"""Image files, as the command line reads and writes them: colour profile and EXIF are kept, 16 bits stay 16 bits.
+"""Image files, as the command line reads and writes them: metadata are kept, 16 bits stay 16 bits, what is lost is said.
 
 The pipeline itself takes and returns images in memory. Nothing here imports torch.
 """
 
-from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError
+from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError, Metadata
 from qartsr_pipeline.image_files.reading import READABLE_SUFFIXES, read_image
 from qartsr_pipeline.image_files.writing import (
     DEFAULT_QUALITY,
@@ -20,6 +20,7 @@ __all__ = [
     "WRITABLE_FORMATS",
     "ImageFileError",
     "ImageFile",
+    "Metadata",
     "check_writable",
     "make_folder",
     "read_image",

@@ -11,20 +11,41 @@ class ImageFileError(ValueError):
     """An image file cannot be read or written. The message says what happened, why, and the ways out."""
 
 
+@dataclass(frozen=True)
+class Metadata:
+    """What an image file holds besides its pixels. Bytes are copied as they are, so no text changes its encoding.
+
+    Attributes:
+        icc_profile: the colour profile that the pixels are in; None means sRGB, unless `png_chunks` say otherwise.
+        exif: an EXIF block, which begins with its byte order, `II` or `MM`. Its orientation is "upright", as the pixels are.
+        xmp: an XMP packet; its orientation is "upright", too.
+        iptc: IPTC-IIM records: caption, keywords, credit.
+        comment: the comment of a JPEG or GIF file.
+        resolution: pixels per inch, (horizontal, vertical).
+        png_chunks: (name, content) of the chunks that only PNG has: texts (prompts of ComfyUI and A1111) and colour (gAMA, cICP).
+    """
+
+    icc_profile: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    iptc: bytes | None = None
+    comment: bytes | None = None
+    resolution: tuple[float, float] | None = None
+    png_chunks: tuple[tuple[bytes, bytes], ...] = ()
+
+
 @dataclass
 class ImageFile:
     """The content of an image file, upright.
 
     Attributes:
         pixels: (H, W, C) uint8 or uint16, full range; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA (alpha not premultiplied).
-        icc_profile: the colour profile that `pixels` are in; None means sRGB.
-        exif: EXIF block starting with `Exif\\0\\0`, its orientation reset because the pixels are upright already; or None.
+        metadata: what else the file holds.
         notices: what could not be taken over from the file, one sentence each, for the user to see.
     """
 
     pixels: np.ndarray
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
+    metadata: Metadata = Metadata()
     notices: list[str] = field(default_factory=list)
 
     @property

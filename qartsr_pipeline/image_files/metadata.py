@@ -1,35 +1,24 @@
-"""EXIF: the orientation is applied to the pixels, and what describes the photograph is taken over."""
+"""Metadata on their way from one format to another: what fits, what is said to be left out, and how Pillow is told."""
 
 from __future__ import annotations
 
+import struct
+from dataclasses import replace
+
 import numpy as np
-from PIL import Image
-from PIL.ExifTags import IFD, Base
 
-# Tags of the main directory that say something about the photograph. A TIFF file's directory also says where its strips lie and
-# how they are compressed: none of that may reach another file.
-_KEPT = {
-    Base.ImageDescription,
-    Base.Make,
-    Base.Model,
-    Base.Orientation,
-    Base.XResolution,
-    Base.YResolution,
-    Base.ResolutionUnit,
-    Base.Software,
-    Base.DateTime,
-    Base.Artist,
-    Base.HostComputer,
-    Base.Copyright,
-    Base.ExifOffset,
-    Base.GPSInfo,
+from qartsr_pipeline.image_files import exif, png
+from qartsr_pipeline.image_files.image_file import Metadata
+
+_SEGMENT = 65533  # bytes in one segment of a JPEG file
+_NAMES = {
+    "icc_profile": "the colour profile",
+    "exif": "the EXIF data",
+    "xmp": "the XMP data",
+    "iptc": "the IPTC data",
+    "comment": "the comment",
+    "resolution": "the resolution",
 }
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where none or nonsense is given."""
-    value = image.getexif().get(Base.Orientation, 1)
-    return value if value in range(1, 9) else 1
 
 
 def turn_upright(pixels: np.ndarray, turn: int) -> np.ndarray:
@@ -41,35 +30,49 @@ def turn_upright(pixels: np.ndarray, turn: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[mirror[turn]])
 
 
-def kept_exif(image: Image.Image) -> bytes | None:
-    """The describing tags of `image` as an EXIF block with the orientation set to upright; None if there are none."""
-    exif = image.getexif()
-    for tag in list(exif):
-        if tag not in _KEPT:
-            del exif[tag]
-    if not exif:
-        return None
-    if Base.Orientation in exif:
-        exif[Base.Orientation] = 1
-    return _serialized(exif)
+def resized(metadata: Metadata, height: int, width: int) -> Metadata:
+    """The metadata of the image when it has a new size."""
+    return replace(
+        metadata,
+        exif=None if metadata.exif is None else exif.with_size(metadata.exif, height, width),
+        xmp=None if metadata.xmp is None else exif.xmp_with_size(metadata.xmp, height, width),
+    )
 
 
-def exif_for_size(block: bytes | None, height: int, width: int) -> bytes | None:
-    """The EXIF block with the image's new size, where it records one."""
-    if block is None:
-        return None
-    exif = Image.Exif()
-    exif.load(block)
-    details = exif.get_ifd(IFD.Exif)
-    if Base.ExifImageWidth in details:
-        details[Base.ExifImageWidth], details[Base.ExifImageHeight] = width, height
-    return _serialized(exif)
+def fitting(metadata: Metadata, format_name: str, holds: frozenset[str]) -> tuple[Metadata, list[str]]:
+    """What of the metadata a format can hold, and the names of what it cannot."""
+    dropped = {name for name in _NAMES if name not in holds and getattr(metadata, name) is not None}
+    lost = [_NAMES[name] for name in _NAMES if name in dropped]
+    if "png_chunks" not in holds:
+        dropped.add("png_chunks")
+        lost += [f"the text {word!r}" for word in png.keywords(metadata.png_chunks)]
+        colours = png.colour_chunks(metadata.png_chunks) if metadata.icc_profile is None else []
+        lost += [f"{word}, so that colours will look different" for word in colours]
+    if format_name == "JPEG":
+        sizes = {"exif": 6, "xmp": 29, "iptc": 28, "comment": 0}  # with the name in front of each
+        large = [name for name, more in sizes.items() if len(getattr(metadata, name) or b"") + more > _SEGMENT]
+        dropped.update(large)
+        lost += [f"{_NAMES[name]} (more than {_SEGMENT} bytes)" for name in large]
+    if format_name == "WebP" and metadata.resolution:
+        if metadata.exif is None:
+            metadata = replace(metadata, exif=exif.block_with_resolution(metadata.resolution))
+        elif exif.resolution(metadata.exif) is None:
+            lost.append(_NAMES["resolution"])
+    kept = {name: value for name, value in vars(metadata).items() if name not in dropped}
+    return Metadata(**kept), lost
 
 
-def _serialized(exif: Image.Exif) -> bytes | None:
-    # Cameras write odd values that Pillow reads but cannot write again; a photograph is not refused for that.
-    try:
-        block = exif.tobytes()
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        return None
-    return block if block.startswith(b"Exif\x00\x00") else b"Exif\x00\x00" + block
+def pillow_arguments(metadata: Metadata, format_name: str) -> dict[str, object]:
+    """The arguments that have Pillow write the metadata into a JPEG, WebP or BMP file."""
+    arguments: dict[str, object] = {
+        "icc_profile": metadata.icc_profile,
+        "exif": None if metadata.exif is None else b"Exif\0\0" + metadata.exif,
+        "xmp": metadata.xmp,
+        "comment": metadata.comment,
+        "dpi": metadata.resolution if format_name != "WebP" else None,
+    }
+    if metadata.iptc and format_name == "JPEG":
+        resource = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(metadata.iptc)) + metadata.iptc
+        content = b"Photoshop 3.0\0" + resource + bytes(len(metadata.iptc) % 2)
+        arguments["extra"] = b"\xff\xed" + struct.pack(">H", len(content) + 2) + content
+    return {name: value for name, value in arguments.items() if value is not None}

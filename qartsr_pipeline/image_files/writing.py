@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from qartsr_pipeline.image import GREY_WEIGHTS
-from qartsr_pipeline.image_files.encoding import encode_png, encode_tiff
-from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError
-from qartsr_pipeline.image_files.metadata import exif_for_size
+from qartsr_pipeline.image_files import png
+from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError, Metadata
+from qartsr_pipeline.image_files.metadata import fitting, pillow_arguments, resized
+from qartsr_pipeline.image_files.tiff import encode_tiff
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quotas
 
@@ -28,31 +29,32 @@ class Format:
 
     Attributes:
         name: Pillow's name for it.
-        alpha, sixteen_bit, metadata: whether it holds transparency, 16 bits a channel, colour profile and EXIF.
+        holds: which of `Metadata` it can hold, by name.
+        alpha, sixteen_bit: whether it holds transparency, and 16 bits a channel.
         lossy: whether it takes a quality.
         options: for Pillow's encoder, besides the quality.
     """
 
     name: str
+    holds: frozenset[str]
     alpha: bool = False
     sixteen_bit: bool = False
-    metadata: bool = True
     lossy: bool = False
     largest_side: int = 2**31 - 1
     options: tuple[tuple[str, int], ...] = ()
 
 
 DEFAULT_QUALITY = 95
-_JPEG = Format("JPEG", lossy=True, largest_side=65500, options=(("subsampling", 0),))
-_TIFF = Format("TIFF", alpha=True, sixteen_bit=True)
+_PHOTOGRAPH = frozenset({"icc_profile", "exif", "xmp", "iptc", "resolution"})
+_JPEG = Format("JPEG", _PHOTOGRAPH | {"comment"}, lossy=True, largest_side=65500, options=(("subsampling", 0),))
+_TIFF = Format("TIFF", _PHOTOGRAPH, alpha=True, sixteen_bit=True)
 WRITABLE_FORMATS = {
-    ".png": Format("PNG", alpha=True, sixteen_bit=True),
-    ".jpg": _JPEG,
-    ".jpeg": _JPEG,
-    ".webp": Format("WebP", alpha=True, lossy=True, largest_side=16383, options=(("method", 4),)),
+    ".png": Format("PNG", _PHOTOGRAPH | {"comment", "png_chunks"}, alpha=True, sixteen_bit=True),
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), _JPEG),
+    ".webp": Format("WebP", _PHOTOGRAPH - {"iptc"}, alpha=True, lossy=True, largest_side=16383, options=(("method", 4),)),
     ".tif": _TIFF,
     ".tiff": _TIFF,
-    ".bmp": Format("BMP", metadata=False),
+    ".bmp": Format("BMP", frozenset({"resolution"})),
 }
 
 
@@ -84,7 +86,7 @@ def check_writable(path: str | os.PathLike, height: int = 0, width: int = 0) -> 
 
 
 def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, quality: int = DEFAULT_QUALITY) -> list[str]:
-    """Writes a result with the bits, colour profile and EXIF of the file it was made from.
+    """Writes a result with the bits and metadata of the file it was made from.
 
     Args:
         path: its suffix chooses the format, see `WRITABLE_FORMATS`. An existing file is replaced, in one step.
@@ -105,11 +107,9 @@ def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, 
     height, width = pixels.shape[:2]
     if max(width, height) > kind.largest_side:
         check_writable(path, height, width)
-    icc_profile, exif = source.icc_profile, exif_for_size(source.exif, height, width)
-    if not kind.metadata and (icc_profile or exif):
-        notices.append(f"{path.name}: {kind.name} holds no colour profile and no EXIF; they are left out.")
-        icc_profile = exif = None
-    metadata = {name: value for name, value in (("icc_profile", icc_profile), ("exif", exif)) if value}
+    metadata, lost = fitting(resized(source.metadata, height, width), kind.name, kind.holds)
+    if lost:
+        notices.append(f"{path.name}: {kind.name} cannot hold {', '.join(lost)}; left out. Write a .png to keep more.")
     options = dict(kind.options) | ({"quality": quality} if kind.lossy else {})
     write_whole(path, lambda file: file.write(_encoded(pixels, kind, metadata, options)))
     return notices
@@ -138,19 +138,24 @@ def _fitted(pixels: np.ndarray, source: ImageFile, kind: Format) -> tuple[np.nda
     return np.rint(values * (65535 if sixteen_bit else 255)).astype(np.uint16 if sixteen_bit else np.uint8), notices
 
 
-def _encoded(pixels: np.ndarray, kind: Format, metadata: dict[str, bytes], options: dict[str, int]) -> bytes | memoryview:
-    if kind.name == "TIFF" or pixels.dtype == np.uint16:
-        return (encode_tiff if kind.name == "TIFF" else encode_png)(pixels, **metadata)
+def _encoded(pixels: np.ndarray, kind: Format, metadata: Metadata, options: dict[str, int]) -> bytes | memoryview:
+    if kind.name == "TIFF":
+        return encode_tiff(pixels, metadata)
+    if pixels.dtype == np.uint16:
+        return png.with_metadata(png.encode_sixteen_bits(pixels), metadata)
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     # Not straight into the file: Pillow's encoders take a short write, as on a full disk, for a whole one.
     encoded = io.BytesIO()
-    image.save(encoded, kind.name, **metadata, **options)
+    if kind.name == "PNG":
+        image.save(encoded, "PNG")
+        return png.with_metadata(encoded.getvalue(), metadata)
+    image.save(encoded, kind.name, **options, **pillow_arguments(metadata, kind.name))
     return encoded.getbuffer()
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: bool = True) -> None:
     """Writes to a temporary name in the same folder and renames it when everything has reached the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.part")  # short, because the file's own name may be as long as it can be
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -179,6 +184,8 @@ def _reason(error: OSError, folder: Path) -> str:
         return f"the folder {folder} does not exist. Create it or choose another one."
     if error.errno == errno.ENOTDIR:
         return f"{folder} is not a folder. Choose another one."
+    if error.errno == errno.ENAMETOOLONG:
+        return "the name is too long for this folder. Rename the image, or give a shorter name with -o."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"the folder {folder} may not be written to. Choose another one, or change its permissions."
     return f"{error.strerror or error}. Choose another name or folder."
