@@ -104,11 +104,13 @@ def _pixels(name: str, value: object) -> int | None:
     return int(value)
 
 
-def check_choices(color_fix: object, output_type: object) -> None:
+def check_choices(color_fix: object, output_type: object, keep_hidden_colors: object) -> None:
     if color_fix is not None and color_fix not in COLOR_FIXES:
         raise ValueError(f"`color_fix` must be one of {_listed(COLOR_FIXES)} or None, but is {color_fix!r}.")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {_listed(OUTPUT_TYPES)}, but is {output_type!r}.")
+    if not isinstance(keep_hidden_colors, bool):
+        raise TypeError(f"`keep_hidden_colors` must be True or False, but is {keep_hidden_colors!r}.")
 
 
 def check_sampling(generator: object, sample_posterior: object) -> None:

@@ -196,11 +196,12 @@ class QArtSRPipeline(DiffusionPipeline):
         output_type: object = "pil",
         callback_on_step_end: object = None,
         callback_on_step_end_tensor_inputs: Iterable[str] | None = None,
+        keep_hidden_colors: object = False,
     ) -> None:
         """Checks the arguments of `__call__` except the images; raises TypeError or ValueError that names the argument."""
         input_checks.check_upscale(upscale)
         input_checks.check_tiles(tile_size, tile_overlap, self.multiple)
-        input_checks.check_choices(color_fix, output_type)
+        input_checks.check_choices(color_fix, output_type, keep_hidden_colors)
         input_checks.check_sampling(generator, sample_posterior)
         input_checks.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs or (), self._callback_tensor_inputs)
 
@@ -219,6 +220,7 @@ class QArtSRPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["image"],  # noqa: B006 - diffusers' signature
         prompt: str | None = None,
+        keep_hidden_colors: bool = False,
     ) -> QArtSRPipelineOutput | tuple:
         """Enlarges images.
 
@@ -249,6 +251,8 @@ class QArtSRPipeline(DiffusionPipeline):
                 its z_H.
             prompt: what the images show, for checkpoints that hold text encoder and tokenizer; cut off after 77 tokens. None:
                 the stored embedding.
+            keep_hidden_colors: enlarge colours under alpha 0 as they are, for textures whose alpha is gloss or a mask. False:
+                they become those of their visible neighbours, so that they do not bleed into them.
 
         Returns:
             `QArtSRPipelineOutput`, or a tuple with `images` as its only element.
@@ -269,9 +273,10 @@ class QArtSRPipeline(DiffusionPipeline):
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            keep_hidden_colors=keep_hidden_colors,
         )
         check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
-        inputs = to_images(image)
+        inputs = to_images(image, keep_hidden_colors=keep_hidden_colors)
         plans = [self.plan(one, tile_size, tile_overlap) for one in inputs]
         decode = output_type != "latent"
         settings = Settings(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
+import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qartsr_pipeline.cli.messages import UsageError
-from qartsr_pipeline.image_files import DEFAULT_QUALITY, READABLE_SUFFIXES, WRITABLE_FORMATS
+from qartsr_pipeline.image_files import DEFAULT_QUALITY, READABLE_SUFFIXES, WRITABLE_FORMATS, list_images
 
 FORMATS = ("png", "jpg", "webp", "tif", "same")
 
@@ -56,39 +61,46 @@ class Plan:
     refusals: list[str]
 
 
-def plan_jobs(inputs: Sequence[str], upscale: float, options: OutputOptions) -> list[Job]:
-    """One job for every file, and for every image in a folder.
+def plan_jobs(
+    inputs: Sequence[str], upscale: float, options: OutputOptions, recursive: bool = False
+) -> tuple[list[Job], list[str]]:
+    """One job for every file, and for every image in a folder; and sentences about what is left out.
 
     Args:
-        inputs: files and folders. Files are taken as they are, existing or not.
+        inputs: files, folders, and patterns such as `*.png`, which Windows leaves to programs. Files are taken as they are,
+            existing or not.
         upscale: part of the names of files beside their inputs and in folders.
+        recursive: search the folders within folders; results get the same folders within the output folder.
 
     Raises:
-        UsageError: a folder without images, several images for one output file, format or quality that do not fit the outputs.
+        UsageError: no images, several images for one output file, format or quality that do not fit the outputs.
     """
-    ending = f"_x{upscale:g}"
-    sources = [source for name in inputs for source in _images(Path(name), ending)]
-    many = len(sources) > 1 or Path(inputs[0]).is_dir()
+    sources, left_out = _find(inputs, recursive, options.output)
+    many = len(sources) > 1 or _is_dir(inputs[0]) or _is_pattern(inputs[0])
+    sources, results = _apart_from_results(sources, options)
+    if results:
+        names = "is what an earlier run wrote" if len(results) == 1 else "and others are what earlier runs wrote"
+        left_out.append(f"left out: {results[0]} {names}. Name such a file alone to enlarge it once more.")
     if options.output is None or _is_folder(options.output):
-        jobs = [_named_job(source, ending, options, many) for source in sources]
+        jobs = [_named_job(source, f"_x{upscale:g}", options, many) for source in sources]
     elif many:
         raise UsageError(f"{options.output} names one file, but there may be several images. Give a folder after -o.")
     else:
-        jobs = [Job(sources[0], Path(options.output))]
+        jobs = [Job(sources[0].path, Path(options.output))]
         _check_format(jobs[0], options)
     if options.quality is None:
-        return jobs
+        return jobs, left_out
     lossy = [kind.lossy for kind in (WRITABLE_FORMATS.get(job.target.suffix.lower()) for job in jobs) if kind]
     if lossy and not any(lossy):
         raise UsageError("--quality is for JPEG and WebP, but no result would be either. Add --format jpg or --format webp.")
-    return [replace(job, quality=options.quality) for job in jobs]
+    return [replace(job, quality=options.quality) for job in jobs], left_out
 
 
 def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
     """Checks all output files before anything is computed."""
     pending: list[Job] = []
     refusals: list[str] = []
-    taken: set[Path] = set()
+    taken: dict[str, Path] = {}
     sources = {job.source.resolve() for job in jobs}
     skipped = 0
     for job in jobs:
@@ -102,6 +114,11 @@ def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
                 pending.append(job)
         except UsageError as error:
             refusals.append(str(error))
+        except OSError as error:
+            reason = error.strerror or error
+            refusals.append(
+                f"{job.source} cannot become {job.target}: {reason}. Rename the image, or give another output with -o."
+            )
     return Plan(pending, skipped, refusals)
 
 
@@ -118,14 +135,15 @@ def is_done(job: Job, overwrite: bool) -> bool:
     raise UsageError(f"{job.target} exists already. Add --overwrite to replace it, or give another output with -o.")
 
 
-def _named_job(source: Path, ending: str, options: OutputOptions, many: bool) -> Job:
+def _named_job(source: _Source, ending: str, options: OutputOptions, many: bool) -> Job:
     """The job of a source whose output gets its name here."""
-    folder = source.parent if options.output is None else Path(options.output)
-    suffix = _suffix(source, options.format or "png")
+    path = source.path
+    folder = path.parent if options.output is None else Path(options.output) / source.below
+    suffix = _suffix(path, options.format or "png")
     notice = None
-    if options.format == "same" and suffix != source.suffix:
-        notice = f"{source.name}: results cannot be written in this format; a PNG is written instead."
-    return Job(source, folder / f"{source.stem}{ending}{suffix}", many, notice=notice)
+    if options.format == "same" and suffix != path.suffix:
+        notice = f"{path.name}: results cannot be written in this format; a PNG is written instead."
+    return Job(path, folder / f"{path.stem}{ending}{suffix}", many, notice=notice)
 
 
 def _suffix(source: Path, name: str) -> str:
@@ -145,26 +163,81 @@ def _check_format(job: Job, options: OutputOptions) -> None:
         )
 
 
-def _check_target(job: Job, taken: set[Path]) -> None:
+def _check_target(job: Job, taken: dict[str, Path]) -> None:
     """Raises UsageError when the output file is the input, or that of an earlier job, listed in `taken`; this one's is added."""
     target = job.target.resolve()
     if target == job.source.resolve():
         raise UsageError(f"{job.target} is the input itself. Give another output file.")
-    if target in taken:
-        raise UsageError(f"{job.source} would be written to {job.target} like an image before it. Rename one of them.")
-    taken.add(target)
+    name = str(target)
+    if sys.platform in ("win32", "darwin"):  # their file systems take some different names for the same
+        name = unicodedata.normalize("NFC", name).casefold()
+    if name in taken:
+        way = " or add --format same" if taken[name].suffix.lower() != job.source.suffix.lower() else ""
+        raise UsageError(f"{job.source} would be written to {job.target} like {taken[name]} before it. Rename one of them{way}.")
+    taken[name] = job.source
 
 
-def _images(path: Path, ending: str) -> list[Path]:
-    """A folder's images by name, without those that an earlier run wrote beside their sources; or the file itself."""
-    if not path.is_dir():
-        return [path]
-    files = [entry for entry in sorted(path.iterdir()) if entry.suffix.lower() in READABLE_SUFFIXES and entry.is_file()]
-    stems = {entry.stem for entry in files}
-    images = [entry for entry in files if not (entry.stem.endswith(ending) and entry.stem.removesuffix(ending) in stems)]
-    if not images:
-        raise UsageError(f"The folder {path} holds no images ({', '.join(READABLE_SUFFIXES)}). Sub-folders are not searched.")
-    return images
+@dataclass(frozen=True)
+class _Source:
+    """An input, and the folder that it was found in, seen from the folder that was given: that of its result in the output folder."""
+
+    path: Path
+    below: Path = Path(".")
+
+
+def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[list[_Source], list[str]]:
+    """The files that the inputs name, each once, and what is left out of folders."""
+    sources: dict[str, _Source] = {}
+    left_out, empty = [], []
+    for name in inputs:
+        for path in map(Path, _matches(name)):
+            found = [_Source(path)]
+            if _is_dir(path):
+                listing = list_images(path, recursive, Path(output) if output and _is_folder(output) else None)
+                found = [_Source(one, one.parent.relative_to(path)) for one in listing.images]
+                said = listing.left_out()
+                left_out += [said] if said else []
+                empty += [str(path)] if not found else []
+            sources |= {os.path.abspath(source.path): source for source in found if os.path.abspath(source.path) not in sources}
+    if not sources:
+        raise UsageError(
+            " ".join([f"The folder {', '.join(empty)} holds no images ({', '.join(READABLE_SUFFIXES)}).", *left_out])
+        )
+    return list(sources.values()), left_out + [f"The folder {folder} holds no images." for folder in empty]
+
+
+def _matches(name: str) -> list[str]:
+    """The files that a pattern stands for; the name itself if it is none."""
+    if not _is_pattern(name):
+        return [name]
+    found = sorted(glob.glob(name, recursive=True))
+    if not found:
+        raise UsageError(f"No file matches {name}. Check the pattern and the folder you are in ({Path.cwd()}).")
+    return found
+
+
+def _is_pattern(name: str) -> bool:
+    return glob.has_magic(name) and not os.path.lexists(name)
+
+
+def _is_dir(path: str | Path) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # the name is too long: reading the file will say so
+        return False
+
+
+def _apart_from_results(sources: list[_Source], options: OutputOptions) -> tuple[list[_Source], list[Path]]:
+    """The sources without what runs with any factor wrote beside other sources; and those results."""
+    written = {(one.path.parent, one.path.stem, _suffix(one.path, options.format or "png").lower()) for one in sources}
+    kept, results = [], []
+    for source in sources:
+        named = re.fullmatch(r"(.+)_x\d+(\.\d+)?", source.path.stem, re.DOTALL)
+        if named and (source.path.parent, named[1], source.path.suffix.lower()) in written:
+            results.append(source.path)
+        else:
+            kept.append(source)
+    return kept, results
 
 
 def _is_folder(output: str) -> bool:

@@ -33,9 +33,13 @@ def one_line(error: BaseException) -> str:
 
 
 def say(line: str, error: bool = False) -> None:
-    """Prints a line, above the progress bars if there are any."""
-    tqdm.write(line, file=sys.stderr if error else sys.stdout)
-    (sys.stderr if error else sys.stdout).flush()
+    """Prints a line, above the progress bars if there are any. What the stream cannot show, as a code; without a stream, nothing."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None or stream.closed:  # as in programs without a console
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    stream.flush()
 
 
 @dataclass

@@ -15,7 +15,8 @@ from qartsr_pipeline.image_files import DEFAULT_QUALITY
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command's parser."""
     parser = subparsers.add_parser("upscale", description="Enlarges images.")
-    parser.add_argument("inputs", nargs="+", metavar="IN", help="image files, and folders of them")
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="image files, folders of them, and patterns such as '*.png'")
+    parser.add_argument("-r", "--recursive", action="store_true", help="search the folders within folders, too")
     parser.add_argument(
         "-o",
         "--output",
@@ -31,6 +32,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--tile-size", type=int, metavar="N", help="pixels of the enlarged image; default: by free memory")
     parser.add_argument("--tile-overlap", type=int, metavar="N", help="default: a quarter of the tile, at most 128")
     parser.add_argument("--color-fix", choices=("wavelet", "adain", "none"), default="wavelet", help="default: wavelet")
+    parser.add_argument(
+        "--keep-hidden-colors",
+        action="store_true",
+        help="enlarge colours under transparency as they are, for textures; default: they become those of visible neighbours",
+    )
     add_device_and_dtype(parser)
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files that exist; without it a folder's finished images are skipped"
@@ -48,7 +54,7 @@ def _quality(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     """Returns 0, or 2 if any image failed, in whichever process."""
     output = OutputOptions(options.output, options.format, options.quality, options.overwrite)
-    jobs = plan_jobs(options.inputs, options.upscale, output)
+    jobs, left_out = plan_jobs(options.inputs, options.upscale, output, options.recursive)
     processes = join_processes(options.device)
     # One list for all: another process may look at the folders later, when some outputs are there already.
     plan = processes.of_main(sort_out(jobs, output.overwrite))
@@ -65,10 +71,17 @@ def run(options: argparse.Namespace) -> int:
 
         pipeline = load_pipeline(folder, options.device, options.dtype, processes)
         model_options = ModelOptions(
-            options.upscale, options.tile_size, options.tile_overlap, None if options.color_fix == "none" else options.color_fix
+            options.upscale,
+            options.tile_size,
+            options.tile_overlap,
+            None if options.color_fix == "none" else options.color_fix,
+            options.keep_hidden_colors,
         )
         counts = upscale_images(pipeline, pending, model_options, output, processes, options.debug)
     counts = sum(processes.gather(counts), Counts(skipped=plan.skipped, failed=len(plan.refusals)))
-    if len(jobs) > 1 and processes.is_main:
-        say(str(counts))
+    if processes.is_main:
+        for line in left_out:
+            say(line)
+        if len(jobs) > 1:
+            say(str(counts))
     return 2 if counts.failed else 0

@@ -30,6 +30,7 @@ class ModelOptions:
     tile_size: int | None = None
     tile_overlap: int | None = None
     color_fix: str | None = "wavelet"
+    keep_hidden_colors: bool = False
 
 
 def load_pipeline(folder: Path, device: str, dtype: str, processes: Processes) -> QArtSRPipeline:

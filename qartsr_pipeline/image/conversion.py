@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -33,6 +33,8 @@ class ImageTensors:
         colourless: the three channels are equal everywhere, as in a greyscale image or in one that is stored as RGB, so those of
             the result are, too.
         sixteen_bit: the input had 16 bits a channel, so a greyscale PIL result has mode "I;16".
+        keep_hidden_colors: colours of transparent pixels are enlarged as they are, as textures need it, whose alpha is no
+            transparency. Otherwise they become those of their visible neighbours, so that they do not bleed into them.
     """
 
     rgb: torch.Tensor
@@ -40,6 +42,7 @@ class ImageTensors:
     greyscale: bool = False
     colourless: bool = False
     sixteen_bit: bool = False
+    keep_hidden_colors: bool = False
 
     @property
     def height(self) -> int:
@@ -50,13 +53,14 @@ class ImageTensors:
         return self.rgb.shape[-1]
 
 
-def to_images(image: object, name: str = "image") -> list[ImageTensors]:
+def to_images(image: object, name: str = "image", keep_hidden_colors: bool = False) -> list[ImageTensors]:
     """Converts one image, a batch, or a list that may mix kinds and sizes.
 
     Args:
         image: see `ACCEPTED`. Channels: 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA. PIL images are turned upright by their EXIF
             orientation; palettes and transparent colours are resolved.
         name: what error messages call it.
+        keep_hidden_colors: see `ImageTensors`.
 
     Raises:
         TypeError: not one of the accepted types, or a dtype or mode without a defined range.
@@ -65,15 +69,17 @@ def to_images(image: object, name: str = "image") -> list[ImageTensors]:
     if isinstance(image, (list, tuple)):
         if not image:
             raise ValueError(f"`{name}` is an empty list. Expected {ACCEPTED}.")
-        return [converted for i, one in enumerate(image) for converted in to_images(one, f"{name}[{i}]")]
+        return [one for i, item in enumerate(image) for one in to_images(item, f"{name}[{i}]", keep_hidden_colors)]
     if isinstance(image, PIL.Image.Image):
-        return [_from_pil(image, name)]
-    if isinstance(image, np.ndarray):
-        return _from_numpy(image, name)
-    if isinstance(image, torch.Tensor):
-        return _from_torch(image, name)
-    hint = " Open the file first: PIL.Image.open(path)." if isinstance(image, (str, os.PathLike)) else ""
-    raise TypeError(f"`{name}` must be {ACCEPTED}, but is {type(image).__name__}.{hint}")
+        images = [_from_pil(image, name)]
+    elif isinstance(image, np.ndarray):
+        images = _from_numpy(image, name)
+    elif isinstance(image, torch.Tensor):
+        images = _from_torch(image, name)
+    else:
+        hint = " Open the file first: PIL.Image.open(path)." if isinstance(image, (str, os.PathLike)) else ""
+        raise TypeError(f"`{name}` must be {ACCEPTED}, but is {type(image).__name__}.{hint}")
+    return [replace(one, keep_hidden_colors=keep_hidden_colors) for one in images]
 
 
 def _from_pil(image: PIL.Image.Image, name: str) -> ImageTensors:

@@ -4,6 +4,7 @@ The pipeline itself takes and returns images in memory. Nothing here imports tor
 """
 
 from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError, Metadata
+from qartsr_pipeline.image_files.listing import list_images
 from qartsr_pipeline.image_files.reading import READABLE_SUFFIXES, read_image
 from qartsr_pipeline.image_files.writing import (
     DEFAULT_QUALITY,
@@ -22,6 +23,7 @@ __all__ = [
     "ImageFile",
     "Metadata",
     "check_writable",
+    "list_images",
     "make_folder",
     "read_image",
     "write_image",
