@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 from qartsr_pipeline.cli.device import choose_device, choose_dtype
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.cli.messages import UsageError
-from qartsr_pipeline.image_files import ImageFile, read_image, write_image
+from qartsr_pipeline.image_files import ImageFile, Metadata, read_image, write_image
 from qartsr_pipeline.offloading import quantized_layers
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
@@ -91,7 +91,7 @@ def test_sixteen_bits_alpha_and_profile_go_through(upscale, tmp_path):
     source = write_deep_image(tmp_path / "deep.png", channels=4)
     assert upscale(source) == 0
     result = read_image(tmp_path / "deep_x4.png")
-    assert result.pixels.shape == (32, 24, 4) and result.sixteen_bit and result.icc_profile
+    assert result.pixels.shape == (32, 24, 4) and result.sixteen_bit and result.metadata.icc_profile
     assert len(np.unique(result.pixels & 255)) > 200, "the low bytes carry something"
 
 
@@ -99,7 +99,7 @@ def write_deep_image(path, channels):
     """A 16-bit image file with a profile; returns its path."""
     pixels = np.random.default_rng(0).integers(0, 65535, (8, 6, channels), dtype=np.uint16)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    write_image(path, pixels / 65535, ImageFile(pixels, profile))
+    write_image(path, pixels / 65535, ImageFile(pixels, Metadata(icc_profile=profile)))
     return path
 
 

@@ -76,7 +76,7 @@ def plan_jobs(
         UsageError: no images, several images for one output file, format or quality that do not fit the outputs.
     """
     sources, left_out = _find(inputs, recursive, options.output)
-    many = len(sources) > 1 or _is_dir(inputs[0]) or _is_pattern(inputs[0])
+    many = len(inputs) > 1 or _is_dir(inputs[0]) or _is_pattern(inputs[0])
     sources, results = _apart_from_results(sources, options)
     if results:
         names = "is what an earlier run wrote" if len(results) == 1 else "and others are what earlier runs wrote"
@@ -117,7 +117,7 @@ def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
         except OSError as error:
             reason = error.strerror or error
             refusals.append(
-                f"{job.source} cannot become {job.target}: {reason}. Rename the image, or give another output with -o."
+                f"{job.source} cannot become {job.target}: {reason}. Rename the image, or give another output."
             )
     return Plan(pending, skipped, refusals)
 
@@ -179,7 +179,7 @@ def _check_target(job: Job, taken: dict[str, Path]) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """An input, and the folder that it was found in, seen from the folder that was given: that of its result in the output folder."""
+    """An input, and the folder within the given one that it was found in; its result gets the same within the output folder."""
 
     path: Path
     below: Path = Path(".")

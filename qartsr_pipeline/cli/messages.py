@@ -33,7 +33,7 @@ def one_line(error: BaseException) -> str:
 
 
 def say(line: str, error: bool = False) -> None:
-    """Prints a line, above the progress bars if there are any. What the stream cannot show, as a code; without a stream, nothing."""
+    """Prints a line, above the progress bars if there are any. What the stream cannot show becomes a code such as ``\\xe9``."""
     stream = sys.stderr if error else sys.stdout
     if stream is None or stream.closed:  # as in programs without a console
         return

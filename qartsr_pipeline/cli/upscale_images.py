@@ -88,6 +88,10 @@ def _upscale_file(pipeline: QArtSRPipeline, job: Job, options: ModelOptions, may
     check_writable(job.target, height, width)  # before the work, not after it
     result: np.ndarray = pipeline(source.pixels, output_type="np", return_dict=False, **asdict(options))[0][0]
     notices = [*([job.notice] if job.notice else []), *source.notices, *write_image(job.target, result, source, job.quality)]
+    if source.hides_colors and not options.keep_hidden_colors:
+        notices.append(
+            f"{job.source.name}: colours under transparency were replaced by those beside them (--keep-hidden-colors keeps them)."
+        )
     for notice in notices:
         say(f"note: {notice}")
     seconds = time.perf_counter() - start

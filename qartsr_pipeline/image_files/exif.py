@@ -1,8 +1,8 @@
 """EXIF and XMP: copied byte for byte, except for the orientation and the size in pixels, which are changed in place.
 
 An EXIF block is a small TIFF file: a header, and directories of tags whose longer values lie elsewhere in the block. Parsing it
-and writing it again, as Pillow and piexif do, loses texts that are not ASCII and breaks maker notes, which count their offsets from
-the start of the block. So nothing is moved here. Formats: TIFF 6.0, section 2, and CIPA DC-008 (EXIF 2.32).
+and writing it again, as Pillow and piexif do, loses texts that are not ASCII and breaks maker notes, which count their offsets
+from the start of the block. So nothing is moved here. Formats: TIFF 6.0, section 2, and CIPA DC-008 (EXIF 2.32).
 """
 
 from __future__ import annotations

@@ -57,6 +57,14 @@ class ImageFile:
         return self.pixels.shape[2] in (2, 4)
 
     @property
+    def hides_colors(self) -> bool:
+        """Whether transparent pixels have colours that differ from each other: textures have them, cut-out photographs, too."""
+        if not self.has_alpha:
+            return False
+        hidden = self.pixels[self.pixels[..., -1] == 0][:, :-1]
+        return hidden.size > 0 and bool((np.ptp(hidden, axis=0) > np.iinfo(hidden.dtype).max // 16).any())
+
+    @property
     def height(self) -> int:
         return self.pixels.shape[0]
 
