@@ -111,8 +111,9 @@ def run_network(
     network: OneStepNetwork, image: ImageTensors, plan: TilePlan, settings: Settings, on_tile: TileCallback | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The bicubic enlargement that the network starts from, (1, 3, sH, sW), about [0, 1], and what `run_tiles` makes of it."""
-    filled = image.alpha is not None and not image.keep_hidden_colors
-    rgb = fill_transparent(image.rgb, image.alpha) if filled else image.rgb
+    rgb = image.rgb
+    if image.alpha is not None and not image.keep_hidden_colors:
+        rgb = fill_transparent(rgb, image.alpha)
     enlarged = resize(rgb, enlarged_size((image.height, image.width), settings.scale))
     return enlarged, run_tiles(network, pad_to_multiple(enlarged, plan.multiple, plan.minimum), plan, settings, on_tile)
 

@@ -114,6 +114,7 @@ def test_a_folder_goes_into_a_new_folder_and_one_bad_image_stops_nothing(upscale
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["a_x4.png", "c_x4.png"]
     output = capsys.readouterr()
     assert "3 images: 2 written, 1 failed" in output.out and output.err.count("qartsr: error:") == 1
+    assert "left out: 1 file of other kinds (1 .txt)" in output.out
 
 
 def test_a_second_run_over_a_folder_leaves_the_results_of_the_first_alone(upscale, photo):

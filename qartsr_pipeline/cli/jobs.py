@@ -116,9 +116,7 @@ def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
             refusals.append(str(error))
         except OSError as error:
             reason = error.strerror or error
-            refusals.append(
-                f"{job.source} cannot become {job.target}: {reason}. Rename the image, or give another output."
-            )
+            refusals.append(f"{job.source} cannot become {job.target}: {reason}. Rename the image, or give another output.")
     return Plan(pending, skipped, refusals)
 
 

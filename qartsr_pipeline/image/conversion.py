@@ -93,6 +93,11 @@ def _from_pil(image: PIL.Image.Image, name: str) -> ImageTensors:
             f"`{name}` has mode {image.mode!r} with {undefined}, whose range is not known. Pass numpy.asarray(image) scaled to"
             " [0, 1]."
         )
+    if pil_images.has_deep_planes(image):
+        raise TypeError(
+            f"`{name}` is a TIFF file with 16-bit channels in planes, which Pillow decodes wrongly. Save it with interleaved"
+            " channels, or pass a numpy array (H, W, C) of uint16."
+        )
     key = pil_images.transparent_value(image)  # before the image is loaded
     pil_images.load(image)
     image = pil_images.turned_upright(image)

@@ -44,6 +44,14 @@ def undefined_range(image: PIL.Image.Image) -> str | None:
     return "32-bit values" if image.mode == "I" else None
 
 
+def has_deep_planes(image: PIL.Image.Image) -> bool:
+    """Whether a TIFF file has 16-bit channels one after the other, uncompressed: Pillow takes their bytes for 8-bit values."""
+    if not isinstance(image, Tiff.TiffImageFile) or image.info.get("compression") != "raw":
+        return False
+    tags = image.tag_v2
+    return tags.get(Tiff.PLANAR_CONFIGURATION) == 2 and max(tags.get(Tiff.BITSPERSAMPLE, (1,))) == 16
+
+
 def grey_levels(image: PIL.Image.Image) -> np.ndarray:
     """(H, W) of an image for which `is_grey_16`: 0 is black, 65535 is white.
 

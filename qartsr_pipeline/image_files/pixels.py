@@ -20,7 +20,7 @@ from PIL import Image, ImageCms, ImageFile
 from PIL import TiffImagePlugin as Tiff
 from PIL.ExifTags import Base
 
-from qartsr_pipeline.image.pil_images import grey_levels, is_grey_16, plain_mode, undefined_range
+from qartsr_pipeline.image.pil_images import grey_levels, has_deep_planes, is_grey_16, plain_mode, undefined_range
 from qartsr_pipeline.image_files.metadata import turn_upright
 
 # Unpacker that delivers the high bytes -> the one that delivers the low bytes.
@@ -59,10 +59,9 @@ def read_pixels(image: Image.Image, reopen: Opener, file: BinaryIO) -> tuple[np.
         if levels.min() < 0 or levels.max() > 65535:
             raise UnreadablePixels("holds 32-bit values, whose range is not known. Convert it to a 16-bit image.")
         return levels.astype(np.uint16)[..., None], True, []
-    if isinstance(image, Tiff.TiffImageFile) and image.tag_v2.get(Tiff.PLANAR_CONFIGURATION) == 2:
-        if max(image.tag_v2.get(Tiff.BITSPERSAMPLE, (1,))) == 16:
-            return _planes(image, image.tag_v2, file)
-    pixels = _sixteen_bits(image, reopen)
+    if has_deep_planes(image) and isinstance(image, Tiff.TiffImageFile):
+        return _planes(image, image.tag_v2, file), True, []
+    pixels = None if _in_planes(image) else _sixteen_bits(image, reopen)
     if pixels is not None:
         return pixels, True, []
     notices = ["stores more than 8 bits in a way that can only be read at 8 bits."] if _deeper(image, file) else []
@@ -112,11 +111,14 @@ def _decoded(image: Image.Image, unpacker: str) -> np.ndarray:
         return np.array(image)
 
 
-def _planes(image: Image.Image, tags: Tiff.ImageFileDirectory_v2, file: BinaryIO) -> tuple[np.ndarray, bool, list[str]]:
-    """16-bit channels that are stored one after the other; Pillow takes uncompressed ones for 8-bit values."""
-    if any(tile.codec_name != "raw" for tile in _tiles(image)):
-        return *_eight_bits(image), ["stores its 16 bits in compressed planes, which can only be read at 8 bits."]
-    if image.mode not in ("RGB", "RGBA") or Tiff.STRIPOFFSETS not in tags:
+def _in_planes(image: Image.Image) -> bool:
+    """Whether a TIFF file stores its channels one after the other: its unpackers cannot be chosen then."""
+    return isinstance(image, Tiff.TiffImageFile) and image.tag_v2.get(Tiff.PLANAR_CONFIGURATION) == 2
+
+
+def _planes(image: Image.Image, tags: Tiff.ImageFileDirectory_v2, file: BinaryIO) -> np.ndarray:
+    """(H, W, C) uint16, upright, of uncompressed channels that are stored one after the other."""
+    if image.mode not in ("RGB", "RGBA") or Tiff.STRIPOFFSETS not in tags or max(tags.get(Tiff.EXTRASAMPLES, (2,))) != 2:
         raise UnreadablePixels("stores 16-bit planes in a way that is not read. Save it with interleaved channels.")
     width, height, count = tags[Tiff.IMAGEWIDTH], tags[Tiff.IMAGELENGTH], len(image.getbands())
     data = b""
@@ -126,7 +128,7 @@ def _planes(image: Image.Image, tags: Tiff.ImageFileDirectory_v2, file: BinaryIO
     kind = np.dtype("<u2" if tags.prefix == b"II" else ">u2")
     pixels = np.frombuffer(data[: 2 * count * height * width], kind).reshape(count, height, width)
     turn = tags.get(Base.Orientation, 1)
-    return turn_upright(pixels.transpose(1, 2, 0).astype(np.uint16), turn if turn in range(1, 9) else 1), True, []
+    return turn_upright(pixels.transpose(1, 2, 0).astype(np.uint16), turn if turn in range(1, 9) else 1)
 
 
 def _deeper(image: Image.Image, file: BinaryIO) -> bool:

@@ -81,12 +81,16 @@ def read_image(path: str | os.PathLike) -> ImageFile:
             f"{path} claims more than {limit} pixels, which is how decompression bombs look. Cut the image into parts first."
         ) from error
     except UnidentifiedImageError as error:
+        way = "pip install 'qartsr[heif]', or convert it" if _looks_like_heif(path) else "Convert it to PNG or JPEG"
         raise ImageFileError(
-            f"{path} is not an image, or in a form that Pillow {Image.__version__} does not read. Convert it to PNG or JPEG"
-            f"{', or pip install pillow-heif' if _looks_like_heif(path) else ''}."
+            f"{path} is not an image, or in a form that Pillow {Image.__version__} does not read. {way}."
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError, OverflowError, struct.error) as error:
         # Pillow reports broken content with any of these.
+        if "unknown raw mode" in str(error):
+            raise ImageFileError(
+                f"{path} stores its channels in a way that Pillow {Image.__version__} does not read. Convert it to PNG."
+            ) from error
         raise ImageFileError(f"{path} is truncated or damaged ({error}). Copy or download it again.") from error
 
 

@@ -111,3 +111,31 @@ def test_arrays_are_stacked_only_when_they_are_equal():
     assert from_images([small, small], "np").shape == (2, 2, 2, 3)
     assert from_images([small, small], "pt").shape == (2, 3, 2, 2)
     assert [one.shape for one in from_images([small, large], "np")] == [(2, 2, 3), (3, 3, 3)]
+
+
+def test_an_image_without_colour_gets_none_however_it_is_stored(tiny_pipeline):
+    grey = np.random.default_rng(0).integers(0, 256, (6, 5, 1), dtype=np.uint8)
+    stored = [
+        grey,
+        grey.repeat(3, -1),
+        PIL.Image.fromarray(grey.repeat(3, -1)),
+        torch.from_numpy(grey.repeat(3, -1) / 255).movedim(-1, 0),
+    ]
+    (as_grey, *others) = tiny_pipeline(stored, output_type="np").images
+    assert np.ptp(as_grey, axis=-1).max() == 0
+    assert all(np.array_equal(other, as_grey) for other in others)
+    assert tiny_pipeline(stored[2]).images[0].mode == "RGB"
+    almost = grey.repeat(3, -1)
+    almost[2, 2, 0] ^= 255
+    assert np.ptp(tiny_pipeline(almost, output_type="np").images[0], axis=-1).max() > 0
+
+
+def test_colours_under_transparency_are_kept_when_asked_for(tiny_pipeline):
+    rgba = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
+    rgba[..., 3] = [255] * 3 + [0] * 6
+    opaque = tiny_pipeline(rgba[..., :3], output_type="np").images
+    kept = tiny_pipeline(rgba, output_type="np", keep_hidden_colors=True).images
+    replaced = tiny_pipeline(rgba, output_type="np").images
+    assert np.array_equal(kept[..., :3], opaque) and np.abs(replaced[..., :3] - opaque).max() > 0.05
+    with pytest.raises(TypeError, match="`keep_hidden_colors`"):
+        tiny_pipeline(rgba, keep_hidden_colors="yes")
