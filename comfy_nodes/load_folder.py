@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -13,6 +13,9 @@ from comfy_api.latest import io
 
 from .load_model import CATEGORY
 from .model_folders import typed_path
+
+if TYPE_CHECKING:
+    from qartsr_pipeline.image_files.listing import Listing
 
 BYTES_PER_PIXEL = 16  # float32, three channels and the mask
 
@@ -60,13 +63,16 @@ class QArtSRLoadFolder(io.ComfyNode):
     def fingerprint_inputs(cls, folder: str | None = None, **others: object) -> Any:
         """Changes when the folder's images do."""
         try:
-            return [(path.name, path.stat().st_mtime_ns) for path in images_of(folder)] if folder else None
+            return [(path.name, path.stat().st_mtime_ns) for path in listing_of(folder).images] if folder else None
         except (ValueError, OSError):
             return None
 
     @classmethod
     def execute(cls, folder: str, first: int, limit: int) -> io.NodeOutput:
-        paths = images_of(folder)[first:][: limit or None]
+        listing = listing_of(folder)
+        paths = listing.images[first:][: limit or None]
+        if listing.left_out():
+            logging.info("QArtSR Load Folder: %s", listing.left_out())
         if not paths:
             raise ValueError(f"{folder} has no image after the first {first}: choose a smaller `first`.")
         loaded = load(paths)
@@ -76,23 +82,23 @@ class QArtSRLoadFolder(io.ComfyNode):
         return io.NodeOutput(list(images), list(masks), list(names))
 
 
-def images_of(folder: str) -> list[Path]:
-    """The image files of a folder, sorted by name.
+def listing_of(folder: str) -> Listing:
+    """The image files of a folder, sorted by name, and what else is in it.
 
     Raises:
         ValueError: not a folder, or no images in it.
     """
     import folder_paths
 
-    from qartsr_pipeline.image_files.reading import READABLE_SUFFIXES
+    from qartsr_pipeline.image_files.listing import READABLE_SUFFIXES, list_images
 
     path = typed_path(folder, folder_paths.get_input_directory())
     if not path.is_dir():
         raise ValueError(f"{path} is a file: give the folder that it is in.")
-    found = [entry for entry in sorted(path.iterdir()) if entry.suffix.lower() in READABLE_SUFFIXES and entry.is_file()]
-    if not found:
+    listing = list_images(path)
+    if not listing.images:
         raise ValueError(f"{path} holds no images ({', '.join(READABLE_SUFFIXES)}). Folders within it are not searched.")
-    return found
+    return listing
 
 
 def load(paths: list[Path]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:

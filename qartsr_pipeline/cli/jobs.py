@@ -193,7 +193,7 @@ def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[l
             if _is_dir(path):
                 listing = list_images(path, recursive, Path(output) if output and _is_folder(output) else None)
                 found = [_Source(one, one.parent.relative_to(path)) for one in listing.images]
-                said = listing.left_out()
+                said = listing.left_out("; --recursive searches them")
                 left_out += [said] if said else []
                 empty += [str(path)] if not found else []
             sources |= {os.path.abspath(source.path): source for source in found if os.path.abspath(source.path) not in sources}

@@ -200,7 +200,7 @@ def block_of_tiff(directories: Directories, tags: Sequence[Tag]) -> bytes | None
 def block_with_resolution(pixels_per_inch: tuple[float, float]) -> bytes:
     """An EXIF block that holds nothing else."""
     numbers = (Base.XResolution, Base.YResolution)
-    fractions = [Fraction(value).limit_denominator(10000) for value in pixels_per_inch]
+    fractions = [Fraction(round(value, 2)).limit_denominator(100) for value in pixels_per_inch]
     tags = [
         Tag(number, 5, 1, struct.pack("<2I", one.numerator, one.denominator))
         for number, one in zip(numbers, fractions, strict=True)

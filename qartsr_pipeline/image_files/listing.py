@@ -32,8 +32,12 @@ class Listing:
     folders: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
-    def left_out(self) -> str | None:
-        """One sentence about everything that is no image; None if there is nothing."""
+    def left_out(self, way: str = "") -> str | None:
+        """One sentence about everything that is no image; None if there is nothing.
+
+        Args:
+            way: how the folders that were not searched can be.
+        """
         parts = []
         count = sum(self.others.values())
         if count:
@@ -44,7 +48,7 @@ class Listing:
         if self.hidden:
             parts.append(f"{_many(len(self.hidden), 'hidden entry', 'hidden entries')} ({_names(self.hidden)})")
         if self.folders:
-            parts.append(f"{_many(len(self.folders), 'folder')} ({_names(self.folders)}; --recursive searches them)")
+            parts.append(f"{_many(len(self.folders), 'folder')} ({_names(self.folders)}{way})")
         parts += [f"the folder {reason}" for reason in self.unreadable]
         return f"{self.folder}: left out: {'; '.join(parts)}." if parts else None
 

@@ -57,7 +57,7 @@ def encode_tiff(pixels: np.ndarray, metadata: Metadata) -> bytes:
         tags.append(_numbers(Tiff.EXTRASAMPLES, _SHORT, order, 2))  # alpha, not premultiplied
     if metadata.resolution:
         for axis, value in zip((Base.XResolution, Base.YResolution), metadata.resolution, strict=True):
-            fraction = Fraction(value).limit_denominator(10000)
+            fraction = Fraction(round(value, 2)).limit_denominator(100)
             tags.append(_numbers(axis, _RATIONAL, order, fraction.numerator, fraction.denominator))
         tags.append(_numbers(Base.ResolutionUnit, _SHORT, order, 2))  # inch
     for number, data in ((_XMP, metadata.xmp), (_IPTC, metadata.iptc), (Tiff.ICCPROFILE, metadata.icc_profile)):

@@ -36,7 +36,7 @@ def test_everything_in_a_folder_is_an_image_or_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     listing = list_images(tmp_path)
     assert [path.name for path in listing.images] == images
-    said = listing.left_out()
+    said = listing.left_out("; --recursive")
     for words in (
         "4 files of other kinds (1 without suffix, 1 .cr2, 1 .png, 1 .txt)",
         "2 hidden entries",

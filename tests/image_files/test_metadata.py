@@ -188,6 +188,19 @@ def test_maker_notes_stay_where_they_are_even_in_tiff(tmp_path):
     assert details["MakerNote"] == MAKER_NOTE and details["PixelXDimension"] == 2
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_exif_survives_a_way_through_tiff(tmp_path, order):
+    source = ImageFile(np.zeros((2, 2, 3), np.uint8), Metadata(exif=full_exif(order)))
+    write_image(tmp_path / "a.tif", np.zeros((48, 100, 3)), source)
+    write_image(tmp_path / "b.png", np.zeros((5, 7, 3)), read_image(tmp_path / "a.tif"))
+    block = read_image(tmp_path / "b.png").metadata.exif
+    directories = exif.Directories(block)
+    tags = {tag.number: tag for tag in directories.with_children(directories.read(directories.first))}
+    assert {number: tags[number].data for number in NAMES} == {number: value + b"\0" for number, value in NAMES.items()}
+    inner = {tag.number: tag for tag in tags[0x8769].children}
+    assert inner[0x927C].data == MAKER_NOTE and inner[0xA002].integers(order) == (7,) and inner[0xA003].integers(order) == (5,)
+
+
 VALUES = st.tuples(
     st.integers(0xF000, 0xFFFF), st.sampled_from([(1, 1), (2, 1), (3, 2), (4, 4), (5, 8), (7, 1), (9, 4), (10, 8)]), st.binary()
 )

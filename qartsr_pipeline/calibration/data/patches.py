@@ -160,7 +160,8 @@ def list_photographs(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"the photograph folder {str(folder)!r} does not exist")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READABLE_SUFFIXES)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READABLE_SUFFIXES)
+    paths = [p for p in found if not p.name.startswith("._")]  # what macOS puts beside files is no image
     if not paths:
         raise FileNotFoundError(f"no image ({', '.join(READABLE_SUFFIXES)}) was found below {str(folder)!r}")
     return paths
