@@ -1,10 +1,13 @@
 """Whatever is handed in becomes the right ImageTensors, or an error that names the argument."""
 
+import types
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from qartsr_pipeline import one_step
 from qartsr_pipeline.image.conversion import from_images, to_images, to_pil
 
 RGB = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14
@@ -113,29 +116,43 @@ def test_arrays_are_stacked_only_when_they_are_equal():
     assert [one.shape for one in from_images([small, large], "np")] == [(2, 2, 3), (3, 3, 3)]
 
 
-def test_an_image_without_colour_gets_none_however_it_is_stored(tiny_pipeline):
+@pytest.fixture
+def upscale(monkeypatch):
+    """`upscale_image` with a network that adds coloured noise."""
+
+    def run_tiles(network, padded, *rest):
+        return padded + 0.1 * torch.randn(padded.shape, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(one_step, "run_tiles", run_tiles)
+    plan = types.SimpleNamespace(multiple=1, minimum=1)
+    settings = one_step.Settings(4, 4, None, True, False, None)
+
+    def upscale(image, **options):
+        return one_step.upscale_image(None, to_images(image, **options)[0], plan, settings)
+
+    return upscale
+
+
+def test_an_image_without_colour_gets_none_however_it_is_stored(upscale):
     grey = np.random.default_rng(0).integers(0, 256, (6, 5, 1), dtype=np.uint8)
-    stored = [
-        grey,
-        grey.repeat(3, -1),
-        PIL.Image.fromarray(grey.repeat(3, -1)),
-        torch.from_numpy(grey.repeat(3, -1) / 255).movedim(-1, 0),
-    ]
-    (as_grey, *others) = tiny_pipeline(stored, output_type="np").images
-    assert np.ptp(as_grey, axis=-1).max() == 0
-    assert all(np.array_equal(other, as_grey) for other in others)
-    assert tiny_pipeline(stored[2]).images[0].mode == "RGB"
-    almost = grey.repeat(3, -1)
-    almost[2, 2, 0] ^= 255
-    assert np.ptp(tiny_pipeline(almost, output_type="np").images[0], axis=-1).max() > 0
+    colour = grey.repeat(3, -1)
+    expected = upscale(grey).rgb
+    assert (expected == expected[:, :1]).all()
+    for stored in (colour, PIL.Image.fromarray(colour), torch.from_numpy(colour / 255).movedim(-1, 0)):
+        result = upscale(stored)
+        assert torch.equal(result.rgb, expected) and to_pil(result).mode == "RGB"
+    colour[2, 2, 0] ^= 255
+    assert (upscale(colour).rgb != expected).any()
 
 
-def test_colours_under_transparency_are_kept_when_asked_for(tiny_pipeline):
+def test_colours_under_transparency_are_kept_when_asked_for(upscale):
     rgba = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
     rgba[..., 3] = [255] * 3 + [0] * 6
-    opaque = tiny_pipeline(rgba[..., :3], output_type="np").images
-    kept = tiny_pipeline(rgba, output_type="np", keep_hidden_colors=True).images
-    replaced = tiny_pipeline(rgba, output_type="np").images
-    assert np.array_equal(kept[..., :3], opaque) and np.abs(replaced[..., :3] - opaque).max() > 0.05
+    opaque, replaced = upscale(rgba[..., :3]).rgb, upscale(rgba).rgb
+    assert torch.equal(upscale(rgba, keep_hidden_colors=True).rgb, opaque)
+    assert (replaced - opaque).abs().max() > 0.05
+
+
+def test_keep_hidden_colors_is_a_choice(tiny_pipeline):
     with pytest.raises(TypeError, match="`keep_hidden_colors`"):
-        tiny_pipeline(rgba, keep_hidden_colors="yes")
+        tiny_pipeline(np.zeros((2, 2, 4)), keep_hidden_colors="yes")

@@ -14,7 +14,7 @@ from qartsr_pipeline.image.conversion import to_images
 from qartsr_pipeline.image_files import ImageFileError, read_image
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)  # without explanations, which take a minute
-EVERY = settings(max_examples=100, deadline=None, derandomize=True, phases=PHASES, database=None)
+EVERY = settings(max_examples=60, deadline=None, derandomize=True, phases=PHASES, database=None)
 
 
 @pytest.fixture(scope="module")
