@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from qartsr_pipeline.cli.arguments import list_shipped
-from qartsr_pipeline.cli.messages import one_line
+from qartsr_pipeline.cli.messages import one_line, say
 
 
 class Command(NamedTuple):
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        print(f"qartsr: error: {one_line(error)}", file=sys.stderr)
+        say(f"qartsr: error: {one_line(error)}", error=True)
         return 2
 
 

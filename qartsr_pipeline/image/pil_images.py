@@ -56,13 +56,14 @@ def grey_levels(image: PIL.Image.Image) -> np.ndarray:
     """(H, W) of an image for which `is_grey_16`: 0 is black, 65535 is white.
 
     Pillow leaves to its users that a TIFF file may have white as zero, and 12 bits. An image in memory that has mode "I" may have
-    any values; they are returned as they are, as int64.
+    any values; they are returned as they are.
     """
     tags = image.tag_v2 if isinstance(image, Tiff.TiffImageFile) else {}
     bits, white_is_zero = max(tags.get(Tiff.BITSPERSAMPLE, (16,))), tags.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0
-    levels = np.asarray(image).astype(np.int64)
+    levels = np.asarray(image)
     if bits < 16:
-        levels = (levels * 65535 + (1 << bits) // 2 - 1) // ((1 << bits) - 1)
+        largest = (1 << bits) - 1
+        levels = ((levels.astype(np.uint32) * 65535 + largest // 2) // largest).astype(np.uint16)
     return 65535 - levels if white_is_zero else levels
 
 

@@ -58,7 +58,7 @@ def read_pixels(image: Image.Image, reopen: Opener, file: BinaryIO) -> tuple[np.
         levels = grey_levels(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise UnreadablePixels("holds 32-bit values, whose range is not known. Convert it to a 16-bit image.")
-        return levels.astype(np.uint16)[..., None], True, []
+        return levels.astype(np.uint16, copy=False)[..., None], True, []
     if has_deep_planes(image) and isinstance(image, Tiff.TiffImageFile):
         return _planes(image, image.tag_v2, file), True, []
     pixels = None if _in_planes(image) else _sixteen_bits(image, reopen)

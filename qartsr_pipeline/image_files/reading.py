@@ -41,6 +41,8 @@ _IPTC, _CLIPPING_PATHS = 0x0404, range(0x07D0, 0x0BB7)  # Photoshop's numbers fo
 _TIFF_XMP, _TIFF_IPTC, _TIFF_ICC = 700, 33723, 34675
 # What a TIFF file's directory holds besides its structure and a description of the photograph, and must not go unmentioned.
 _TIFF_LOST = {
+    301: "the transfer function, so that colours may look different",
+    319: "the primary colours, so that colours may look different",
     33550: "the scale on a map (GeoTIFF)",
     33922: "the place on a map (GeoTIFF)",
     34377: "Photoshop's own data",
@@ -172,7 +174,9 @@ def _metadata_of_tiff(image: TiffImagePlugin.TiffImageFile, file: BinaryIO) -> t
         except exif.ExifError as error:  # Pillow is more patient
             return Metadata(icc_profile=image.info.get("icc_profile")), 1, [f"the metadata are damaged ({error})"]
     values = {tag.number: tag.data for tag in tags}
-    problems = [text for number, text in _TIFF_LOST.items() if number in values]
+    lost = [number for number in _TIFF_LOST if number in values]
+    # A profile says the same as the two first ones, and is taken over.
+    problems = [_TIFF_LOST[number] for number in lost if number not in (301, 319) or _TIFF_ICC not in values]
     metadata = Metadata(
         icc_profile=values.get(_TIFF_ICC),
         exif=block,

@@ -304,6 +304,13 @@ def test_what_would_be_wrong_for_the_result_is_not_copied(tmp_path):
     tifffile.imwrite(tmp_path / "map.tif", np.zeros((4, 4), np.uint8), extratags=tags, metadata=None)
     (notice,) = read_image(tmp_path / "map.tif").notices
     assert "GeoTIFF" in notice and "layers" in notice
+    primaries = [(319, 5, 6, (64, 100, 33, 100, 21, 100, 71, 100, 15, 100, 6, 100), True)]
+    for profile in (None, PROFILE):
+        tifffile.imwrite(
+            tmp_path / "a.tif", np.zeros((4, 4, 3), np.uint8), extratags=primaries, metadata=None, iccprofile=profile
+        )
+        notices = read_image(tmp_path / "a.tif").notices
+        assert ("primary colours" in " ".join(notices)) is (profile is None)
 
 
 def test_metadata_too_large_for_jpeg_are_left_out_and_the_image_is_written(tmp_path):
