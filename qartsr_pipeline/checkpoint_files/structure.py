@@ -135,7 +135,9 @@ def _expected_tensors(name: str, class_name: str, config: str, quantization: str
         else:
             model = _built(_MODELS[name], settings)
         if quantized is not None and name != "text_encoder":
-            quantizer = QArtSRQuantizer(QArtSRConfig.from_dict(quantized), pre_quantized=True)
+            quantization_config = QArtSRConfig.from_dict(quantized)
+            assert isinstance(quantization_config, QArtSRConfig)  # a tuple only where unused keys are asked for
+            quantizer = QArtSRQuantizer(quantization_config, pre_quantized=True)
             quantizer._process_model_before_weight_loading(model)
     exact = {layer for layer, module in model.named_modules() if isinstance(module, DeployedLayer)}
     expected = {}

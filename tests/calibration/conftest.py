@@ -13,7 +13,7 @@ from PIL import Image
 
 from calibration.teacher import train as teacher
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.retraining.plots import plot_if_possible
+from qartsr_pipeline.calibration.retraining.report import plot_if_possible
 from tiny_models import build_tiny_unet, build_tiny_vae
 
 PHASES = ("--phases", "autoencoder:2:1e-3:32:4", "pixel:4:1e-3:32:4")

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from qartsr_pipeline.calibration.evaluation import compare, comparison
 from qartsr_pipeline.calibration.evaluation.comparison import _displayed, find_output
 from qartsr_pipeline.cli.main import main
-from qartsr_pipeline.image_files import ImageFile
+from qartsr_pipeline.image_files import ImageFile, Metadata
 
 
 def image(path: Path, width: int = 9, height: int = 7, seed: int = 0) -> Path:
@@ -81,7 +81,7 @@ def test_what_a_browser_shows_is_eight_bits_in_srgb_over_white():
     deep[1, 1] = (0, 0, 0, 0)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (None, srgb, b"damaged"):
-        shown = _displayed(ImageFile(deep, profile))
+        shown = _displayed(ImageFile(deep, Metadata(icc_profile=profile)))
         assert shown.shape == (2, 2, 3) and shown[0, 0].tolist() == [10, 20, 30] and shown[1, 1].tolist() == [255] * 3
     grey = _displayed(ImageFile(np.array([[[7], [8]]], np.uint8)))
     assert grey.tolist() == [[[7] * 3, [8] * 3]]

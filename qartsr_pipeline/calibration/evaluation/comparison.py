@@ -239,7 +239,7 @@ def _displayed(file: ImageFile) -> np.ndarray:
     """The image as a browser shows it: (H, W, 3) uint8 in sRGB, transparent parts over white."""
     pixels = file.pixels if not file.sixteen_bit else np.rint(file.pixels / 257).astype(np.uint8)
     colour = pixels[..., :3] if pixels.shape[2] > 2 else pixels[..., 0]
-    image = _in_srgb(Image.fromarray(np.ascontiguousarray(colour)), file.icc_profile)
+    image = _in_srgb(Image.fromarray(np.ascontiguousarray(colour)), file.metadata.icc_profile)
     if file.has_alpha:
         alpha = Image.fromarray(np.ascontiguousarray(pixels[..., -1]))
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
@@ -274,7 +274,7 @@ def _enlarged(pipeline: QArtSRPipeline, file: ImageFile, upscale: float, tile_si
     start = time.perf_counter()
     result: np.ndarray = pipeline(file.pixels, upscale, tile_size, output_type="np", return_dict=False)[0][0]
     seconds = time.perf_counter() - start
-    return _displayed(ImageFile(np.rint(result * 255).astype(np.uint8), file.icc_profile)), seconds
+    return _displayed(ImageFile(np.rint(result * 255).astype(np.uint8), file.metadata)), seconds
 
 
 def _comparison(photograph: _Photograph, upscale: float) -> Comparison:
