@@ -25,9 +25,9 @@ _installing = threading.Lock()
 
 
 class ExchangedForward:
-    """Stands in the place of a module's forward while any call has exchanged it, and looks up what the running call has put there.
+    """Stands in the place of a module's forward while any call has exchanged it, and looks up what this context calls instead.
 
-    Holds no statistics or anything else of a call.
+    It holds nothing of any call.
     """
 
     def __init__(self, module: nn.Module, name: str):
@@ -47,9 +47,9 @@ class ExchangedForward:
 
 @contextmanager
 def exchanged_forwards(modules: Sequence[SomeModule], forward_of: Callable[[SomeModule], Forward]) -> Iterator[None]:
-    """Within this context each module computes ``forward_of(module)`` instead of its own forward; for other threads nothing changes.
+    """Within this context each module computes ``forward_of(module)`` instead of its own forward. Other threads see no change.
 
-    When the last call that has exchanged it is through, also with an exception, a module has the attribute it had before, or none.
+    Afterwards, also after an exception, a module has the attribute that it had before anybody exchanged it, or none.
     """
     exchanged = {module: forward_of(module) for module in modules}
     token = _of_this_context.set({**_of_this_context.get(), **exchanged})

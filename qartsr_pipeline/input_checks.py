@@ -1,11 +1,16 @@
-"""Checks of everything that the pipeline takes but images. Messages name the argument, what is expected, and what was given."""
+"""Checks of everything that the pipeline takes but images. Messages name the argument, what is expected, and what was given.
+
+Numbers may be numpy's; what is passed on is Python's own, because eight bits overflow in the arithmetic of sizes.
+"""
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
@@ -69,65 +74,141 @@ def _check_scheduler(scheduler: DDPMScheduler, timestep: int) -> None:
         )
 
 
-def check_upscale(upscale: object) -> None:
-    if isinstance(upscale, bool) or not isinstance(upscale, numbers.Real):
-        raise TypeError(f"`upscale` must be a number, but is {upscale!r} ({type(upscale).__name__}).")
-    if not math.isfinite(upscale) or not 0 < float(upscale) <= LARGEST_UPSCALE:
-        raise ValueError(
-            f"`upscale` must be above 0 and at most {LARGEST_UPSCALE}, but is {upscale!r}. For larger enlargements "
-            "call the pipeline on its own result."
+@dataclass(frozen=True)
+class CallArguments:
+    """The arguments of `QArtSRPipeline.__call__` that hold for all its images; see there."""
+
+    upscale: float = 4
+    tile_size: int | None = None
+    tile_overlap: int | None = None
+    color_fix: str | None = "wavelet"
+    generator: torch.Generator | None = None
+    sample_posterior: bool = False
+    output_type: str = "pil"
+    callback_on_step_end: Callable[..., Any] | None = None
+    callback_on_step_end_tensor_inputs: Iterable[str] | None = ("image",)
+    keep_hidden_colors: bool = False
+
+    def checked(self, multiple: int, tensors: list[str]) -> CallArguments:
+        """The same with plain Python values.
+
+        Args:
+            multiple: the network's total down-sampling.
+            tensors: what a callback may ask for.
+
+        Raises:
+            TypeError, ValueError: one of them is not as described; the message names it.
+        """
+        size, overlap = _tiles(self.tile_size, self.tile_overlap, multiple)
+        _check_choice("color_fix", self.color_fix, COLOR_FIXES, " or None", may_be_none=True)
+        _check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"`generator` must be a torch.Generator or None, but is {type(self.generator).__name__}.")
+        for name in ("sample_posterior", "keep_hidden_colors"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise TypeError(f"`{name}` must be True or False, but is {_shown(getattr(self, name))}.")
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise TypeError(
+                f"`callback_on_step_end` must be callable or None, but is {type(self.callback_on_step_end).__name__}."
+            )
+        return replace(
+            self,
+            upscale=_upscale(self.upscale),
+            tile_size=size,
+            tile_overlap=overlap,
+            sample_posterior=bool(self.sample_posterior),
+            keep_hidden_colors=bool(self.keep_hidden_colors),
+            callback_on_step_end_tensor_inputs=_names(self.callback_on_step_end_tensor_inputs, tensors),
         )
 
 
-def check_tiles(tile_size: object, tile_overlap: object, multiple: int) -> None:
-    """`multiple`: the network's total down-sampling."""
+def _upscale(upscale: object) -> float:
+    if isinstance(upscale, (bool, np.bool_)) or not isinstance(upscale, numbers.Real):
+        raise TypeError(f"`upscale` must be a number, but is {_shown(upscale)} ({type(upscale).__name__}).")
+    if not 0 < upscale <= LARGEST_UPSCALE or float(upscale) == 0:  # NaN is in no range, an integer may be too large for a float
+        raise ValueError(
+            f"`upscale` must be above 0 and at most {LARGEST_UPSCALE}, but is {_shown(upscale)}. For larger enlargements "
+            "call the pipeline on its own result."
+        )
+    return int(upscale) if isinstance(upscale, numbers.Integral) else float(upscale)
+
+
+def _tiles(tile_size: object, tile_overlap: object, multiple: int) -> tuple[int | None, int | None]:
     size, overlap = _pixels("tile_size", tile_size), _pixels("tile_overlap", tile_overlap)
     minimum = -(-max(MINIMUM_TILE, 2 * multiple) // multiple) * multiple
     if size is not None and size < minimum:
         raise ValueError(
-            f"`tile_size` must be at least {minimum} pixels of the enlarged image for this model, but is {size}. "
+            f"`tile_size` must be at least {minimum} pixels of the enlarged image for this model, but is {_shown(size)}. "
             "Leave it at its default to have it chosen."
         )
-    if overlap is None:
-        return
-    if overlap < 0:
-        raise ValueError(f"`tile_overlap` must not be negative, but is {overlap}.")
-    if size is not None and overlap >= size:
-        raise ValueError(f"`tile_overlap` ({overlap}) must be smaller than `tile_size` ({size}).")
+    if overlap is not None and overlap < 0:
+        raise ValueError(f"`tile_overlap` must not be negative, but is {_shown(overlap)}.")
+    if overlap is not None and size is not None and overlap >= size:
+        raise ValueError(f"`tile_overlap` ({_shown(overlap)}) must be smaller than `tile_size` ({_shown(size)}).")
+    return size, overlap
 
 
 def _pixels(name: str, value: object) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must be an integer (pixels of the enlarged image) or None, but is {value!r}.")
+        raise TypeError(f"`{name}` must be an integer (pixels of the enlarged image) or None, but is {_shown(value)}.")
     return int(value)
 
 
-def check_choices(color_fix: object, output_type: object, keep_hidden_colors: object) -> None:
-    if color_fix is not None and color_fix not in COLOR_FIXES:
-        raise ValueError(f"`color_fix` must be one of {_listed(COLOR_FIXES)} or None, but is {color_fix!r}.")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` must be one of {_listed(OUTPUT_TYPES)}, but is {output_type!r}.")
-    if not isinstance(keep_hidden_colors, bool):
-        raise TypeError(f"`keep_hidden_colors` must be True or False, but is {keep_hidden_colors!r}.")
+def _check_choice(name: str, value: object, choices: tuple[str, ...], also: str = "", may_be_none: bool = False) -> None:
+    if value is None and may_be_none:
+        return
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {_listed(choices)}{also}, but is {_shown(value)}.")
 
 
-def check_sampling(generator: object, sample_posterior: object) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"`generator` must be a torch.Generator or None, but is {type(generator).__name__}.")
-    if not isinstance(sample_posterior, bool):
-        raise TypeError(f"`sample_posterior` must be True or False, but is {sample_posterior!r}.")
-
-
-def check_callback(callback: object, tensor_inputs: Iterable[str], allowed: list[str]) -> None:
-    """`allowed`: the names of tensors that a callback may ask for."""
-    if callback is not None and not callable(callback):
-        raise TypeError(f"`callback_on_step_end` must be callable or None, but is {type(callback).__name__}.")
-    unknown = [name for name in tensor_inputs if name not in allowed]
+def _names(names: object, allowed: list[str]) -> tuple[str, ...]:
+    name = "callback_on_step_end_tensor_inputs"
+    if names is None:
+        return ()
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"`{name}` must be a list that may hold {_listed(allowed)}, but is {_shown(names)}.")
+    names = tuple(names)
+    unknown = [one for one in names if not isinstance(one, str) or one not in allowed]
     if unknown:
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {_listed(allowed)}, but holds {_listed(unknown)}.")
+        raise ValueError(f"`{name}` may hold {_listed(allowed)}, but holds {_listed(unknown)}.")
+    return names
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+def replaced_tensors(tensors: dict[str, torch.Tensor], returned: object) -> dict[str, torch.Tensor]:
+    """A tile's `tensors` with what a callback returned in their place; None leaves them as they are.
+
+    Raises:
+        TypeError, ValueError: what it returned, or changed in place, is no finite tensor of the same shape.
+    """
+    name = "callback_on_step_end"
+    if returned is not None and not isinstance(returned, Mapping):
+        raise TypeError(
+            f"`{name}` must return None or a dict such as its callback_kwargs, but returned {type(returned).__name__}."
+        )
+    result = {key: (returned or {}).get(key, tensor) for key, tensor in tensors.items()}
+    for key, tensor in result.items():
+        shape = tuple(tensors[key].shape)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"`{name}` must return {key!r} as a tensor, but returned {type(tensor).__name__}.")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta or tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"`{name}` must return {key!r} as a dense float tensor of shape {shape}, but returned {tensor.dtype} of shape"
+                f" {tuple(tensor.shape)}, layout {tensor.layout}, on {tensor.device}."
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"`{name}` left NaN or infinity in {key!r}. The network's own result was finite.")
+    return result
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(map(_shown, names))
+
+
+def _shown(value: object) -> str:
+    """Short in any case: Python refuses to print integers of more than 4300 digits, and arrays have many lines."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"an integer of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}.."

@@ -88,6 +88,7 @@ class Settings:
         scale: the network's own enlargement.
         decode: False to stop at z_H.
         share_statistics: all tiles of an image are normalised alike.
+        interrupted: asked before every pass of the network; once it is True, nothing more is computed.
     """
 
     scale: int
@@ -97,6 +98,7 @@ class Settings:
     sample_posterior: bool
     generator: torch.Generator | None
     share_statistics: bool = True
+    interrupted: Callable[[], bool] = lambda: False
 
 
 def upscale_image(
@@ -139,7 +141,7 @@ def run_tiles(
 
     Returns:
         (1, 3, H, W), about [0, 1]; or z_H, (1, C, H/f, W/f), unless `settings.decode`. Memory on the network's device depends on
-        the tile only.
+        the tile only. Where the call was interrupted before a tile, `padded` itself is there, or z_H is 0.
     """
     grid = plan.grid
     kind, shrink = ("image", 1) if settings.decode else ("latents", plan.latent_factor)
@@ -147,6 +149,9 @@ def run_tiles(
     noise = draw_noise(network, padded, plan.latent_factor, settings)
 
     def run(tile: Tile) -> torch.Tensor:
+        if settings.interrupted():
+            sides = (tile.height // shrink, tile.width // shrink)
+            return tile.cut(padded) if settings.decode else torch.zeros(1, channels, *sides)
         tensors = run_tile(network, padded, noise, [tile], plan.latent_factor, settings.decode)
         return (on_tile(tensors, tile, grid) if on_tile else tensors)[kind].to("cpu", torch.float32)
 
@@ -184,6 +189,8 @@ def shared_statistics(
     statistics = SharedStatistics([network.unet, network.vae])
     tile = max(plan.grid.tile_height, plan.grid.tile_width)
     for windows in sample_windows((plan.grid.height, plan.grid.width), tile, plan.multiple, len(plan.grid)):
+        if settings.interrupted():
+            return nullcontext()
         with statistics.record():
             run_tile(network, padded, noise, windows, plan.latent_factor, settings.decode)
     return statistics.apply()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,21 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qartsr_pipeline import input_checks
+from qartsr_pipeline.calls import Calls, TileReporter, access_to, alone_where_needed
 from qartsr_pipeline.checkpoint_files import fetch, saving, structure
 from qartsr_pipeline.image.conversion import ImageTensors, from_images, stack_if_equal, to_images
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
 from qartsr_pipeline.image.tiles import Tile, TileGrid
+from qartsr_pipeline.input_checks import CallArguments, check_components
 from qartsr_pipeline.offloading import check_group_offload, keep_prepared, offload_buffers
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_network, upscale_image
 from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
 from qartsr_pipeline.prompt_embedding import PromptEmbedding, check_prompt, embed_prompt
+
+logger = logging.getLogger(__name__)
 
 # Called as callback(pipeline, step, timestep, tensors), with the tensors that it asks for.
 StepCallback = Callable[["QArtSRPipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -79,12 +82,11 @@ class QArtSRPipeline(DiffusionPipeline):
         scale: int = 4,
     ):
         super().__init__()
-        input_checks.check_components(unet, vae, scheduler, prompt_embedding, timestep, scale)
+        check_components(unet, vae, scheduler, prompt_embedding, timestep, scale)
         components = {"unet": unet, "vae": vae, "scheduler": scheduler, "prompt_embedding": prompt_embedding}
         self.register_modules(**components, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(timestep=timestep, scale=scale)
-        self._num_timesteps = 1
-        self._current_tile: tuple[Tile, TileGrid] | None = None
+        self._calls = Calls()
         self._overflows = OverflowMemory()
 
     @property
@@ -99,14 +101,31 @@ class QArtSRPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """How many steps (tiles) the current or last call has."""
-        return self._num_timesteps
+        """How many steps (tiles) this thread's current or last call has; in other threads, that of the call that began last."""
+        return self._calls.current().steps
 
     @property
     def current_tile(self) -> tuple[Tile, TileGrid] | None:
         """The last tile that was finished, and the grid over the padded image, in pixels at the model's scale. None before a
-        call's first tile. For `callback_on_step_end`, to show what is finished."""
-        return self._current_tile
+        call's first tile. For `callback_on_step_end`, to show what is finished. Of the same call as `num_timesteps`."""
+        return self._calls.current().tile
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call is to end early: `pipeline._interrupt = True`, as in diffusers, leaves out its remaining tiles.
+
+        Set in a callback it means that call, in a thread without a call all that are running. The result is the bicubic
+        enlargement where nothing was computed. To get no result, raise an exception in the callback.
+        """
+        return self._calls.current().interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupted: bool) -> None:
+        self._calls.interrupt(bool(interrupted))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> QArtSRPipeline:
@@ -185,25 +204,11 @@ class QArtSRPipeline(DiffusionPipeline):
         super().remove_all_hooks()
         keep_prepared(self)
 
-    def check_inputs(
-        self,
-        upscale: object = 4,
-        tile_size: object = None,
-        tile_overlap: object = None,
-        color_fix: object = None,
-        generator: object = None,
-        sample_posterior: object = False,
-        output_type: object = "pil",
-        callback_on_step_end: object = None,
-        callback_on_step_end_tensor_inputs: Iterable[str] | None = None,
-        keep_hidden_colors: object = False,
-    ) -> None:
-        """Checks the arguments of `__call__` except the images; raises TypeError or ValueError that names the argument."""
-        input_checks.check_upscale(upscale)
-        input_checks.check_tiles(tile_size, tile_overlap, self.multiple)
-        input_checks.check_choices(color_fix, output_type, keep_hidden_colors)
-        input_checks.check_sampling(generator, sample_posterior)
-        input_checks.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs or (), self._callback_tensor_inputs)
+    def check_inputs(self, **arguments: Any) -> CallArguments:
+        """The arguments of `__call__` except images and prompt, as plain Python values; raises TypeError or ValueError that names
+        the one that is wrong.
+        """
+        return CallArguments(**arguments).checked(self.multiple, self._callback_tensor_inputs)
 
     @torch.no_grad()
     def __call__(
@@ -263,7 +268,7 @@ class QArtSRPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(
+        arguments = self.check_inputs(
             upscale=upscale,
             tile_size=tile_size,
             tile_overlap=tile_overlap,
@@ -276,32 +281,48 @@ class QArtSRPipeline(DiffusionPipeline):
             keep_hidden_colors=keep_hidden_colors,
         )
         check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
-        inputs = to_images(image, keep_hidden_colors=keep_hidden_colors)
-        plans = [self.plan(one, tile_size, tile_overlap) for one in inputs]
-        decode = output_type != "latent"
-        settings = Settings(
-            self.config["scale"], upscale, color_fix, decode, sample_posterior, generator, self.share_tile_statistics
-        )
-        self._num_timesteps, self._current_tile = sum(len(plan.grid) for plan in plans), None
-        try:
-            with self.progress_bar(total=self._num_timesteps) as bar:
-                on_tile = TileReporter(self, bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                network = self.network(prompt)
-                each = zip(inputs, plans, strict=True)
-                if decode:
-                    results = [upscale_image(network, one, plan, settings, on_tile) for one, plan in each]
-                else:
-                    latents = [run_network(network, one, plan, settings, on_tile)[1][0] for one, plan in each]
-        finally:
-            self.maybe_free_model_hooks()
-        images = from_images(results, output_type) if decode else stack_if_equal(latents)
+        with alone_where_needed(part for part in self.components.values() if isinstance(part, torch.nn.Module)):
+            try:
+                images = self._enlarged(to_images(image, keep_hidden_colors=arguments.keep_hidden_colors), arguments, prompt)
+            finally:
+                self.maybe_free_model_hooks()
         return QArtSRPipelineOutput(images=images) if return_dict else (images,)
+
+    def _enlarged(
+        self, inputs: list[ImageTensors], arguments: CallArguments, prompt: str | None
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor | list:
+        plans = [self.plan(one, arguments.tile_size, arguments.tile_overlap) for one in inputs]
+        with self._calls.begin(sum(len(plan.grid) for plan in plans)) as call, self.progress_bar(total=call.steps) as bar:
+            on_tile = TileReporter(self, call, bar, arguments)
+            settings = Settings(
+                self.config["scale"],
+                arguments.upscale,
+                arguments.color_fix,
+                arguments.output_type != "latent",
+                arguments.sample_posterior,
+                arguments.generator,
+                self.share_tile_statistics,
+                lambda: call.interrupted,
+            )
+            network = self.network(prompt)
+            each = zip(inputs, plans, strict=True)
+            if settings.decode:
+                results = [upscale_image(network, one, plan, settings, on_tile) for one, plan in each]
+            else:
+                latents = [run_network(network, one, plan, settings, on_tile)[1][0] for one, plan in each]
+            if on_tile.step < call.steps:
+                logger.warning(
+                    "The call was interrupted after %d of %d tiles. What is left is the bicubic enlargement, or 0 in latents.",
+                    *(on_tile.step, call.steps),
+                )
+        return from_images(results, arguments.output_type) if settings.decode else stack_if_equal(latents)
 
     def plan(self, image: ImageTensors, tile_size: int | None, tile_overlap: int | None) -> TilePlan:
         """The tiles in which `image` is enlarged; arguments as in `__call__`."""
 
         def automatic(size: tuple[int, int]) -> int | None:
-            pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
+            with access_to(self.vae).together():
+                pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
             return choose_tile_size(size, pixel_bytes, free_memory(self._execution_device))
 
         size = enlarged_size((image.height, image.width), self.config["scale"])
@@ -325,22 +346,3 @@ class QArtSRPipeline(DiffusionPipeline):
             return self.prompt_embedding(1)
         check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
         return embed_prompt(self.text_encoder, self.tokenizer, prompt, self._execution_device)
-
-
-class TileReporter:
-    """Reports every finished tile to the progress bar and to the user's callback."""
-
-    def __init__(self, pipeline: QArtSRPipeline, bar: tqdm, callback: StepCallback | None, tensor_inputs: Iterable[str]):
-        self.pipeline, self.bar, self.callback, self.tensor_inputs = pipeline, bar, callback, list(tensor_inputs)
-        self.step = 0
-
-    def __call__(self, tensors: dict[str, torch.Tensor], tile: Tile, grid: TileGrid) -> dict[str, torch.Tensor]:
-        """`tensors` of one tile of the grid, as the callback leaves them."""
-        self.pipeline._current_tile = (tile, grid)
-        if self.callback is not None:
-            chosen = {name: tensors[name] for name in self.tensor_inputs if name in tensors}
-            returned = self.callback(self.pipeline, self.step, self.pipeline.config["timestep"], chosen)
-            tensors = {name: (returned or {}).get(name, tensor) for name, tensor in tensors.items()}
-        self.step += 1
-        self.bar.update()
-        return tensors

@@ -15,6 +15,7 @@ from qartsr_pipeline.kernels.dispatch import (
     run_layer,
     use_backend,
 )
+from qartsr_pipeline.kernels.finite import note_input, watched_inputs
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, PreparedWeights, StoredLayer, low_memory
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "list_backends",
     "low_memory",
     "norm_fusion",
+    "note_input",
     "register",
     "run_layer",
     "use_backend",
+    "watched_inputs",
 ]

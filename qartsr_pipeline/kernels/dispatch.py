@@ -15,6 +15,7 @@ import torch
 
 from qartsr_pipeline.kernels.backend import Backend, NormFusion
 from qartsr_pipeline.kernels.cpu import FloatProduct, OneDNN
+from qartsr_pipeline.kernels.finite import note_input
 from qartsr_pipeline.kernels.int_mm import IntMM
 from qartsr_pipeline.kernels.reference import Reference
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
@@ -154,6 +155,8 @@ def run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 
 
 def _run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    if layer.spec.activation_bits < 16:
+        note_input(x)
     backend: Backend = REFERENCE  # the others have no gradient, and nothing to gain from an empty batch
     if x.numel() and not (x.requires_grad and torch.is_grad_enabled()):
         backend = choose_backend(layer.spec, x.device.type)

@@ -22,7 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from qartsr_pipeline.forwards import has_hooks, other_forward
-from qartsr_pipeline.kernels import NormFusion, norm_fusion
+from qartsr_pipeline.kernels import NormFusion, norm_fusion, note_input
 from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
 
@@ -43,6 +43,8 @@ def convolution_of_normalized(
         fused = _normalizing_pass(x, norm, convolution)
         if fused is not None:
             fusion, scale, shift = fused
+            for tensor in (x, scale, shift):
+                note_input(tensor)
             added = None if residual is None else residual()
             return fusion.norm_conv2d(x, scale, shift, convolution, silu=True, residual=added)
     y = convolution(F.silu(norm(x), inplace=_may_be_overwritten(norm)))
