@@ -51,7 +51,7 @@ def exchanged_forwards(modules: Sequence[SomeModule], forward_of: Callable[[Some
 
     Afterwards, also after an exception, a module has the attribute that it had before anybody exchanged it, or none.
     """
-    exchanged = {module: forward_of(module) for module in modules}
+    exchanged: dict[nn.Module, Forward] = {module: forward_of(module) for module in modules}
     token = _of_this_context.set({**_of_this_context.get(), **exchanged})
     try:
         for module in exchanged:

@@ -125,12 +125,13 @@ class CallArguments:
 def _upscale(upscale: object) -> float:
     if isinstance(upscale, (bool, np.bool_)) or not isinstance(upscale, numbers.Real):
         raise TypeError(f"`upscale` must be a number, but is {_shown(upscale)} ({type(upscale).__name__}).")
-    if not 0 < upscale <= LARGEST_UPSCALE or float(upscale) == 0:  # NaN is in no range, an integer may be too large for a float
+    number: Any = upscale  # NaN is in no range, and an integer may be too large for a float
+    if not 0 < number <= LARGEST_UPSCALE or float(number) == 0:
         raise ValueError(
             f"`upscale` must be above 0 and at most {LARGEST_UPSCALE}, but is {_shown(upscale)}. For larger enlargements "
             "call the pipeline on its own result."
         )
-    return int(upscale) if isinstance(upscale, numbers.Integral) else float(upscale)
+    return int(number) if isinstance(upscale, numbers.Integral) else float(number)
 
 
 def _tiles(tile_size: object, tile_overlap: object, multiple: int) -> tuple[int | None, int | None]:

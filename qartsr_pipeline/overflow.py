@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # What to try instead of a 16-bit dtype, in order. bfloat16 has float32's range and float16's size, for when memory is short.
 WIDER = {torch.float16: (torch.float32, torch.bfloat16), torch.bfloat16: (torch.float32,)}
 
-# Processors without instructions for it take some 200 times as long as in float32.
+# Processors without instructions for it need minutes for convolutions that take a second in float32.
 TOO_SLOW = {("cpu", torch.float16)}
 
 
@@ -54,8 +54,8 @@ class OverflowMemory:
         if (device, dtype) not in self.slow_ones:
             self.slow_ones.add((device, dtype))
             logger.warning(
-                "Computing in %s instead of %s, in which this device (%s) is far slower. Load the pipeline with dtype=torch.%s"
-                " (or torch.bfloat16) to save the conversion of the weights in every call.",
+                "Computing in %s instead of %s, in which this device (%s) can be far slower. Load the pipeline with"
+                " dtype=torch.%s (or torch.bfloat16) to save the conversion of the weights in every call.",
                 *(_short(wider), _short(dtype), device, _short(wider)),
             )
 

@@ -22,13 +22,15 @@ from qartsr_pipeline.calls import Calls, TileReporter, access_to, alone_where_ne
 from qartsr_pipeline.checkpoint_files import fetch, saving, structure
 from qartsr_pipeline.image.conversion import ImageTensors, from_images, stack_if_equal, to_images
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.image.tile_size import TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
+from qartsr_pipeline.image.tile_size import SURE_SHARE, TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
 from qartsr_pipeline.image.tiles import Tile, TileGrid
 from qartsr_pipeline.input_checks import CallArguments, check_components
-from qartsr_pipeline.offloading import check_group_offload, keep_prepared, offload_buffers
+from qartsr_pipeline.memory import Enlargement, check_memory
+from qartsr_pipeline.offloading import MovablePipeline
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_network, upscale_image
 from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
 from qartsr_pipeline.prompt_embedding import PromptEmbedding, check_prompt, embed_prompt
+from qartsr_pipeline.stored_values import check_finite, naming_the_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class QArtSRPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | list
 
 
-class QArtSRPipeline(DiffusionPipeline):
+class QArtSRPipeline(MovablePipeline):
     """Image super-resolution with one step of a diffusion model, full precision or quantized.
 
     Args:
@@ -141,8 +143,12 @@ class QArtSRPipeline(DiffusionPipeline):
         hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = fetch(pretrained_model_name_or_path, **hub_arguments)
         structure.check_loadable(folder, kwargs)
-        with structure.clear_errors(folder, kwargs):
-            return super().from_pretrained(str(folder), **kwargs)
+        with structure.clear_errors(folder, kwargs), naming_the_file(folder):
+            pipeline = super().from_pretrained(str(folder), **kwargs)
+            for name, part in pipeline.components.items():
+                if name not in kwargs and isinstance(part, torch.nn.Module):
+                    check_finite(part)
+        return pipeline
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
         """Saves the pipeline as a diffusers folder with checksums: whole or not at all.
@@ -175,34 +181,6 @@ class QArtSRPipeline(DiffusionPipeline):
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
         return super().from_pipe(pipeline, **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> QArtSRPipeline:
-        """As in diffusers; a dtype that all components have already is dropped, because quantized ones refuse any."""
-        dtypes = {module.dtype for module in self.components.values() if isinstance(module, torch.nn.Module)}
-        if len(dtypes) == 1:
-            args = tuple(arg for arg in args if arg not in dtypes)
-            if kwargs.get("dtype") in dtypes:
-                del kwargs["dtype"]
-        return super().to(*args, **kwargs)
-
-    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; the buffers that hold quantized weights leave the device, too."""
-        super().enable_sequential_cpu_offload(*args, **kwargs)
-        offload_buffers(self)
-        keep_prepared(self, False)
-
-    def enable_group_offload(
-        self, onload_device: torch.device, *args: Any, offload_type: str = "block_level", **kwargs: Any
-    ) -> None:
-        """As in diffusers, with `offload_type` by name; ValueError for what cannot work here, see `check_group_offload`."""
-        check_group_offload(self, offload_type, kwargs.get("offload_to_disk_path"), kwargs.get("use_stream", False))
-        super().enable_group_offload(onload_device, *args, offload_type=offload_type, **kwargs)  # type: ignore[misc]
-        keep_prepared(self, False)
-
-    def remove_all_hooks(self) -> None:
-        """As in diffusers."""
-        super().remove_all_hooks()
-        keep_prepared(self)
 
     def check_inputs(self, **arguments: Any) -> CallArguments:
         """The arguments of `__call__` except images and prompt, as plain Python values; raises TypeError or ValueError that names
@@ -264,6 +242,7 @@ class QArtSRPipeline(DiffusionPipeline):
 
         Raises:
             TypeError, ValueError: an argument is not as described, or this checkpoint takes no prompt; the message names it.
+            NotEnoughMemory: a MemoryError, before anything is computed: the images do not fit into main memory.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -292,6 +271,7 @@ class QArtSRPipeline(DiffusionPipeline):
         self, inputs: list[ImageTensors], arguments: CallArguments, prompt: str | None
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor | list:
         plans = [self.plan(one, arguments.tile_size, arguments.tile_overlap) for one in inputs]
+        check_memory([self._enlargement(one, plan, arguments) for one, plan in zip(inputs, plans, strict=True)])
         with self._calls.begin(sum(len(plan.grid) for plan in plans)) as call, self.progress_bar(total=call.steps) as bar:
             on_tile = TileReporter(self, call, bar, arguments)
             settings = Settings(
@@ -319,14 +299,31 @@ class QArtSRPipeline(DiffusionPipeline):
 
     def plan(self, image: ImageTensors, tile_size: int | None, tile_overlap: int | None) -> TilePlan:
         """The tiles in which `image` is enlarged; arguments as in `__call__`."""
-
-        def automatic(size: tuple[int, int]) -> int | None:
-            with access_to(self.vae).together():
-                pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
-            return choose_tile_size(size, pixel_bytes, free_memory(self._execution_device))
-
         size = enlarged_size((image.height, image.width), self.config["scale"])
+
+        def automatic(padded: tuple[int, int]) -> int | None:
+            free = free_memory(self._execution_device)
+            if self._execution_device.type == "cpu":  # what the images take is not the network's
+                free -= Enlargement((image.height, image.width), size, size).bytes()
+            return choose_tile_size(padded, self._pixel_bytes(), free)
+
         return plan_tiles(size, tile_size, tile_overlap, self.multiple, self.vae_scale_factor, automatic)
+
+    def _pixel_bytes(self) -> int:
+        with access_to(self.vae).together():  # it may be in a wider dtype at the moment
+            return bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
+
+    def _enlargement(self, image: ImageTensors, plan: TilePlan, arguments: CallArguments) -> Enlargement:
+        size, tile = (image.height, image.width), plan.grid.tile_height * plan.grid.tile_width
+        on_cpu = self._execution_device.type == "cpu"
+        return Enlargement(
+            size,
+            enlarged_size(size, self.config["scale"]),
+            enlarged_size(size, arguments.upscale),
+            image.alpha is not None,
+            arguments.output_type != "latent",
+            int(SURE_SHARE * tile * self._pixel_bytes()) if on_cpu else 0,
+        )
 
     def network(self, prompt: str | None = None) -> OneStepNetwork:
         """The stages on tensors (encode, step, decode), for engineers who build on them; `prompt` as in `__call__`."""

@@ -219,7 +219,7 @@ def test_device_and_dtype_are_chosen_with_a_reason(monkeypatch):
     capabilities = {"cuda": (9, 0), "cuda:0": (8, 0), "cuda:1": (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
     assert [choose_dtype("auto", device)[0] for device in capabilities] == [torch.bfloat16, torch.bfloat16, torch.float16]
-    assert choose_dtype("auto", "cpu")[0] == torch.float32 and choose_dtype("float16", "cpu")[0] == torch.float16
+    assert choose_dtype("auto", "cpu")[0] == torch.float32 and choose_dtype("float16", "cpu")[0] == torch.float32
 
 
 @pytest.mark.parametrize(

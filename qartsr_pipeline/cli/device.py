@@ -42,9 +42,11 @@ def choose_dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
         asked: auto, or the name of a dtype.
         device: such as `cpu`, `cuda` or `cuda:1`.
     """
+    kind = torch.device(device).type
+    if (asked, kind) == ("float16", "cpu"):
+        return torch.float32, "instead of float16, in which CPUs are far slower; bfloat16 saves as much memory"
     if asked != "auto":
         return getattr(torch, asked), "as asked"
-    kind = torch.device(device).type
     if kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return torch.bfloat16, "this GPU computes in it at full speed, and it cannot overflow"
     if kind == "cuda":

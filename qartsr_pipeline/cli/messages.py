@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from qartsr_pipeline.cli.processes import Processes
+from qartsr_pipeline.memory import NotEnoughMemory
 
 
 class UsageError(ValueError):
@@ -25,6 +26,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """The error in one line. An unexpected one is preceded by its class and followed by how to see its traceback."""
     text = " ".join(str(error).split())
+    if isinstance(error, NotEnoughMemory):
+        return text
     if is_out_of_memory(error):
         return f"out of memory ({text or type(error).__name__}). Try a smaller --tile-size, such as 256, or --device cpu."
     if isinstance(error, (ValueError, TypeError, OSError, FloatingPointError)) and text:
@@ -44,14 +47,25 @@ def say(line: str, error: bool = False) -> None:
 
 @dataclass
 class Counts:
-    """How many images were written, skipped because their output existed, and failed."""
+    """How many images were written, skipped because their output existed, and failed, and why they failed."""
 
     written: int = 0
     skipped: int = 0
     failed: int = 0
+    failures: tuple[str, ...] = ()
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.written + other.written, self.skipped + other.skipped, self.failed + other.failed)
+        failures = self.failures + other.failures
+        return Counts(self.written + other.written, self.skipped + other.skipped, self.failed + other.failed, failures)
+
+    def add_failure(self, message: str) -> None:
+        """Counts an image that could not be enlarged."""
+        self.failed, self.failures = self.failed + 1, (*self.failures, message)
+
+    def summary(self) -> list[str]:
+        """The counts, why images were skipped, and every failure once more: it may have scrolled out of sight."""
+        skipped = ["skipped: what existed already (--overwrite redoes it)"] if self.skipped else []
+        return [str(self), *skipped, *(f"failed: {message}" for message in self.failures)]
 
     def __str__(self) -> str:
         """`5 images: 3 written, 1 skipped, 1 failed`; skipped images are mentioned only where there are any."""

@@ -78,10 +78,8 @@ def run(options: argparse.Namespace) -> int:
             options.keep_hidden_colors,
         )
         counts = upscale_images(pipeline, pending, model_options, output, processes, options.debug)
-    counts = sum(processes.gather(counts), Counts(skipped=plan.skipped, failed=len(plan.refusals)))
+    counts = sum(processes.gather(counts), Counts(0, plan.skipped, len(plan.refusals), tuple(plan.refusals)))
     if processes.is_main:
-        for line in left_out:
+        for line in [*left_out, *(counts.summary() if len(jobs) > 1 else [])]:
             say(line)
-        if len(jobs) > 1:
-            say(str(counts))
     return 2 if counts.failed else 0

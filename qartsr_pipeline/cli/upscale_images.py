@@ -71,10 +71,10 @@ def upscale_images(
                     _upscale_file(pipeline, job, options, may_create_folder=output.output is not None)
                     counts.written += 1
             except Exception as error:
-                counts.failed += 1
+                counts.add_failure(_naming(job, error))
                 if debug:
                     traceback.print_exc()
-                say(f"qartsr: error: {_naming(job, error)}", error=True)
+                say(f"qartsr: error: {counts.failures[-1]}", error=True)
             bar.update()
     return counts
 

@@ -141,6 +141,9 @@ def _from_numpy(array: np.ndarray, name: str) -> list[ImageTensors]:
 
 
 def _from_torch(tensor: torch.Tensor, name: str) -> list[ImageTensors]:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        held = "no values (device meta)" if tensor.is_meta else f"layout {tensor.layout}"
+        raise TypeError(f"`{name}` is a tensor of {held}; expected a dense one with values, as tensor.to_dense() gives.")
     kind = str(tensor.dtype).removeprefix("torch.")
     if kind not in FULL_RANGE and not tensor.is_floating_point():
         raise TypeError(_dtype_error(name, kind))
@@ -220,6 +223,8 @@ def stack_if_equal(items: list[Stackable]) -> Stackable | list[Stackable]:
     """Stacks arrays or tensors along a new first axis; returns the list as it is unless all shapes are equal."""
     if len({tuple(item.shape) for item in items}) > 1:
         return items
+    if len(items) == 1:  # not a copy: a large image takes gigabytes
+        return items[0][None]
     return np.stack(items) if isinstance(items[0], np.ndarray) else torch.stack(items)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 from diffusers import AutoencoderKL
 
 from qartsr_pipeline.image.tiles import TileGrid, tile_grid
+from qartsr_pipeline.memory import free_main_memory
 
 TILE_SIZES = (1024, 768, 512, 256)  # what automatic choice chooses from, pixels of the enlarged image
 WHOLE_IMAGE = 1024 * 1024  # up to so many enlarged pixels an image is not tiled if memory suffices
@@ -18,6 +18,7 @@ MINIMUM_SIDE = 128  # smaller images are padded by mirroring: models have seen n
 OVERLAP_IN_MULTIPLES = 4  # automatic overlap, in units of the network's total down-sampling: its padding reaches that far
 USABLE_SHARE = 0.5  # of the free memory: the estimate is rough, and other programs use the device, too
 LIVE_MAPS = 8  # full-resolution maps alive at the decoder's widest point; measured 720 to 1200 bytes where this says 1024
+SURE_SHARE = 0.7  # of that estimate, which a pass takes in any case
 
 
 def free_memory(device: torch.device) -> int:
@@ -27,7 +28,7 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return psutil.virtual_memory().available
+    return free_main_memory()
 
 
 def bytes_per_pixel(vae: AutoencoderKL, itemsize: int) -> int:

@@ -28,6 +28,9 @@ from qartsr_pipeline.arithmetic.packing import packed_width
 from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, register, run_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
+ABOVE_ZERO = ("weight_scale", "input_scale", "smooth")
+ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+
 
 class DeployedLayer(nn.Module):
     """Buffers common to both kinds of layer. Built empty: `freeze` or a checkpoint fills them.
@@ -82,6 +85,28 @@ class DeployedLayer(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.prepared.clear()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def flaw(self, name: str, stored: torch.Tensor) -> str | None:
+        """Why values for the buffer of this name cannot be right, or None. Such a layer would compute, and wrongly."""
+        if name in ZERO_POINTS:
+            bits = self.spec.weight_bits if name == "weight_zero_point" else self.spec.activation_bits
+            largest, most = int(stored.max()), 2**bits - 1
+            return None if largest <= most else f"holds the zero point {largest}, but its {bits}-bit grid ends at {most}"
+        if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+            return "holds NaN or infinity"
+        if name in ABOVE_ZERO and not bool((stored > 0).all()):
+            return f"holds {float(stored.min()):g}, but must be above 0 everywhere"
+        return None
+
+    def joint_flaw(self) -> str | None:
+        """The same for buffers that are right one by one, and too large or too small together."""
+        multiplier = self.smooth if self.spec.activation_bits == 16 else self.smooth / self.input_scale
+        if not bool(torch.isfinite(multiplier).all()):
+            return "smooth divided by input_scale is infinite"
+        if self.spec.weight_bits == 16 or self.spec.activation_bits == 16:
+            return None
+        scale = self.weight_scale * self.input_scale
+        return None if bool((torch.isfinite(scale) & (scale > 0)).all()) else "weight_scale times input_scale is 0 or infinite"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., N) or (B, C, H, W) -> (B, N, H', W'), in x's dtype."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -19,6 +19,7 @@ from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.fold import fold_structure
 from qartsr_pipeline.quantization.fuse import fuse
 from qartsr_pipeline.quantization.scheme import FORMAT_VERSION, QuantizationScheme, quantizable_layers, replace_module
+from qartsr_pipeline.stored_values import StoredValueError, check_finite
 
 
 class QArtSRMethod(str, Enum):
@@ -89,6 +90,12 @@ class QArtSRQuantizer(DiffusersQuantizer):
         return missing_keys
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
+        """Raises StoredValueError for values that no layer can compute with."""
+        for name, layer in model.named_modules():
+            flaw = layer.joint_flaw() if isinstance(layer, DeployedLayer) else None
+            if flaw is not None:
+                raise StoredValueError(name, f"has values that do not go together: {flaw}")
+        check_finite(model)
         fuse(model)
         return model
 
@@ -108,7 +115,7 @@ class QArtSRQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         parent, _, name = param_name.rpartition(".")
-        layer = model.get_submodule(parent)
+        layer = cast(DeployedLayer, model.get_submodule(parent))
         stored = state_dict[param_name]  # param_value was cast to the model's dtype
         expected = layer.get_buffer(name)
         # diffusers drops what the model has no place for; a dropped branch would spoil the image without a word
@@ -123,6 +130,9 @@ class QArtSRQuantizer(DiffusersQuantizer):
                 f"{param_name} is {stored.dtype} {tuple(stored.shape)}, expected {expected.dtype} {tuple(expected.shape)}: "
                 "the weights do not belong to this quantization_config"
             )
+        flaw = layer.flaw(name, stored)
+        if flaw is not None:
+            raise StoredValueError(param_name, flaw)
         layer._buffers[name] = stored.to(target_device)
 
     @property

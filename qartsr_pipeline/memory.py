@@ -1,0 +1,123 @@
+"""Main memory: how much this process may still take, and how much an enlargement takes beside the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# Bytes per pixel, of the larger of the network's image and the result: four images of three floats. Measured 50 to 60 with one
+# image more, 31 megapixels.
+WORKING = 48
+WITH_ALPHA = 16  # the same for an alpha channel
+KEPT = 16  # of every finished image of a list
+BANDS = 1 << 28  # colours are aligned band by band; for large images
+
+
+class NotEnoughMemory(MemoryError):
+    """An image is too large for the main memory that is free. Raised before it is taken."""
+
+
+@dataclass(frozen=True)
+class Enlargement:
+    """One image of a call. Sizes are (height, width).
+
+    Attributes:
+        size: of the image.
+        working: at the network's own scale.
+        result: as asked for.
+        decoded: False if only latents are wanted.
+        network: bytes of main memory that a pass of the network takes at least; 0 on a GPU.
+    """
+
+    size: tuple[int, int]
+    working: tuple[int, int]
+    result: tuple[int, int]
+    alpha: bool = False
+    decoded: bool = True
+    network: int = 0
+
+    def bytes(self) -> int:
+        working, result = (height * width for height, width in (self.working, self.result))
+        pixels = max(working, result) if self.decoded else working // 2
+        images = pixels * (WORKING + WITH_ALPHA * self.alpha)
+        return images + min(BANDS, images) + 16 * self.size[0] * self.size[1] + self.network
+
+    def kept(self) -> int:
+        return KEPT * self.result[0] * self.result[1] if self.decoded else 0
+
+
+def check_memory(enlargements: Sequence[Enlargement], free: int | None = None) -> None:
+    """Checks that a call's images, one after the other, and all its results fit into main memory.
+
+    Args:
+        free: bytes; None for what `free_main_memory` says.
+
+    Raises:
+        NotEnoughMemory: they do not; the message says what would fit.
+    """
+    if not enlargements:
+        return
+    free = free_main_memory() if free is None else free
+    largest = max(enlargements, key=Enlargement.bytes)
+    others = sum(one.kept() for one in enlargements) - largest.kept()
+    needed = largest.bytes() + others
+    if needed <= free:
+        return
+    height, width = largest.size
+    many = f" (with {len(enlargements) - 1} other images of the same call)" if others else ""
+    message = (
+        f"an image of {width} x {height} pixels enlarged to {largest.result[1]} x {largest.result[0]}{many} needs about"
+        f" {needed / 1e9:.1f} GB of main memory, and {max(free, 0) / 1e9:.1f} GB are free."
+    )
+    share = (free - others - largest.network) / (needed - others - largest.network)
+    if others and largest.bytes() <= free:
+        raise NotEnoughMemory(f"{message} Enlarge fewer images at once.")
+    if share <= 0:
+        raise NotEnoughMemory(f"{message} Close other programs, or choose smaller tiles (`tile_size`, --tile-size).")
+    side = 0.98 * share**0.5
+    raise NotEnoughMemory(
+        f"{message} At most about {int(width * side)} x {int(height * side)} pixels would fit: reduce the image, or cut it"
+        " into parts that overlap."
+    )
+
+
+def free_main_memory() -> int:
+    """Bytes that this process can still take: of the machine, and of the control groups (containers, batch jobs) it runs in."""
+    return min([psutil.virtual_memory().available, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(membership: Path, root: Path) -> Iterator[int]:
+    """What is left in each control group with a limit that this process is in, in both versions of Linux's interface.
+
+    Pages of files that were read count as used, but are given up when memory is needed.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(base):
+                left = _left_in(folder, *names)
+                if left is not None:
+                    yield left
+
+
+def _left_in(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        counted = dict(line.split(maxsplit=1) for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # the root has no limit, and in a container the path may be that of the machine
+        return None
+    return None if most == "max" else int(most) - used + int(counted.get(reclaimable, 0))
