@@ -39,11 +39,14 @@ class Enlargement:
     decoded: bool = True
     network: int = 0
 
-    def bytes(self) -> int:
+    def images(self) -> int:
+        """Bytes of whole images, which grow with the size."""
         working, result = (height * width for height, width in (self.working, self.result))
         pixels = max(working, result) if self.decoded else working // 2
-        images = pixels * (WORKING + WITH_ALPHA * self.alpha)
-        return images + min(BANDS, images) + 16 * self.size[0] * self.size[1] + self.network
+        return pixels * (WORKING + WITH_ALPHA * self.alpha) + 16 * self.size[0] * self.size[1]
+
+    def bytes(self) -> int:
+        return self.images() + min(BANDS, self.images()) + self.network
 
     def kept(self) -> int:
         return KEPT * self.result[0] * self.result[1] if self.decoded else 0
@@ -72,15 +75,15 @@ def check_memory(enlargements: Sequence[Enlargement], free: int | None = None) -
         f"an image of {width} x {height} pixels enlarged to {largest.result[1]} x {largest.result[0]}{many} needs about"
         f" {needed / 1e9:.1f} GB of main memory, and {max(free, 0) / 1e9:.1f} GB are free."
     )
-    share = (free - others - largest.network) / (needed - others - largest.network)
     if others and largest.bytes() <= free:
         raise NotEnoughMemory(f"{message} Enlarge fewer images at once.")
-    if share <= 0:
+    share = (free - others - (largest.bytes() - largest.images())) / largest.images()
+    fitting = [int(0.98 * side * max(share, 0) ** 0.5) for side in (width, height)]
+    if not all(fitting):
         raise NotEnoughMemory(f"{message} Close other programs, or choose smaller tiles (`tile_size`, --tile-size).")
-    side = 0.98 * share**0.5
     raise NotEnoughMemory(
-        f"{message} At most about {int(width * side)} x {int(height * side)} pixels would fit: reduce the image, or cut it"
-        " into parts that overlap."
+        f"{message} At most about {fitting[0]} x {fitting[1]} pixels would fit: reduce the image, or cut it into parts that"
+        " overlap."
     )
 
 

@@ -1,6 +1,7 @@
 """The pipeline's contract, on a random network: sizes, kinds of images, results, callbacks, saving, errors."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import PIL.Image
@@ -10,6 +11,7 @@ from accelerate import cpu_offload
 from diffusers import DDPMScheduler, DiffusionPipeline
 
 from qartsr_pipeline import overflow
+from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 from tiny_models import build_tiny_pipeline
@@ -214,6 +216,27 @@ def test_pickles_are_refused(tiny_pipeline, tmp_path):
         ({"callback_on_step_end": 1}, TypeError, ["`callback_on_step_end`"]),
         ({"callback_on_step_end_tensor_inputs": ["eps"]}, ValueError, ["'image', 'latents'", "'eps'"]),
         ({"image": np.full((2, 2, 3), np.nan)}, ValueError, ["`image`", "NaN"]),
+        ({"image": torch.zeros(3, 8, 8).to_sparse()}, TypeError, ["`image`", "sparse", "to_dense"]),
+        ({"image": [torch.zeros(3, 8, 8, device="meta")]}, TypeError, ["`image[0]`", "meta"]),
+        ({"upscale": 10**400}, ValueError, ["`upscale`", "16", "1329 bits"]),
+        ({"upscale": 10**5000}, ValueError, ["`upscale`", "bits"]),
+        ({"upscale": -(10**400)}, ValueError, ["`upscale`"]),
+        ({"upscale": float("inf")}, ValueError, ["inf"]),
+        ({"upscale": Fraction(1, 10**400)}, ValueError, ["`upscale`"]),
+        ({"upscale": np.float16("nan")}, ValueError, ["nan"]),
+        ({"upscale": True}, TypeError, ["`upscale`", "True"]),
+        ({"upscale": np.bool_(True)}, TypeError, ["`upscale`"]),
+        ({"upscale": np.ones(2)}, TypeError, ["`upscale`", "ndarray"]),
+        ({"upscale": 4j}, TypeError, ["`upscale`", "4j"]),
+        ({"tile_size": -(10**400)}, ValueError, ["`tile_size`", "bits"]),
+        ({"tile_size": True}, TypeError, ["`tile_size`"]),
+        ({"tile_overlap": 10**400, "tile_size": 64}, ValueError, ["`tile_overlap`", "bits"]),
+        ({"color_fix": ["wavelet"]}, ValueError, ["`color_fix`"]),
+        ({"color_fix": np.array(["wavelet", "adain"])}, ValueError, ["`color_fix`"]),
+        ({"output_type": None}, ValueError, ["`output_type`", "None"]),
+        ({"callback_on_step_end_tensor_inputs": "image"}, TypeError, ["'image', 'latents'", "list"]),
+        ({"callback_on_step_end_tensor_inputs": 3}, TypeError, ["'image', 'latents'", "3"]),
+        ({"callback_on_step_end_tensor_inputs": [["image"]]}, ValueError, ["'image', 'latents'"]),
     ],
 )
 def test_bad_arguments_are_named_before_anything_runs(tiny_pipeline, arguments, error, words):
@@ -221,6 +244,56 @@ def test_bad_arguments_are_named_before_anything_runs(tiny_pipeline, arguments, 
     with pytest.raises(error) as caught:
         tiny_pipeline(**{"image": photo(), **arguments})
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, same",
+    [
+        ({"tile_size": np.uint8(128)}, {"tile_size": 128}),
+        ({"tile_size": np.int64(64), "tile_overlap": np.uint8(32)}, {"tile_size": 64, "tile_overlap": 32}),
+        ({"tile_size": 10**400}, {}),
+        ({"upscale": np.uint8(16)}, {"upscale": 16}),
+        ({"upscale": np.int8(3), "sample_posterior": np.bool_(False)}, {"upscale": 3}),
+        ({"upscale": np.float16(2.93)}, {"upscale": 2.9296875}),
+        ({"upscale": Fraction(5, 2), "color_fix": np.str_("adain")}, {"upscale": 2.5, "color_fix": "adain"}),
+        ({"callback_on_step_end": lambda *_: None, "callback_on_step_end_tensor_inputs": None}, {}),
+    ],
+)
+def test_numbers_may_be_numpys(tiny_pipeline, arguments, same):
+    results = [tiny_pipeline(PHOTO[:9, :20], output_type="np", **one).images for one in (arguments, same)]
+    assert np.array_equal(*results)
+
+
+def test_sizes_are_exact_for_numbers_of_few_bits(tiny_pipeline):
+    upscale = tiny_pipeline.check_inputs(upscale=np.float16(2.93)).upscale
+    assert enlarged_size((1, 700), upscale) == (3, 2051)
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16])
+def test_layerwise_casting_runs_in_the_dtype_it_computes_in(tiny_pipeline, storage):
+    expected = tiny_pipeline(PHOTO[:8, :8], output_type="np", color_fix=None).images
+    for model in (tiny_pipeline.unet, tiny_pipeline.vae):
+        model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    for _ in range(2):
+        result = tiny_pipeline(PHOTO[:8, :8], output_type="np", color_fix=None).images
+        assert 0 < np.abs(result - expected).max() < 0.2
+        assert tiny_pipeline.unet.conv_in.weight.dtype == storage
+
+
+def test_a_move_that_fails_halfway_is_undone(tiny_pipeline, monkeypatch):
+    tensors = {id(p): p.data_ptr() for part in (tiny_pipeline.unet, tiny_pipeline.vae) for p in part.parameters()}
+    expected = tiny_pipeline(PHOTO[:8, :8], output_type="np").images
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    last = list(tiny_pipeline.components.values())[-1 if tiny_pipeline.tokenizer else 1]
+    monkeypatch.setattr(last, "to", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny_pipeline.to(torch.bfloat16)
+    assert {id(p): p.data_ptr() for part in (tiny_pipeline.unet, tiny_pipeline.vae) for p in part.parameters()} == tensors
+    assert tiny_pipeline.dtype == torch.float32
+    assert np.array_equal(tiny_pipeline(PHOTO[:8, :8], output_type="np").images, expected)
 
 
 def test_components_of_different_models_are_refused():

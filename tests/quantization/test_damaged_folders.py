@@ -12,6 +12,10 @@ from diffusers import UNet2DConditionModel
 from quantized_models import quantized_pipeline
 from safetensors.torch import load_file, save_file
 
+from qartsr_pipeline import CheckpointError, QArtSRPipeline
+from qartsr_pipeline.checkpoint_files import write_checksums
+from tiny_models import build_tiny_pipeline
+
 LAYER = "mid_block.resnets.0.conv1"  # by the overrides 3 bits, 6 bits, rank 1
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -73,6 +77,61 @@ def test_wrong_shapes_and_dtypes_are_named(folder: Path, name: str, change):
 
     change_tensors(folder, apply)
     assert_refused(folder, f"{LAYER}.{name} is .*expected.*do not belong to this quantization_config")
+
+
+def tensor_with(change):
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        change(tensor.view(-1)[-1:])
+        return tensor
+
+    return changed
+
+
+NOT_FINITE = [
+    (name, value)
+    for name in ("weight_scale", "input_scale", "smooth", "bias", "branch_up", "branch_down")
+    for value in ("nan", "inf")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *((name, float(value), "holds NaN or infinity") for name, value in NOT_FINITE),
+        ("smooth", -1, "smooth holds -1, but must be above 0"),
+        ("smooth", 0, "smooth holds 0, but must be above 0"),
+        ("weight_scale", 0, "weight_scale holds 0"),
+        ("input_scale", -0.5, "input_scale holds -0.5"),
+        ("input_scale", 1e-45, "smooth divided by input_scale is infinite"),
+        ("weight_scale", 1e-45, "weight_scale times input_scale is 0 or infinite"),
+        ("weight_zero_point", 8, "the zero point 8, but its 3-bit grid ends at 7"),
+        ("input_zero_point", 64, "the zero point 64, but its 6-bit grid ends at 63"),
+    ],
+)
+def test_values_that_no_layer_can_compute_with_are_refused(folder: Path, name: str, value: float, message: str):
+    def change(tensors: dict) -> None:
+        tensors[f"{LAYER}.{name}"] = tensor_with(lambda last: last.fill_(value))(tensors[f"{LAYER}.{name}"])
+
+    change_tensors(folder, change)
+    assert_refused(folder, f"{LAYER}.*{message}")
+
+
+@pytest.mark.parametrize("name", ["mid_block.resnets.0.norm1.weight", "mid_block.resnets.0.time_emb_proj.value"])
+def test_values_outside_of_quantized_layers_are_checked_too(folder: Path, name: str):
+    change_tensors(folder, lambda tensors: tensors[name].view(-1)[-1:].fill_(torch.nan))
+    assert_refused(folder, f"{name} holds NaN or infinity")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_pipeline_names_the_file_and_the_tensor(tmp_path: Path, part: str, quantized: bool):
+    (quantized_pipeline() if quantized else build_tiny_pipeline()).save_pretrained(tmp_path)
+    name = {"unet": "conv_norm_out.bias", "vae": "decoder.conv_norm_out.bias"}[part]
+    change_tensors(tmp_path / part, lambda tensors: tensors[name].view(-1)[-1:].fill_(torch.inf))
+    write_checksums(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{part}.{WEIGHTS}.*{name} holds NaN or infinity.*Download or make"):
+        QArtSRPipeline.from_pretrained(tmp_path)
 
 
 def _override(pattern: str, **changes):
