@@ -36,11 +36,11 @@ class ExchangedForward:
         self.own: Forward = getattr(module, name)
         self.users: set[int] = set()
 
+    @torch.compiler.disable  # a compiled graph must not keep what one call has put there
     def current(self) -> Forward:
         """What this context calls: its own function, or the module's."""
         return _of_this_context.get().get(self.module, self.own)
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.current()(*args, **kwargs)
 
