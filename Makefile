@@ -53,6 +53,8 @@ $(INSTALLED): pyproject.toml
 	@echo "Installing PyTorch and the packages that QArtSR needs (several minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet '$(TORCH)' >/dev/null 2>&1 || true
 	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@# Of these two, only files with weights are read; without their dependencies, they bring no torchvision.
+	@$(BIN)/python -m pip install --quiet --no-deps lpips dists-pytorch >/dev/null 2>&1 || true
 	@# Triton's interpreter tests the GPU kernels on any processor. Where there is no wheel, those tests are skipped.
 	@$(BIN)/python -m pip install --quiet triton >/dev/null 2>&1 || true
 	@touch $@

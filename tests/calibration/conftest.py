@@ -10,9 +10,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
+from safetensors.torch import save_file
 
 from calibration.teacher import train as teacher
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.perceptual import LAYOUTS
 from qartsr_pipeline.calibration.retraining.report import plot_if_possible
 from tiny_models import build_tiny_unet, build_tiny_vae
 
@@ -61,3 +63,16 @@ def trained(trained_once, tmp_path, monkeypatch):
     monkeypatch.setattr("qartsr_pipeline.calibration.data.pairs.VALIDATION_SIDE", 64)
     monkeypatch.setattr("calibration.teacher.model.build_models", build_tiny_models)
     return Path(shutil.copytree(trained_once, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    """Folder with files laid out as torchvision's AlexNet and VGG16, of random weights."""
+    folder = tmp_path_factory.mktemp("backbones")
+    generator = torch.Generator().manual_seed(0)
+    for layout in LAYOUTS.values():
+        shapes = layout.shapes().items()
+        sizes = {name: (2 / np.prod(shape[1:])) ** 0.5 if len(shape) == 4 else 0.1 for name, shape in shapes}
+        tensors = {name: torch.randn(shape, generator=generator) * sizes[name] for name, shape in shapes}
+        save_file(tensors, folder / f"{layout.file}.safetensors")
+    return folder

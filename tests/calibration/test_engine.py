@@ -3,8 +3,6 @@
 import itertools
 import os
 import signal
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from recipes_for_tests import COMPONENTS, SmoothPatches, all_layers, calibrated,
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.family import family_of, image_of
 from qartsr_pipeline.calibration.recipe import RecipeError
-from qartsr_pipeline.calibration.training import losses, stages, steps
+from qartsr_pipeline.calibration.training import stages, steps
 from qartsr_pipeline.calibration.training.blocks import distributed, turns
 from qartsr_pipeline.calibration.training.engine import begin
 from qartsr_pipeline.calibration.training.losses import EncoderFeatures
@@ -347,46 +345,6 @@ def test_recipe_values_that_cannot_be_are_named(change, said):
 def test_steps_need_a_stage_with_a_share():
     with pytest.raises(RecipeError, match="steps is 5, but all stages have a share of 0"):
         small_recipe("steps=5", "stages.0.share=0", "stages.1.share=0")
-
-
-class FakeBackbone(torch.nn.Module):
-    """torchvision's layer numbers in slices, as the lpips package has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.slice1 = torch.nn.Sequential()
-        self.slice1.add_module("0", torch.nn.Conv2d(3, 4, 3))
-
-
-class FakeLpips(torch.nn.Module):
-    def __init__(self, net, pnet_rand, verbose):
-        super().__init__()
-        self.net, self.random = FakeBackbone(), pnet_rand
-
-    def forward(self, a, b):
-        return (self.net.slice1(a) - self.net.slice1(b)).square().mean((1, 2, 3), keepdim=True)
-
-
-def test_lpips_takes_a_local_backbone_and_is_never_exchanged_silently(monkeypatch, tmp_path):
-    vae = build_tiny_pipeline().vae
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs the lpips package"):
-        losses.load_perceptual("lpips", vae)
-    monkeypatch.setattr(losses.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=FakeLpips))
-    backbone = {
-        "features.0.weight": torch.ones(4, 3, 3, 3),
-        "features.0.bias": torch.zeros(4),
-        "classifier.0.weight": torch.ones(1),
-    }
-    torch.save(backbone, tmp_path / "vgg16.pth")
-    loss = losses.load_perceptual("lpips", vae, tmp_path / "vgg16.pth")
-    assert loss.name == "LPIPS (vgg)" and loss.model.random
-    assert torch.equal(loss.model.net.slice1[0].weight, backbone["features.0.weight"])
-    torch.save({"features.0.weight": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth holds no features.0.weight of shape"):
-        losses.load_perceptual("lpips", vae, tmp_path / "other.pth")
 
 
 def test_a_run_that_starts_again_with_another_learning_rate_ends_as_a_new_one(tmp_path):

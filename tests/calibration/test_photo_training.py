@@ -11,16 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from test_teacher import same
 
 from calibration.teacher import export as export_teacher
 from calibration.teacher import timestep_from_scratch
 from calibration.teacher import train as teacher
 from calibration.teacher.make_pairs import write_pairs
-from calibration.teacher.perceptual.backbone import Backbone
 from calibration.teacher.perceptual.discriminator import DISCRIMINATORS, discriminator_loss, generator_loss
-from calibration.teacher.perceptual.distances import Dists, Lpips, NormalizedDistance
 from calibration.teacher.perceptual.distilled_pairs import DistilledPairs
 from calibration.teacher.perceptual.losses import Adversary
 from calibration.teacher.perceptual.settings import DISCRIMINATORS as DISCRIMINATOR_NAMES
@@ -94,41 +91,6 @@ def _always(kind):
             return [kind]
 
     return Generator()
-
-
-def test_written_out_gradient_is_autograds():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 2, 5, 3, 4, generator=generator, dtype=torch.float64)
-    weight, x = torch.rand(5, generator=generator, dtype=torch.float64), x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: NormalizedDistance.apply(x, y, weight), x, rtol=1e-3)
-    by_hand = ((x / x.norm(dim=1, keepdim=True) - y / y.norm(dim=1, keepdim=True)).square() * weight[:, None, None]).sum(1).mean()
-    assert NormalizedDistance.apply(x, y, weight).item() == pytest.approx(by_hand.item())
-
-
-@pytest.mark.parametrize("distance", [lambda: Lpips("vgg", stages=2), lambda: Lpips("alex"), Dists])
-def test_distances_are_zero_for_equal_images_and_reach_the_first_alone(distance):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        measure, image, wanted = distance(), torch.rand(2, 3, 40, 36) * 2 - 1, torch.rand(2, 3, 40, 36) * 2 - 1
-    assert measure(image, image).item() == pytest.approx(0, abs=1e-5)
-    assert measure(image, wanted) > 1e-4
-    image.requires_grad_(), wanted.requires_grad_()
-    measure(image, wanted).backward()
-    assert image.grad.abs().sum() > 0 and wanted.grad is None
-    with pytest.raises(ValueError, match="needs images of at least"):
-        measure(image[..., :8], wanted[..., :8])
-
-
-def test_backbones_that_cannot_be_used_are_named(tmp_path):
-    save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "alexnet.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "alexnet.safetensors").read_bytes()[:200])
-    for name, error, message in (
-        ("none", FileNotFoundError, "is not there"),
-        ("alexnet.safetensors", ValueError, "of another network than vgg"),
-        ("cut.safetensors", ValueError, "truncated or of another kind"),
-    ):
-        with pytest.raises(error, match=message):
-            Backbone("vgg", tmp_path / name, stages=1)
 
 
 @pytest.mark.parametrize("kind, shape", [("patch", (2, 1, 6, 4)), ("unet", (2, 1, 48, 32))])

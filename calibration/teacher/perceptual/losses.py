@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from calibration.teacher.perceptual.discriminator import DISCRIMINATORS, discriminator_loss, generator_loss
-from calibration.teacher.perceptual.distances import Dists, Lpips
 from calibration.teacher.perceptual.settings import PhotoSettings
+from qartsr_pipeline.calibration.perceptual import Dists, Lpips
 
 WON = 0.02  # of the discriminator's loss: below, it tells every image, and its gradient says nothing any more
 

@@ -15,7 +15,7 @@ class PhotoSettings:
 
     Attributes:
         l1, lpips, dists, adversarial: weights; images are in [-1, 1].
-        backbone: file of VGG16's features, for LPIPS and DISTS; see `backbone.Backbone`.
+        backbone: file of VGG16's features, for LPIPS and DISTS; see `qartsr_pipeline.calibration.perceptual`.
         alex: file of AlexNet's features: validation reports LPIPS (Alex) where it is given.
         stages: of VGG16 that LPIPS looks at, 1 to 5.
         discriminator: a name in `DISCRIMINATORS`. discriminator_lr: its constant learning rate.

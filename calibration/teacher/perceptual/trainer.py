@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibration.teacher.perceptual.distances import Lpips
 from calibration.teacher.perceptual.distilled_pairs import DistilledPairs
 from calibration.teacher.perceptual.losses import PhotoLosses
 from calibration.teacher.perceptual.settings import PHOTO, PhotoSettings
 from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
+from qartsr_pipeline.calibration.perceptual import Lpips
 from qartsr_pipeline.calibration.retraining.losses import image_quality
 from qartsr_pipeline.calibration.retraining.settings import Phase
 from qartsr_pipeline.calibration.retraining.trainer import Trainer, load_state

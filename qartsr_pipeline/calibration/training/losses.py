@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,11 +12,11 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from qartsr_pipeline.calibration.arguments import PERCEPTUAL_NAMES
-from qartsr_pipeline.calibration.saving import load_tensors
+from qartsr_pipeline.calibration.perceptual import Lpips
 
 
 class Perceptual(Protocol):
-    """Compares pictures (B, 3, H, W) in [-1, 1]; returns a scalar.
+    """Compares images (B, 3, H, W) in [-1, 1]; returns a scalar.
 
     Attributes:
         name: what it is, for the report.
@@ -25,7 +24,7 @@ class Perceptual(Protocol):
 
     name: str
 
-    def __call__(self, picture: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, image: torch.Tensor, wanted: torch.Tensor, /) -> torch.Tensor: ...
 
 
 class EncoderFeatures(nn.Module):
@@ -61,58 +60,24 @@ class EncoderFeatures(nn.Module):
         return total(terms)
 
 
-class Lpips(nn.Module):
-    """LPIPS (arXiv 1801.03924) through the `lpips` package.
-
-    Args:
-        network: the backbone, "alex" or "vgg".
-        weights: a local file of torchvision's weights of that backbone; None lets the package download them.
-    """
-
-    def __init__(self, network: str = "vgg", weights: Path | None = None):
-        super().__init__()
-        import lpips
-
-        self.model = lpips.LPIPS(net=network, pnet_rand=weights is not None, verbose=False)
-        if weights is not None:
-            self._load_backbone(weights)
-        self.model.requires_grad_(False).eval()
-        self.name = f"LPIPS ({network})"
-
-    def _load_backbone(self, path: Path) -> None:
-        """lpips cuts torchvision's `features` into slices that keep the layers' numbers."""
-        state = load_tensors(path, "weights of the LPIPS backbone", "download it again")
-        for name, parameter in self.model.net.named_parameters():
-            key = "features." + ".".join(name.split(".")[-2:])
-            if key not in state or state[key].shape != parameter.shape:
-                raise ValueError(f"{path} holds no {key} of shape {tuple(parameter.shape)}: it is of another network")
-            parameter.data.copy_(state[key])
-
-    def forward(self, picture: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return self.model(picture, wanted).mean()
-
-
-def load_perceptual(kind: str, vae: AutoencoderKL, weights: Path | None = None) -> Perceptual:
+def load_perceptual(kind: str, vae: AutoencoderKL, weights: str | os.PathLike | None = None) -> Perceptual:
     """The perceptual loss of that kind; there is no silent change from one to the other.
 
     Args:
-        kind: "encoder" (see `EncoderFeatures`) or "lpips".
+        kind: "encoder" (see `EncoderFeatures`) or "lpips" (over VGG16, see `qartsr_pipeline.calibration.perceptual`).
         vae: the full-precision VAE.
-        weights: for "lpips", a local file with the backbone's weights (torchvision's vgg16).
+        weights: for "lpips", a local file with the backbone's weights, or a folder with one; None to look for it and, where it is
+            not on this machine, to download it.
 
     Raises:
-        ValueError: there is no such kind. ImportError, OSError, ValueError: LPIPS was asked for and is unavailable.
+        ValueError: there is no such kind; or the backbone is damaged or of another network.
+        ImportError: the package lpips is not installed. OSError: the backbone is unavailable.
     """
     if kind not in PERCEPTUAL_NAMES:
         raise ValueError(f"there is no perceptual loss {kind!r}; expected {' or '.join(PERCEPTUAL_NAMES)}")
     if kind == "encoder":
         return EncoderFeatures(vae)
-    if importlib.util.find_spec("lpips") is None:
-        raise ImportError("--perceptual lpips needs the lpips package: pip install 'qartsr[perceptual]', or use encoder")
-    try:
-        return Lpips(weights=weights).to(vae.device)
-    except OSError as error:
-        raise OSError(f"the weights of LPIPS's backbone cannot be had ({error}): give a local file, or use encoder") from error
+    return Lpips("vgg", weights).to(vae.device)
 
 
 def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
