@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted(ROOT.glob("qartsr_pipeline/checkpoints/*/README.md"))
 GUIDES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
 DOCUMENTS = [*GUIDES, *CARDS, *sorted(ROOT.glob("comfy_nodes/web/docs/*.md")), *sorted(ROOT.glob("benchmarks/results/*.md"))]
-RUN = ("README.md", "docs/getting-started.md", "docs/python.md", "docs/quantize-your-own-model.md")
+RUN = ("README.md", "docs/getting-started.md", "docs/python.md", "docs/quantize-your-own-model.md", "docs/evaluation.md")
 # The recipe of the examples, for a model with a few thousand weights: the same stages, smaller images and ranks.
 SMALL = [
     "images=2",

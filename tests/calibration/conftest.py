@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from calibration.teacher import train as teacher
+from qartsr_pipeline.calibration import perceptual
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.perceptual import LAYOUTS
 from qartsr_pipeline.calibration.retraining.report import plot_if_possible
@@ -76,3 +77,13 @@ def backbones(tmp_path_factory):
         tensors = {name: torch.randn(shape, generator=generator) * sizes[name] for name, shape in shapes}
         save_file(tensors, folder / f"{layout.file}.safetensors")
     return folder
+
+
+@pytest.fixture
+def own_weights(monkeypatch, tmp_path):
+    """Ones in the place of the packages' own weights, for what does not depend on them: no package is needed."""
+    for name, widths in (("vgg", (64, 128, 256, 512, 512)), ("alex", (64, 192, 384, 256, 256))):
+        state = {f"lin{index}.model.1.weight": torch.ones(1, width, 1, 1) for index, width in enumerate(widths)}
+        torch.save(state, tmp_path / f"{name}.pth")
+    torch.save({name: torch.ones(1, 1475, 1, 1) for name in ("alpha", "beta")}, tmp_path / "weights.pt")
+    monkeypatch.setattr(perceptual, "package_file", lambda package, distribution, name: tmp_path / name.split("/")[-1])

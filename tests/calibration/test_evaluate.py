@@ -190,7 +190,13 @@ def test_arguments_that_make_no_sense_are_named(arguments, message, tiny_pipelin
         (["MODEL", "--data", "nowhere"], "the photograph folder 'nowhere' does not exist"),
         (["nomodel", "--data", "PHOTOS"], "There is no folder 'nomodel'"),
         (["MODEL", "MODEL", "--data", "PHOTOS"], "given twice"),
-        (["MODEL", "--data", "PHOTOS", "--metrics", "lpips"], r"pip install 'qartsr[metrics]'"),
+        (["MODEL", "--data", "PHOTOS", "--metrics", "musiq"], r"pip install 'qartsr[iqa]'"),
+        (["MODEL", "--data", "PHOTOS", "--metrics", "lpips", "--backbones", "PHOTOS"], "no backbone alexnet at"),
+        (["--data", "PHOTOS"], "nothing to measure"),
+        (["MODEL", "--data", "PHOTOS", "--outputs", "theirs"], "expected NAME=FOLDER"),
+        (["MODEL", "--data", "PHOTOS", "--outputs", "a=PHOTOS", "--outputs", "a=PHOTOS"], "two rows of that name"),
+        (["MODEL", "--data", "PHOTOS", "--no-ground-truth"], "without ground truth, psnr_y, ssim_y can only"),
+        (["MODEL", "--data", "PHOTOS", "--no-ground-truth", "--bypass"], "needs ground truth"),
         (["MODEL", "--data", "PHOTOS", "--limit", "0"], "above 0"),
         (["MODEL", "--data", "PHOTOS", "--output", "nowhere/report.json"], "not a file name in a folder"),
         (["MODEL"], "--data is needed"),
@@ -223,7 +229,7 @@ def test_further_metrics_get_pictures_in_order(tiny_folder, small_photographs, m
 
     class Metric:
         def __init__(self, name):
-            self.metric_mode = "FR" if name == "lpips" else "NR"
+            self.metric_mode = "FR" if name == "pieapp" else "NR"
 
         def __call__(self, *pictures):
             assert len(pictures) == (2 if self.metric_mode == "FR" else 1)
@@ -232,10 +238,10 @@ def test_further_metrics_get_pictures_in_order(tiny_folder, small_photographs, m
     module = type(sys)("pyiqa")
     module.create_metric = lambda name, device: Metric(name)
     monkeypatch.setitem(sys.modules, "pyiqa", module)
-    options = ["--limit", 1, "--no-color-fix", "--metrics", "lpips", "niqe"]
+    options = ["--limit", 1, "--no-color-fix", "--metrics", "pieapp", "niqe"]
     assert command(tiny_folder, "--data", small_photographs, *options) == 0
     said = capsys.readouterr().out
-    assert "LPIPS" in said and "NIQE" in said and "0.2500" in said and "wavelet" not in said
+    assert "PIEAPP" in said and "NIQE" in said and "0.2500" in said and "wavelet" not in said
 
 
 LAYOUTS = {

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qartsr_pipeline.calibration import perceptual
+from qartsr_pipeline.calibration.evaluation import evaluate
 from qartsr_pipeline.calibration.perceptual import (
     LAYOUTS,
     VARIABLE,
@@ -90,15 +91,17 @@ def photographs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_against_packages(lpips, dists, folder):
+    """What `evaluate` measures is what the packages compute."""
     low, high = photographs()
-    for network in ("alex", "vgg"):
-        theirs = lpips.LPIPS(net=network, verbose=False)(low, high).item()
-        assert theirs > 1e-3 and Lpips(network, folder)(low, high).item() == pytest.approx(theirs, rel=1e-5)
+    theirs = {name: lpips.LPIPS(net=net, verbose=False)(low, high) for name, net in (("lpips", "alex"), ("lpips_vgg", "vgg"))}
     model = dists.DISTS(load_weights=False)  # which it would look for in sys.prefix
     shares = torch.load(perceptual.package_file("DISTS_pytorch", "dists-pytorch", "weights.pt"), weights_only=True)
     model.alpha.data, model.beta.data = shares["alpha"], shares["beta"]
-    theirs = model((low + 1) / 2, (high + 1) / 2).item()
-    assert theirs > 1e-3 and Dists(folder)(low, high).item() == pytest.approx(theirs, rel=1e-5)
+    theirs["dists"] = model((low + 1) / 2, (high + 1) / 2)
+    options = {"metrics": list(theirs), "backbones": folder, "peers": {"low": lambda _: (low + 1) / 2}}
+    row = evaluate({}, [(high + 1) / 2], **options)[1]
+    assert list(row.values) == list(theirs) and all(value.item() > 1e-3 for value in theirs.values())
+    assert row.values == pytest.approx({name: value.item() for name, value in theirs.items()}, rel=1e-5)
 
 
 def test_the_values_are_the_packages_own(packages, backbones):
@@ -153,16 +156,6 @@ def test_equal_images_are_at_distance_zero_and_small_ones_are_refused(kind, leas
         measure(image[..., : least - 1], wanted[..., : least - 1])
     with pytest.raises(ValueError, match="images of one shape"):
         measure(image, wanted[..., :-1])
-
-
-@pytest.fixture
-def own_weights(monkeypatch, tmp_path):
-    """Ones in the place of the packages' own weights, for what does not depend on them: no package is needed."""
-    for name, widths in (("vgg", (64, 128, 256, 512, 512)), ("alex", (64, 192, 384, 256, 256))):
-        state = {f"lin{index}.model.1.weight": torch.ones(1, width, 1, 1) for index, width in enumerate(widths)}
-        torch.save(state, tmp_path / f"{name}.pth")
-    torch.save({name: torch.ones(1, 1475, 1, 1) for name in ("alpha", "beta")}, tmp_path / "weights.pt")
-    monkeypatch.setattr(perceptual, "package_file", lambda package, distribution, name: tmp_path / name.split("/")[-1])
 
 
 def test_backbones_are_found_where_they_are_said_to_be(backbones, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +13,7 @@ from qartsr_pipeline.calibration.data.degradations import as_bytes
 from qartsr_pipeline.calibration.data.paired_folders import SCALE
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, Metric
 from qartsr_pipeline.calibration.evaluation.originals import Original
+from qartsr_pipeline.calibration.evaluation.peers import FinishedOutputs, Peer
 from qartsr_pipeline.calibration.evaluation.rows import SECONDS, TO_FULL_PRECISION, EvaluationRow, RowKey, make_rows
 from qartsr_pipeline.image.conversion import ImageTensors
 from qartsr_pipeline.image.metrics import psnr_y
@@ -61,7 +63,8 @@ class ImageOutputs:
     Attributes:
         label: of the original: its path, or "image 1" for one that was given in memory.
         low: (1, 3, H / 4, W / 4) float32 in [0, 1].
-        outputs: method -> (1, 3, H, W) float32 in [0, 1] under the first colour alignment: "bicubic", the models, "original".
+        outputs: method -> (1, 3, H, W) float32 in [0, 1] under the first colour alignment: "bicubic", the peers, the models, and
+            "original" where there is ground truth.
     """
 
     label: str
@@ -75,7 +78,9 @@ class Evaluation:
 
     Attributes:
         candidates: the models. When the first one is in full precision, the others are compared with it.
-        metrics: by name. Those that need a reference are also measured between an output and the full-precision output.
+        metrics: by name. Those that need a reference are measured against the ground truth, where there is one, and also between
+            an output and the full-precision output.
+        peers: other upscalers, by the names of their rows.
         color_fixes: alignments to measure, in the order of the rows; None is none.
         tile_size: side of the tiles in pixels of the output; None for whole images.
         bypass: also measure full-precision models without their UNet, and their autoencoder on the original.
@@ -92,6 +97,7 @@ class Evaluation:
     tile_size: int | None = None
     bypass: bool = False
     degradation: str = "bicubic"
+    peers: Mapping[str, Peer] = field(default_factory=dict)
     references: dict[str, list[torch.Tensor]] | None = None
     progress: Progress | None = None
     on_image: Callable[[ImageOutputs], None] | None = None
@@ -103,18 +109,20 @@ class Evaluation:
         return self.candidates[0] if self.candidates and self.candidates[0].full_precision else None
 
     def run(self, originals: Sequence[Original]) -> list[EvaluationRow]:
-        """Measures all models on all originals: a row for bicubic, then for each model and alignment.
+        """Measures all models on all originals: a row for bicubic, for each peer, then for each model and alignment.
 
         Raises:
-            ValueError: a model or a metric cannot take an image, or `references` lacks one; the message names the image.
+            ValueError: a model or a metric cannot take an image, an output is not finite or, of a peer, of another size, or
+                `references` lacks one; the message names the image.
+            FileNotFoundError: a peer's output is missing.
         """
         self._measured = {}
-        done, total = 0, len(originals) * (1 + len(self.candidates))
+        done, total = 0, len(originals) * (1 + len(self.peers) + len(self.candidates))
         for original in originals:
             high, low = original.read(self.degradation)
             outputs: dict[str, torch.Tensor] = {}
             try:
-                for name, made in self._image(original.label, high, low):
+                for name, made in self._image(original, high, low):
                     outputs[name] = made[0]
                     done += 1
                     if self.progress:
@@ -122,21 +130,27 @@ class Evaluation:
             except ValueError as error:
                 raise ValueError(f"{original.label}: {error}") from error
             if self.on_image:
-                self.on_image(ImageOutputs(original.label, low, outputs | {ORIGINAL: high}))
-        return make_rows(self._measured)
+                self.on_image(ImageOutputs(original.label, low, outputs if high is None else outputs | {ORIGINAL: high}))
+        return make_rows(self._measured, len(originals))
 
     @torch.no_grad()
-    def _image(self, label: str, high: torch.Tensor, low: torch.Tensor) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    def _image(
+        self, original: Original, high: torch.Tensor | None, low: torch.Tensor
+    ) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Measures one original (1, 3, H, W).
 
         Yields:
-            Each method's name with what it made of the image, (1, 3, H, W) for each alignment; one for "bicubic".
+            Each method's name with what it made of the image, (1, 3, H, W) for each alignment; one for "bicubic" and for peers.
         """
-        height, width = high.shape[-2:]
+        height, width = (SCALE * side for side in low.shape[-2:])
         bicubic = as_bytes(resize(low, (height, width)))
         self._measure(RowKey(BICUBIC, "bicubic"), bicubic, high)
         yield BICUBIC, [bicubic]
-        references = self._kept_outputs(label)
+        for name, peer in self.peers.items():
+            output, seconds = peer_output(name, peer, original, low)
+            self._measure(RowKey(name, "peer"), output, high, {} if seconds is None else {SECONDS: seconds})
+            yield name, [output]
+        references = self._kept_outputs(original.label)
         for candidate in self.candidates:
             network = candidate.pipeline.network()
             outputs, seconds = upscale(candidate.pipeline, network, low, self.color_fixes, self.tile_size)
@@ -148,8 +162,8 @@ class Evaluation:
             if candidate is self.reference:
                 references = outputs
                 if self.references is not None:
-                    self.references[label] = [(output * 255).round().byte() for output in outputs]
-            if self.bypass and candidate.full_precision:
+                    self.references[original.label] = [(output * 255).round().byte() for output in outputs]
+            if self.bypass and candidate.full_precision and high is not None:
                 self._measure_parts(candidate, network, low, high)
             yield candidate.name, outputs
 
@@ -176,11 +190,37 @@ class Evaluation:
             distances[f"{BICUBIC}{TO_FULL_PRECISION}"] = psnr_y(bicubic, reference)
         return distances
 
-    def _measure(self, key: RowKey, output: torch.Tensor, high: torch.Tensor, further: Mapping[str, float] | None = None) -> None:
-        values = {name: metric(output, high) for name, metric in self.metrics.items()} | dict(further or {})
+    def _measure(
+        self, key: RowKey, output: torch.Tensor, high: torch.Tensor | None, further: Mapping[str, float] | None = None
+    ) -> None:
+        if not output.isfinite().all():
+            raise ValueError(f"{key.name} made values that are not finite: leave it out, or run it in float32")
+        measured = {name: metric for name, metric in self.metrics.items() if high is not None or not metric.needs_reference}
+        values = {name: metric(output, output if high is None else high) for name, metric in measured.items()} | dict(
+            further or {}
+        )
         row = self._measured.setdefault(key, {})
-        for metric, value in values.items():
-            row.setdefault(metric, []).append(value)
+        for name, value in values.items():
+            if math.isnan(value):
+                raise ValueError(f"the metric {name!r} is undefined (NaN) for {key.name}: leave out the metric or the image")
+            row.setdefault(name, []).append(value)
+
+
+def peer_output(name: str, peer: Peer, original: Original, low: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+    """A peer's output, (1, 3, 4h, 4w) of whole 255ths, and its seconds; None for one that was finished before.
+
+    Raises:
+        ValueError: it is of another size. FileNotFoundError: it is missing.
+    """
+    size = (SCALE * low.shape[-2], SCALE * low.shape[-1])
+    if isinstance(peer, FinishedOutputs):
+        return peer.read(original, size), None
+    start = time.perf_counter()
+    output = peer(low)
+    seconds = time.perf_counter() - start
+    if tuple(output.shape) != (1, 3, *size):
+        raise ValueError(f"{name} made an image of shape {tuple(output.shape)}, expected {(1, 3, *size)}")
+    return as_bytes(output.float().cpu()), seconds
 
 
 class Bypassed(OneStepNetwork):

@@ -1,16 +1,26 @@
-"""Metrics by name: PSNR and SSIM of the luma are built in; learned ones come from the optional package pyiqa."""
+"""Metrics by name: PSNR and SSIM of the luma, LPIPS and DISTS, and those of the optional package pyiqa."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from qartsr_pipeline.calibration.perceptual import Dists, Lpips
 from qartsr_pipeline.image.metrics import psnr_y, ssim_y
 
-NAMES = ("lpips", "dists", "niqe", "musiq", "maniqa", "clipiqa")  # of pyiqa, for help texts; pyiqa.list_models() has them all
+NAMES = (
+    "lpips",
+    "lpips_vgg",
+    "dists",
+    "niqe",
+    "musiq",
+    "maniqa",
+    "clipiqa",
+)  # for help texts; pyiqa.list_models() has all of its own
 
 
 class Metric(Protocol):
@@ -41,6 +51,27 @@ BUILT_IN: dict[str, Metric] = {"psnr_y": LumaMetric(psnr_y), "ssim_y": LumaMetri
 
 
 @dataclass(frozen=True)
+class PerceptualMetric:
+    """LPIPS or DISTS: see `qartsr_pipeline.calibration.perceptual`."""
+
+    model: torch.nn.Module
+    device: str
+    needs_reference: bool = True
+
+    @torch.no_grad()
+    def __call__(self, output: torch.Tensor, original: torch.Tensor) -> float:
+        """Raises ValueError for images smaller than the backbone can take."""
+        return float(self.model(*(image.to(self.device) * 2 - 1 for image in (output, original))))
+
+
+PERCEPTUAL: dict[str, Callable[[str | os.PathLike | None], torch.nn.Module]] = {
+    "lpips": lambda backbones: Lpips("alex", backbones),
+    "lpips_vgg": lambda backbones: Lpips("vgg", backbones),
+    "dists": Dists,
+}
+
+
+@dataclass(frozen=True)
 class PyiqaMetric:
     """A metric of pyiqa."""
 
@@ -67,27 +98,31 @@ class PyiqaMetric:
             ) from error
 
 
-def load_metrics(names: Sequence[str], device: str = "cpu") -> dict[str, Metric]:
-    """Metrics by name, in the order given. The weights of pyiqa's are downloaded once.
+def load_metrics(names: Sequence[str], device: str = "cpu", backbones: str | os.PathLike | None = None) -> dict[str, Metric]:
+    """Metrics by name, in the order given. The weights of LPIPS' and DISTS' backbones, and those of pyiqa, are downloaded once.
 
     Args:
-        device: where pyiqa's compute.
+        device: where all but PSNR and SSIM compute.
+        backbones: folder with the files of the backbones of LPIPS and DISTS; see `qartsr_pipeline.calibration.perceptual`.
 
     Raises:
-        ImportError: one is pyiqa's, and pyiqa is not installed.
-        ValueError: pyiqa knows no such metric, or cannot load it.
+        ImportError: the package of one of them is not installed.
+        OSError: a backbone is unavailable.
+        ValueError: a backbone's file is damaged or of another network; pyiqa knows no such metric, or cannot load it.
     """
-    further = [name for name in names if name not in BUILT_IN]
+    ours = {name: BUILT_IN[name] for name in names if name in BUILT_IN}
+    ours |= {name: PerceptualMetric(PERCEPTUAL[name](backbones).to(device), device) for name in names if name in PERCEPTUAL}
+    further = [name for name in names if name not in ours]
     if not further:
-        return {name: BUILT_IN[name] for name in names}
+        return {name: ours[name] for name in names}
     try:
         import pyiqa
     except ImportError as error:
         raise ImportError(
             f"the metrics {', '.join(further)} are computed by the package pyiqa, which cannot be imported ({error}):"
-            f" install it with `pip install 'qartsr[metrics]'`, or use {' and '.join(BUILT_IN)} alone"
+            f" install it with `pip install 'qartsr[iqa]'`, or use {', '.join([*BUILT_IN, *PERCEPTUAL])} alone"
         ) from error
-    return {name: BUILT_IN.get(name) or _load(pyiqa.create_metric, name, device) for name in names}
+    return {name: ours.get(name) or _load(pyiqa.create_metric, name, device) for name in names}
 
 
 def _load(create: Callable[..., torch.nn.Module], name: str, device: str) -> PyiqaMetric:

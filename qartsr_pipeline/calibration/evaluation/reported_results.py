@@ -176,9 +176,10 @@ def differences(reports: list[dict[str, Any]]) -> list[str]:
         " which degradation DIV2K_val had there is not known to us.",
         "PSNR: ours is of the BT.601 luma without a border of 4 pixels, of results rounded to 8 bits;"
         " whether the paper's is of luma or RGB, and its border, is not known to us.",
-        "LPIPS and MUSIQ: ours are pyiqa's, with AlexNet and KonIQ-10k weights; the versions there are not known to us.",
+        "LPIPS and MUSIQ: ours are version 0.1 with AlexNet, and pyiqa's with KonIQ-10k weights;"
+        " the versions there are not known to us.",
         "Methods: the baselines here are our reading of their publications; a quantized model that names no method is by ours.",
     ]
     if lacking:
-        lines.append(f"Not measured by us: {', '.join(lacking)} (`--metrics lpips musiq`, through pyiqa).")
+        lines.append(f"Not measured by us: {', '.join(lacking)} (`--metrics lpips musiq`).")
     return lines

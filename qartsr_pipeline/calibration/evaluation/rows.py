@@ -11,6 +11,9 @@ SECONDS = "seconds"
 COLUMNS = {
     "psnr_y": ("PSNR-Y", "{:.2f}"),
     "ssim_y": ("SSIM-Y", "{:.4f}"),
+    "lpips": ("LPIPS", "{:.4f}"),
+    "lpips_vgg": ("LPIPS (VGG)", "{:.4f}"),
+    "dists": ("DISTS", "{:.4f}"),
     "gain": ("over bicubic", "{:+.2f}"),
     "share_of_gain": ("of full precision's gain", "{:.1%}"),
     "psnr_y_to_full_precision": ("PSNR-Y to full precision", "{:.2f}"),
@@ -27,9 +30,10 @@ class EvaluationRow:
 
     Attributes:
         name: of the model; "bicubic" for plain enlargement.
-        kind: "bicubic", "model", "bypass" (the UNet left out: z_H = z_L) or "autoencoder" (encoder and decoder on the original).
+        kind: "bicubic", "peer" (another upscaler), "model", "bypass" (the UNet left out: z_H = z_L) or "autoencoder" (encoder and
+            decoder on the original).
         color_fix: the colour alignment, None without.
-        full_precision: whether the model is not quantized; None for bicubic.
+        full_precision: whether the model is not quantized; None for bicubic and peers.
         images: how many were measured.
         values: metric -> mean over the images. "METRIC_to_full_precision" compares with the first model's output instead of the
             original, and "bicubic_to_full_precision" is the PSNR-Y of bicubic to that output; there are none for the first model
@@ -78,11 +82,12 @@ class RowKey(NamedTuple):
     full_precision: bool | None = None
 
 
-def make_rows(measured: Mapping[RowKey, Mapping[str, list[float]]]) -> list[EvaluationRow]:
+def make_rows(measured: Mapping[RowKey, Mapping[str, list[float]]], images: int | None = None) -> list[EvaluationRow]:
     """Rows from the values of every image.
 
     Args:
         measured: row -> metric -> one value an image, in the order of the rows; "bicubic" is among them.
+        images: so many were measured; None for the number of values.
     """
     means = {key: {metric: mean(values) for metric, values in metrics.items()} for key, metrics in measured.items()}
     bicubic = next(means[key] for key in measured if key.kind == "bicubic").get("psnr_y")
@@ -96,7 +101,7 @@ def make_rows(measured: Mapping[RowKey, Mapping[str, list[float]]]) -> list[Eval
         rows.append(
             EvaluationRow(
                 *key,
-                images=max(map(len, metrics.values()), default=0),
+                images=max(map(len, metrics.values()), default=0) if images is None else images,
                 values={metric: value for metric, value in means[key].items() if metric != SECONDS},
                 per_image={metric: tuple(values) for metric, values in metrics.items()},
                 seconds=means[key].get(SECONDS),
@@ -130,7 +135,7 @@ def table(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[str]]]:
     columns |= {name: (_title(name), "{:.4f}") for name in further}
     lines = []
     for row, of in zip(rows, numbers, strict=True):
-        colours = "" if row.kind in ("bicubic", "autoencoder") else row.color_fix or "as they come"
+        colours = "" if row.kind in ("bicubic", "peer", "autoencoder") else row.color_fix or "as they come"
         lines.append([row.name, colours, *(layout.format(of[key]) if key in of else "" for key, (_, layout) in columns.items())])
     return ["model", "colours", *(title for title, _ in columns.values())], lines
 

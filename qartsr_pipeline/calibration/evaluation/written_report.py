@@ -34,6 +34,8 @@ def report_text(report: dict[str, Any], table: str, pictures: Path | None = None
         "",
         table,
     ]
+    if not settings["ground_truth"]:
+        lines += ["", "There is no ground truth: metrics that need one are measured against the output of full precision alone."]
     if unchecked:
         lines += [
             "",
