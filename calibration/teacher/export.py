@@ -67,7 +67,8 @@ def export(
     pipeline = build_pipeline(state, dtype, record, blend)
     written = training_record(state, record)
     if blend is not None:
-        written |= {"blend": asdict(blend) | {"other": Path(blend.other).name}}
+        written["validation_before_blend"] = written.pop("validation")
+        written["blend"] = asdict(blend) | {"other": Path(blend.other).name}
     return save_pipeline(pipeline, folder, TRAINING_RECORD, written)
 
 

@@ -179,7 +179,9 @@ def test_a_blend_lies_between_two_models(trained, tmp_path, tiny_folder, capsys)
     export_teacher.main([str(state), str(blended), "--blend", str(other), "0.25"])
     for name, value in QArtSRPipeline.from_pretrained(blended, dtype=torch.float32).unet.state_dict().items():
         assert torch.allclose(value, before[name] + (0.25 if name == "conv_in.bias" else 0), atol=1e-3), name
-    assert json.loads((blended / "training.json").read_text())["blend"] == {"other": "other", "share": 0.25}
+    record = json.loads((blended / "training.json").read_text())
+    assert record["blend"] == {"other": "other", "share": 0.25}
+    assert "validation" not in record and record["validation_before_blend"]["phase"] == "pixel"
     for arguments, message in (((other, "1.5"), "is a number from 0 to 1"), ((tiny_folder, "0.5"), "is no relative")):
         with pytest.raises(SystemExit):
             export_teacher.main([str(argument) for argument in (state, tmp_path / "none", "--blend", *arguments)])
