@@ -26,7 +26,7 @@ MODULES = ("blocks", "parts", "all")
 ORDERS = ("reversed", "forward", "distributed")
 OTHERS = ("quantized_so_far", "full_precision")
 TRAINED = ("smoothing", "offset", "branch", "adapter", "bounds", "step")
-LOSSES = ("module_l2", "noise_l2", "image_l2", "image_l1", "perceptual")
+LOSSES = ("module_l2", "noise_l2", "image_l2", "image_l1", "perceptual", "lpips")
 DEFAULT_KEEP = dict.fromkeys(("unet.conv_in", "unet.conv_out", "vae.encoder.conv_in", "vae.decoder.conv_out"), "w8a8")
 
 
@@ -144,7 +144,8 @@ class Stage:
             (the step size, with the zero point kept), "bounds" each for itself.
         loss: weight of each term, by name: module_l2 (norm of the error of the module's own output, relative to that of the
             output), noise_l2 (the same of the UNet's output), image_l2 (root mean square of the picture's error, values in
-            [-1, 1]), image_l1 (its mean) and perceptual.
+            [-1, 1]), image_l1 (its mean), perceptual, and lpips: the weight that LPIPS gets in the place of perceptual where that
+            is the run's perceptual loss, because its values are others; see `with_perceptual`.
         share: of the run's steps, relative to the shares of the other stages; divided evenly between the modules.
         lr: step size relative to the size of what is trained. It ends at 0 along a cosine, of every turn; but it is constant
             while modules have their turns in a network that is quantized so far.
@@ -263,7 +264,7 @@ class Recipe:
     @property
     def is_perceptual(self) -> bool:
         """Whether a stage has a perceptual loss."""
-        return any(stage.loss.get("perceptual") for stage in self.stages)
+        return any(stage.loss.get("perceptual") or stage.loss.get("lpips") for stage in self.stages)
 
     def steps_of(self, stage: Stage, modules: int) -> list[int]:
         """Steps for each of the stage's modules, as even as whole numbers allow; they add up to the stage's share."""

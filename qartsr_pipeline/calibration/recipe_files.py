@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qartsr_pipeline.calibration.arguments import RECIPES, recipe_names
-from qartsr_pipeline.calibration.recipe import Recipe, RecipeError
+from qartsr_pipeline.calibration.recipe import Recipe, RecipeError, Stage
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -69,3 +70,23 @@ def _assign(node: Any, keys: list[str], value: Any) -> None:
     else:
         node[key]  # noqa: B018 - must be there already
         node[key] = value
+
+
+def with_perceptual(recipe: Recipe, kind: str) -> Recipe:
+    """The recipe for a run whose perceptual loss is "lpips", or another: one weight remains, under the name ``perceptual``.
+
+    Raises:
+        RecipeError: a stage has a weight for LPIPS alone, and the kind is another.
+    """
+    return replace(recipe, stages=tuple(_with_one_weight(stage, kind) for stage in recipe.stages))
+
+
+def _with_one_weight(stage: Stage, kind: str) -> Stage:
+    if "lpips" not in stage.loss:
+        return stage
+    loss = {term: weight for term, weight in stage.loss.items() if term != "lpips"}
+    if kind == "lpips":
+        loss["perceptual"] = stage.loss["lpips"]
+    elif "perceptual" not in loss:
+        raise RecipeError(f"stage {stage.name!r}: loss has lpips alone, and the perceptual loss is {kind}: give perceptual, too")
+    return replace(stage, loss=loss)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qartsr_pipeline.calibration.arguments import recipe_names
-from qartsr_pipeline.calibration.recipe import Recipe
-from qartsr_pipeline.calibration.recipe_files import load_recipe
+from qartsr_pipeline.calibration.recipe import Recipe, RecipeError
+from qartsr_pipeline.calibration.recipe_files import load_recipe, with_perceptual, with_values
 from qartsr_pipeline.calibration.start.initialise import Initialisation
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 
@@ -65,3 +65,15 @@ def test_the_baselines_are_on_their_own_grids():
     first, second = load_recipe("passionsr").stages
     assert first.modules == second.modules == "parts" and first.others == second.others == "full_precision"
     assert set(first.train) == {"smoothing", "offset"} and set(second.train) == {"bounds"}
+
+
+def test_lpips_has_a_weight_of_its_own():
+    recipe = with_values(load_recipe("qartsr"), ["stages.1.loss={image_l2: 1.0, perceptual: 0.01, lpips: 0.5}"])
+    assert recipe.is_perceptual
+    for kind, weight in (("encoder", 0.01), ("lpips", 0.5)):
+        assert with_perceptual(recipe, kind).stages[1].loss == {"image_l2": 1.0, "perceptual": weight}
+    assert with_perceptual(recipe, "lpips").stages[0] == recipe.stages[0]
+    alone = with_values(recipe, ["stages.1.loss={image_l2: 1.0, lpips: 0.5}"])
+    assert with_perceptual(alone, "lpips").stages[1].loss["perceptual"] == 0.5
+    with pytest.raises(RecipeError, match="'ET': loss has lpips alone, and the perceptual loss is encoder"):
+        with_perceptual(alone, "encoder")
