@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,13 @@ class QArtSRLoadFolder(io.ComfyNode):
                 ),
                 io.Int.Input("first", default=0, min=0, max=1_000_000, tooltip="So many images, by name, are skipped."),
                 io.Int.Input("limit", default=0, min=0, max=1_000_000, tooltip="So many images at most. 0: all."),
+                io.Boolean.Input(
+                    "as_batch",
+                    default=False,
+                    optional=True,  # workflows from before it was there do not have it
+                    tooltip="On: all images as one batch, such as the frames of a film; nodes that follow run once. They must"
+                    " have one size, and the name is the folder's.",
+                ),
             ],
             outputs=[
                 io.Image.Output(id="images", display_name="image", is_output_list=True, tooltip="One image after another."),
@@ -68,7 +76,7 @@ class QArtSRLoadFolder(io.ComfyNode):
             return None
 
     @classmethod
-    def execute(cls, folder: str, first: int, limit: int) -> io.NodeOutput:
+    def execute(cls, folder: str, first: int, limit: int, as_batch: bool = False) -> io.NodeOutput:
         listing = listing_of(folder)
         paths = listing.images[first:][: limit or None]
         if listing.left_out():
@@ -79,7 +87,21 @@ class QArtSRLoadFolder(io.ComfyNode):
         if not loaded:
             raise ValueError(f"none of the {len(paths)} images of {folder} can be read; the log says why.")
         names, images, masks = zip(*loaded, strict=True)
+        if as_batch:
+            check_one_size(names, images)
+            return io.NodeOutput([torch.cat(images)], [torch.cat(masks)], [paths[0].parent.name])
         return io.NodeOutput(list(images), list(masks), list(names))
+
+
+def check_one_size(names: Sequence[str], images: Sequence[torch.Tensor]) -> None:
+    """Raises ValueError unless all images (1, H, W, 3) have the size of the first; the message names one that has not."""
+    for name, image in zip(names, images, strict=True):
+        if image.shape != images[0].shape:
+            (_, height, width, _), (_, first_height, first_width, _) = image.shape, images[0].shape
+            raise ValueError(
+                f"{name} has {width} x {height} pixels, and {names[0]} {first_width} x {first_height}: a batch has one size."
+                " Switch as_batch off, and the images come one after another."
+            )
 
 
 def listing_of(folder: str) -> Listing:

@@ -18,8 +18,8 @@ def run(nodes, tmp_path):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8no")
     (folder / "notes.txt").write_text("no image")
 
-    def execute(folder="pictures", first=0, limit=0):
-        return nodes["QArtSRLoadFolder"].execute(folder=folder, first=first, limit=limit).args
+    def execute(folder="pictures", first=0, limit=0, **changes):
+        return nodes["QArtSRLoadFolder"].execute(folder=folder, first=first, limit=limit, **changes).args
 
     return execute
 
@@ -33,6 +33,15 @@ def test_images_of_any_size_come_one_after_another(run, caplog):
     assert masks[2][0].tolist() == [[0, 0], [1, 1]] and not masks[1].any()
     assert run(first=3)[2] == ["c"], "the broken one counts"
     assert run(first=1, limit=2)[2] == ["b"]
+
+
+def test_a_folder_of_one_size_is_a_batch(run, tmp_path):
+    with pytest.raises(ValueError, match="b has 6 x 4 pixels, and a 3 x 5: .* Switch as_batch off"):
+        run(as_batch=True)
+    Image.new("RGB", (6, 4), (0, 255, 51)).save(tmp_path / "input" / "pictures" / "a.bmp")
+    (images,), (masks,), names = run(limit=2, as_batch=True)
+    assert images.shape == (2, 4, 6, 3) and masks.shape == (2, 4, 6) and names == ["pictures"]
+    assert images[:, 0, 0, :2].tolist() == [[0, 1], [1, 0]]
 
 
 def test_bad_folders_are_explained(run, nodes, tmp_path, monkeypatch):
