@@ -16,7 +16,6 @@ from qartsr_pipeline.calibration.family import ImageFamily
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.cli.quantize import arguments_of
-from tiny_models import build_tiny_pipeline
 
 TINY = ["--steps", "6", "--set", *SMALL]
 
@@ -26,27 +25,13 @@ def quantize(*arguments: object, code: int = 0) -> None:
     assert main(["quantize", *map(str, arguments)]) == code
 
 
-def evaluate_on_crop(folder: Path) -> list[str]:
-    """Arguments: a folder, made here, of one small photograph for the report."""
+@pytest.fixture
+def small_picture(tmp_path):
+    """Arguments: a folder of one small photograph for the report."""
+    folder = tmp_path / "evaluated"
     folder.mkdir()
     Image.open(job.SAMPLE).crop((0, 0, 64, 64)).save(folder / "crop.png")
     return ["--evaluate", str(folder)]
-
-
-@pytest.fixture
-def small_picture(tmp_path):
-    return evaluate_on_crop(tmp_path / "evaluated")
-
-
-@pytest.fixture(scope="module")
-def finished(photographs, tmp_path_factory):
-    """A model whose record lists `photographs`, and the output of its finished run on procedural images; not to be changed."""
-    base = tmp_path_factory.mktemp("finished")
-    build_tiny_pipeline(seed=0).save_pretrained(base / "tiny")
-    record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
-    (base / "tiny" / "training.json").write_text(json.dumps(record))
-    quantize(str(base / "tiny"), "--output", str(base / "run"), *evaluate_on_crop(base / "evaluated"), *TINY)
-    return base / "tiny", base / "run"
 
 
 def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, small_picture, plots, tmp_path, capsys):
@@ -180,10 +165,14 @@ def test_pictures_that_the_model_was_trained_on_are_not_reported_on(tiny_folder,
     assert not (tmp_path / "new").exists()
 
 
-def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, finished, photographs, tmp_path, capsys):
-    first = finished[1]
+def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, small_picture, photographs, tmp_path, capsys):
+    record = {"data": {"files": file_digests(sorted(photographs.iterdir()))}}
+    (tiny_folder / "training.json").write_text(json.dumps(record))
+    first = tmp_path / "first"
+    quantize(str(tiny_folder), "--output", str(first), *small_picture, *TINY)  # on procedural images
     with pytest.raises(ValueError, match="picture_0.png is one of the photographs that model was made with"):
         check_no_overlap(sorted(photographs.iterdir()), first / "model")
+    (tiny_folder / "training.json").unlink()
     for start in (first, first / "model"):
         arguments = ["--start", start, "--evaluate", photographs, "--output", tmp_path / "new"]
         quantize(tiny_folder, *arguments, *TINY, code=2)
