@@ -72,13 +72,16 @@ def load(image: PIL.Image.Image) -> None:
 
     Pillow maps uncompressed files that were opened by their path into memory. For TIFF files that lie on their side it does so
     with sides already exchanged, which gives a sheared image (11.0 to 13.0 at least). Without the name it reads the file.
+    And 11.0 fails when it turns an image with XMP.
     """
     if isinstance(image, Tiff.TiffImageFile) and image.tile:
         name, image.filename = image.filename, ""
+        xmp = {"xmp": image.info.pop("xmp")} if "xmp" in image.info else {}
         try:
             image.load()
         finally:
             image.filename = name
+            image.info.update(xmp)
     else:
         image.load()
 

@@ -107,7 +107,10 @@ def _read(path: Path, file: BinaryIO) -> ImageFile:
 
     def reopen() -> Image.Image:
         # Never by its path: Pillow maps uncompressed files into memory then, and shears TIFF files that lie on their side.
-        return Image.open(io.BytesIO(parts.pixels) if parts else open(path, "rb"))
+        image = Image.open(io.BytesIO(parts.pixels) if parts else open(path, "rb"))
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            image.info.pop("xmp", None)  # is read from the directory; Pillow 11.0 fails when it turns an image with XMP
+        return image
 
     with reopen() as image:
         frames = parts.frames if parts else getattr(image, "n_frames", 1)

@@ -78,7 +78,6 @@ def test_tiff(folder, kind, dtype, order, compression, orientation, layout, seed
         found = read_image(path)
     except ImageFileError as error:
         # What Pillow cannot read is refused, and that is all that may be.
-        assert "does not read" in str(error) or "planes" in str(error)
         assert (dtype is np.uint16 and kind == "miniswhite") or (planes and extra), error
         return
     if kind == "rgbx" and found.pixels.shape[-1] == 3:
