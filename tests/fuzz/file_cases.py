@@ -85,6 +85,15 @@ def mutated(rng: random.Random, content: bytes) -> tuple[str, bytes]:
     return f"{done} at {place}", other.get(done, bytes(changed))
 
 
+def is_large(content: bytes) -> bool:
+    """Whether Pillow would read more than some hundred pixels a side."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.width * image.height > 10_000
+    except Exception:  # no image at all, which is the point of a mutation
+        return False
+
+
 def has_wrong_sums(content: bytes) -> bool:
     """Whether a PNG's chunks, up to its end, are not all whole and as their CRC-32 says."""
     position = 8
@@ -109,6 +118,8 @@ def run_case(rng: random.Random, place: Path) -> str:
     said, contents = [], {}
     for name in rng.sample(FORMATS, 3):
         done, content = mutated(rng, known[name][0])
+        if is_large(content):  # a header that claims another size may be believed, and enlarging that takes its time
+            done, content = "sound", known[name][0]
         file = f"{len(said)}-{name}"
         if rng.random() < 0.15:
             file = f"{len(said)}{Path(rng.choice(FORMATS)).suffix}"  # an ending that says another format
