@@ -113,7 +113,7 @@ class CallArguments:
             )
         return replace(
             self,
-            upscale=_upscale(self.upscale),
+            upscale=check_upscale(self.upscale),
             tile_size=size,
             tile_overlap=overlap,
             sample_posterior=bool(self.sample_posterior),
@@ -122,7 +122,7 @@ class CallArguments:
         )
 
 
-def _upscale(upscale: object) -> float:
+def check_upscale(upscale: object) -> float:
     if isinstance(upscale, (bool, np.bool_)) or not isinstance(upscale, numbers.Real):
         raise TypeError(f"`upscale` must be a number, but is {_shown(upscale)} ({type(upscale).__name__}).")
     number: Any = upscale  # NaN is in no range, and an integer may be too large for a float
