@@ -43,6 +43,7 @@ class Job:
             repeated. The output of a file that is named alone must not exist.
         quality: of JPEG and WebP.
         notice: for the user to see.
+        replaces_input: the output was named among the inputs, too. It may be the only copy of something.
     """
 
     source: Path
@@ -50,6 +51,7 @@ class Job:
     one_of_many: bool = False
     quality: int = DEFAULT_QUALITY
     notice: str | None = None
+    replaces_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def plan_jobs(
     """
     sources, left_out = _find(inputs, recursive, options.output)
     many = len(inputs) > 1 or _is_dir(inputs[0]) or _is_pattern(inputs[0])
-    sources, results = _apart_from_results(sources, options)
+    sources, results, named = _apart_from_results(sources, options)
     if results:
         names = "is what an earlier run wrote" if len(results) == 1 else "and others are what earlier runs wrote"
         left_out.append(f"left out: {results[0]} {names}. Name such a file alone to enlarge it once more.")
@@ -88,6 +90,7 @@ def plan_jobs(
     else:
         jobs = [Job(sources[0].path, Path(options.output))]
         _check_format(jobs[0], options)
+    jobs = [replace(job, replaces_input=job.target.resolve() in named) for job in jobs] if named else jobs
     if options.quality is None:
         return jobs, left_out
     lossy = [kind.lossy for kind in (WRITABLE_FORMATS.get(job.target.suffix.lower()) for job in jobs) if kind]
@@ -108,7 +111,7 @@ def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
             _check_target(job, taken)
             if is_done(job, overwrite):
                 skipped += 1
-            elif job.target.resolve() in sources:
+            elif job.replaces_input or job.target.resolve() in sources:
                 raise UsageError(f"{job.target} is another of the inputs, which would be lost. Give another output with -o.")
             else:
                 pending.append(job)
@@ -181,6 +184,7 @@ class _Source:
 
     path: Path
     below: Path = Path(".")
+    named: bool = False  # by itself, not found in a folder or by a pattern
 
 
 def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[list[_Source], list[str]]:
@@ -189,7 +193,7 @@ def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[l
     left_out, empty = [], []
     for name in inputs:
         for path in map(Path, _matches(name)):
-            found = [_Source(path)]
+            found = [_Source(path, named=not _is_pattern(name))]
             if _is_dir(path):
                 listing = list_images(path, recursive, Path(output) if output and _is_folder(output) else None)
                 found = [_Source(one, one.parent.relative_to(path)) for one in listing.images]
@@ -225,17 +229,17 @@ def _is_dir(path: str | Path) -> bool:
         return False
 
 
-def _apart_from_results(sources: list[_Source], options: OutputOptions) -> tuple[list[_Source], list[Path]]:
-    """The sources without what runs with any factor wrote beside other sources; and those results."""
+def _apart_from_results(sources: list[_Source], options: OutputOptions) -> tuple[list[_Source], list[Path], set[Path]]:
+    """The sources without what runs with any factor wrote beside other sources; those results; and which of them were named."""
     written = {(one.path.parent, one.path.stem, _suffix(one.path, options.format or "png").lower()) for one in sources}
     kept, results = [], []
     for source in sources:
-        named = re.fullmatch(r"(.+)_x\d+(\.\d+)?", source.path.stem, re.DOTALL)
-        if named and (source.path.parent, named[1], source.path.suffix.lower()) in written:
-            results.append(source.path)
+        match = re.fullmatch(r"(.+)_x\d+(\.\d+)?", source.path.stem, re.DOTALL)
+        if match and (source.path.parent, match[1], source.path.suffix.lower()) in written:
+            results.append(source)
         else:
             kept.append(source)
-    return kept, results
+    return kept, [one.path for one in results], {one.path.resolve() for one in results if one.named}
 
 
 def _is_folder(output: str) -> bool:

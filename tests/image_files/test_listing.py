@@ -69,6 +69,12 @@ def test_results_of_earlier_runs_are_left_out(tmp_path):
             assert "p_x4.png and others are what earlier runs wrote" in left_out
     assert set(planned([tmp_path], None, "same")[0]) == {"p.png", "q.png", "r.jpg", "r_x4.png", "s_x4.png"}
     assert set(planned([tmp_path / "p_x4.png"])[0]) == {"p_x4.png"}, "alone it is meant"
+    found, _ = plan_jobs([str(tmp_path / "p.png"), str(tmp_path / "p_x4.png")], 4.0, OutputOptions())
+    plan = sort_out(found, overwrite=True)
+    assert not plan.pending and "p_x4.png is another of the inputs, which would be lost" in plan.refusals[0]
+    assert sort_out(found, overwrite=False).skipped == 1
+    found, _ = plan_jobs([str(tmp_path)], 4.0, OutputOptions())
+    assert "p.png" in {job.source.name for job in sort_out(found, overwrite=True).pending}, "found in the folder, not named"
 
 
 def test_patterns_that_the_shell_has_left(tmp_path):
