@@ -13,10 +13,11 @@ from pathlib import Path
 
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.pairs import TrainingData
+from qartsr_pipeline.calibration.perceptual import Lpips
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
 from qartsr_pipeline.calibration.retraining.settings import (
-    DISTANCE_NAMES,
     FULL,
+    RETRAINING_LOSSES,
     SHORT,
     TIMESTEPS,
     Rule,
@@ -64,7 +65,8 @@ def arguments() -> argparse.ArgumentParser:
         "--train", choices=tuple(ADAPTERS), default="auto", help="UNet weights (default: adapters for large models)"
     )
     parser.add_argument("--train-encoder", action="store_true", help="train the VAE encoder in the pixel phase, as OSEDiff does")
-    parser.add_argument("--loss", choices=DISTANCE_NAMES, default="l1")
+    parser.add_argument("--loss", choices=RETRAINING_LOSSES, default="l1", help="l2+lpips is the paper's (default: %(default)s)")
+    parser.add_argument("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS: a file, or a folder with one")
     parser.add_argument("--degradation", choices=DEGRADATION_NAMES, default="bicubic")
     parser.add_argument("--every", type=int, default=250, metavar="N", help="steps between validations, each of which is saved")
     parser.add_argument("--seed", type=int, default=0)
@@ -81,18 +83,20 @@ def stage_of(args: argparse.Namespace, progress: Progress) -> TRQ:
     check_quantizes(bits)
     rule = (args.least_bypass_cost, args.quality_margin)
     search = TimestepSearch.parse(args.timesteps, args.phases, args.full_phases, *rule, args.held_out, bits)
+    distance, _, lpips = args.loss.partition("+")
     settings = Settings(
         seed=args.seed,
         train_encoder=args.train_encoder,
         every=args.every,
         bf16=args.bf16,
         degradation=args.degradation,
-        loss=args.loss,
+        loss=distance,
         adapters=ADAPTERS[args.train],
     )
     data = TrainingData(args.data, 0.0 if args.data else 1.0, args.degradation, args.held_out).load()
+    perceptual = Lpips("vgg", args.perceptual_weights).to(args.device) if lpips else None
     make_folder(args.output)
-    return TRQ(args.model, data, args.output, search, settings, device=args.device, progress=progress)
+    return TRQ(args.model, data, args.output, search, settings, perceptual, args.device, progress)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(130, f"\n{stopped}\n")
     except SavingError as error:
         parser.error(f"{error} Then call it again: it continues from what was saved.")
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         parser.error(" ".join(str(error).split()))
     print((args.output / "sweep.md").read_text(encoding="utf-8"))
     print(f"written: {written}")

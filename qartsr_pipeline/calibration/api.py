@@ -33,7 +33,7 @@ def quantize(
     steps: int | None = None,
     seed: int = 0,
     degradation: str = "bicubic",
-    perceptual: str = "encoder",
+    perceptual: str = "auto",
     perceptual_weights: str | os.PathLike | None = None,
     timestep: int | str | TimestepSearch = "keep",
     start: str | os.PathLike | None = None,
@@ -59,9 +59,10 @@ def quantize(
         steps: optimizer steps in all, 0 or more; None for as many as the recipe says (350 for most). More is better and slower.
         seed: decides which patches are cut from the images, 0 or more.
         degradation: how low-resolution images are made of them: "bicubic", or "realesrgan" with blur, noise and JPEG.
-        perceptual: what a recipe's perceptual loss is: "encoder" (features of the model's own encoder), or "lpips", which needs
-            the package of that name.
-        perceptual_weights: for "lpips": a local file with the weights of its backbone; None to let the package download them.
+        perceptual: what a recipe's perceptual loss is: "encoder" (features of the model's own encoder), "lpips" (VGG16, needs the
+            package of that name), or "auto": LPIPS if package and backbone are on this machine. The record says which.
+        perceptual_weights: for LPIPS: a local file with the weights of its backbone, or a folder with one; None to look for it
+            and, for "lpips", to download it.
         timestep: "keep" the model's own; a number from 0 to 999 to retrain it there first; "search", or a `TimestepSearch` with
             settings of its own, to find the timestep at which quantization costs least. Retraining takes hours.
         start: a finished run's folder, or a quantized checkpoint, of the same model and of any bits, to start from.

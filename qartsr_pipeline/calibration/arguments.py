@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ARGUMENTS_NAME = "run.json"
 PERCEPTUAL_NAMES = ("encoder", "lpips")
+AUTO = "auto"  # LPIPS where it is at hand, see `losses.choose_perceptual`
 RECIPES = Path(__file__).parent / "recipes"
 # What may be different when a run is continued: what only the choice of the timestep and the report depend on ..
 MAY_CHANGE = ("evaluate", "evaluate_in_memory", "least_bypass_cost", "quality_margin")
@@ -40,7 +41,9 @@ class RunArguments:
         set: changes to the recipe, KEY=VALUE.
         start: folder of a run, or quantized checkpoint, whose parameters this one starts from.
         data, evaluate: folders of images; None for procedural ones, and for the sample.
+        perceptual: one of `PERCEPTUAL_NAMES`, or `AUTO`.
         perceptual_weights: file with the backbone of LPIPS.
+        retraining_loss: at another timestep, one of `settings.RETRAINING_LOSSES`.
         model_in_memory, data_in_memory, evaluate_in_memory: what `quantize` was given in memory, so that no folder has it; of the
             images to calibrate on their SHA-256.
     """
@@ -54,6 +57,7 @@ class RunArguments:
     quality_margin: float = Rule.quality_margin
     held_out: int = 8
     search_bits: str = "w4a4"
+    retraining_loss: str = "l1"
     recipe: str | dict[str, Any] = "qartsr"
     bits: str = "w4a4"
     steps: int | None = None
@@ -61,7 +65,7 @@ class RunArguments:
     start: str | None = None
     data: str | None = None
     degradation: str = "bicubic"
-    perceptual: str = "encoder"
+    perceptual: str = AUTO
     perceptual_weights: str | None = None
     evaluate: str | None = None
     seed: int = 0

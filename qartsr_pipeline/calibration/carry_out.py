@@ -95,7 +95,7 @@ def _carry_out(
     started = time.perf_counter()
     job = workers.together(lambda: load_job(order, evaluation, progress, workers, lock))
     arguments = order.arguments
-    perceptual = perceptual_of(arguments, job.full_precision) if job.recipe.is_perceptual else None
+    perceptual = perceptual_of(arguments, job.perceptual, job.full_precision) if job.perceptual else None
     context = CalibrationContext(
         pipeline=job.pipeline,
         full_precision=job.full_precision,
@@ -181,6 +181,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
         "start": calibrated.start,
         "degradation": arguments.degradation,
         "perceptual": perceptual,
+        **({"no_lpips": job.no_lpips} if job.no_lpips else {}),
         "data": job.data,
         BEFORE: job.before,
         "versions": versions(),

@@ -7,6 +7,7 @@ The engine, the recipes and the parameters of layers know nothing of UNets, auto
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def perceptual(self, pipeline: Any, kind: str, weights: Path | None) -> Perceptual:
+    def perceptual(self, pipeline: Any, kind: str, weights: str | os.PathLike | None) -> Perceptual:
         """The perceptual loss of that kind for a full-precision pipeline; see `losses.load_perceptual`."""
 
     @abstractmethod
@@ -225,7 +226,7 @@ class ImageFamily(Family):
             loss = loss + weights["noise_l2"] * relative_l2(output.noise, target.noise)
         return loss
 
-    def perceptual(self, pipeline: QArtSRPipeline, kind: str, weights: Path | None) -> Perceptual:
+    def perceptual(self, pipeline: QArtSRPipeline, kind: str, weights: str | os.PathLike | None) -> Perceptual:
         return load_perceptual(kind, pipeline.vae, weights)
 
     def report(self, run: FinishedRun, folder: Path) -> RunReport:

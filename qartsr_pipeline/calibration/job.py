@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, PERCEPTUAL_NAMES, Order, RunArguments
+from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, PERCEPTUAL_NAMES, Order, RunArguments
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, photographs_record, recorded_files
@@ -31,14 +31,15 @@ from qartsr_pipeline.calibration.data.patches import (
 from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.instances import instance_of, load_pipeline, on_the_same_weights
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
-from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
+from qartsr_pipeline.calibration.recipe_files import load_recipe, with_perceptual, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
+from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
 from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, make_folder, remove_left_over
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.timestep import at_timestep, search_of
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
 from qartsr_pipeline.calibration.training.engine import check_start
-from qartsr_pipeline.calibration.training.losses import Perceptual
+from qartsr_pipeline.calibration.training.losses import Perceptual, choose_perceptual
 from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.checkpoint_files import fetch
@@ -63,6 +64,7 @@ class Job:
         before: name -> SHA-256 of the photographs that the models it is made from were made with.
         sweep: rows of the timestep search, if there was one.
         retrained: how the full-precision model was retrained before it was quantized.
+        perceptual, no_lpips: kind of the perceptual loss, if the recipe has one, and why it is not LPIPS (`choose_perceptual`).
     """
 
     order: Order
@@ -79,6 +81,8 @@ class Job:
     before: dict[str, str]
     sweep: list[dict[str, Any]] | None = None
     retrained: dict[str, Any] | None = None
+    perceptual: str | None = None
+    no_lpips: str | None = None
 
 
 def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: Workers, lock: FolderLock) -> Job:
@@ -98,6 +102,9 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     recipe, bits = recipe_of(arguments), parse_bits(arguments.bits)
     check_quantizes(bits)
     _check_choices(arguments)
+    wanted = (arguments.perceptual, arguments.perceptual_weights)
+    kind, no_lpips = choose_perceptual(*wanted) if recipe.is_perceptual else (None, None)
+    recipe = with_perceptual(recipe, kind) if kind else recipe
     start = start_of(arguments.start) if arguments.start else None
     check_start(recipe, start)
     workers.check(recipe)
@@ -116,8 +123,8 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     device = workers.device or order.device or (default_device() if order.model is None else order.model.device)
     folder, model, sweep, retrained = source, order.model, None, None
     if arguments.timestep != "keep":
-        if recipe.is_perceptual:  # what it lacks is said before the model is retrained, not after
-            perceptual_of(arguments, model or load_pipeline(_folder(source)))
+        if kind:  # what it lacks is said before the model is retrained, not after
+            perceptual_of(arguments, kind, model or load_pipeline(_folder(source)))
         folder, sweep = at_timestep(order, device, progress)
         model, retrained = None, json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
     pipeline = instance_of(model, device) if model else load_pipeline(_folder(folder)).to(device)
@@ -126,7 +133,7 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
         each.set_progress_bar_config(disable=True)
     name = Path(arguments.model).name or "model"
     models = (name, source, start, pipeline, full_precision)
-    return Job(order, recipe, bits, *models, patches, data, evaluation, before, sweep, retrained)
+    return Job(order, recipe, bits, *models, patches, data, evaluation, before, sweep, retrained, kind, no_lpips)
 
 
 def recipe_of(arguments: RunArguments) -> Recipe:
@@ -143,7 +150,8 @@ def start_of(start: str) -> Path:
 
 
 def _check_choices(arguments: RunArguments) -> None:
-    for name, choices in (("degradation", DEGRADATION_NAMES), ("perceptual", PERCEPTUAL_NAMES)):
+    losses = {"perceptual": (AUTO, *PERCEPTUAL_NAMES), "retraining_loss": RETRAINING_LOSSES}
+    for name, choices in {"degradation": DEGRADATION_NAMES, **losses}.items():
         value = getattr(arguments, name)
         if value not in choices:
             kind = "perceptual loss" if name == "perceptual" else name
@@ -242,10 +250,9 @@ def _folder(source: Path | None) -> Path:
     return source
 
 
-def perceptual_of(arguments: RunArguments, full_precision: QArtSRPipeline) -> Perceptual:
-    """The perceptual loss that the arguments ask for; raises what `load_perceptual` does."""
-    weights = Path(arguments.perceptual_weights) if arguments.perceptual_weights else None
-    return family_of(full_precision).perceptual(full_precision, arguments.perceptual, weights)
+def perceptual_of(arguments: RunArguments, kind: str, full_precision: QArtSRPipeline) -> Perceptual:
+    """The perceptual loss of that kind; raises what `load_perceptual` does."""
+    return family_of(full_precision).perceptual(full_precision, kind, arguments.perceptual_weights)
 
 
 def start_folder(order: Order, lock: FolderLock) -> None:

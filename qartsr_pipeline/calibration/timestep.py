@@ -13,6 +13,7 @@ from qartsr_pipeline.calibration.arguments import Order, RunArguments
 from qartsr_pipeline.calibration.data.pairs import TrainingData
 from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.instances import check_not_offloaded
+from qartsr_pipeline.calibration.perceptual import Lpips
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
 from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
 from qartsr_pipeline.calibration.saving import whole_folder
@@ -49,9 +50,11 @@ def at_timestep(order: Order, device: str | torch.device, progress: Progress) ->
     search = search_of(arguments)
     images = order.data if order.data is not None else arguments.data
     data = TrainingData(images, 1.0 if images is None else 0.0, arguments.degradation, arguments.held_out).load()
-    settings = Settings(seed=arguments.seed, every=250, degradation=arguments.degradation)
+    distance, _, lpips = arguments.retraining_loss.partition("+")
+    settings = Settings(seed=arguments.seed, every=250, degradation=arguments.degradation, loss=distance)
+    perceptual = Lpips("vgg", arguments.perceptual_weights).to(device) if lpips else None
     model = _model_for_retraining(order, folder)
-    stage = TRQ(model, data, folder, search, settings, device=device, progress=progress)
+    stage = TRQ(model, data, folder, search, settings, perceptual, device, progress)
     if arguments.timestep != "search":
         return stage.retrain(model, int(arguments.timestep), search.full_phases, folder), None
     chosen = stage.run()

@@ -16,7 +16,8 @@ The rule that picks T (our reading; the paper states none):
 3. Of these, the one with the least relative error of z_H is taken.
 
 The chosen candidate is then trained on for the full number of steps. Retraining is by the L1 distance of latents, then of images;
-`TRQ.perceptual` adds features. The paper's is L2 with LPIPS, and OSEDiff's variational score distillation, which is not here.
+`TRQ.perceptual` adds features. The paper's is L2 with LPIPS (the commands' `l2+lpips`), and OSEDiff's variational distillation,
+which is not here.
 
 The output folder holds ``sweep.json``, ``sweep.md``, ``sweep.png`` (where matplotlib is installed), one folder for each
 candidate, and ``model``: the full-precision pipeline folder. Every finished candidate is kept: a second call with the same
@@ -265,6 +266,8 @@ class TRQ:
         search, settings = asdict(self.search), asdict(self.settings)
         options = {name: search[name] for name in ("timesteps", "phases", "full_phases", "bits", "rule")}
         options |= {name: value for name, value in settings.items() if name != "ema"}
+        if self.perceptual is not None:
+            options["perceptual"] = self.perceptual.name
         return json.loads(json.dumps(options))
 
     def _made_with(self) -> dict[str, Any]:

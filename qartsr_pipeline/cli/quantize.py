@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from qartsr_pipeline.calibration.arguments import (
     ARGUMENTS_NAME,
+    AUTO,
     PERCEPTUAL_NAMES,
     Order,
     RunArguments,
@@ -31,6 +32,7 @@ from qartsr_pipeline.calibration.arguments import (
     recipe_names,
 )
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
+from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
 from qartsr_pipeline.calibration.run_folder import SavingError, check_free
 from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
 from qartsr_pipeline.cli.messages import UsageError
@@ -69,8 +71,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--degradation", choices=DEGRADATION_NAMES, help=f"of the images; default: {DEFAULTS.degradation}")
     add(
         "--perceptual",
-        choices=PERCEPTUAL_NAMES,
-        help=f"features of the model's own encoder, or LPIPS; default: {DEFAULTS.perceptual}",
+        choices=(AUTO, *PERCEPTUAL_NAMES),
+        help="features of the model's own encoder, or LPIPS (VGG16); auto: LPIPS where it is on this machine; default:"
+        f" {DEFAULTS.perceptual}",
     )
     add("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS, torchvision's, as a local file")
     add("--evaluate", metavar="FOLDER", help="photographs for the report; default: the sample that comes along")
@@ -112,6 +115,11 @@ def _add_timestep(parser: argparse.ArgumentParser) -> None:
         "--search-bits",
         type=str.lower,
         help=f"of the plain quantization that candidates are measured with; default: {DEFAULTS.search_bits}",
+    )
+    group.add_argument(
+        "--retraining-loss",
+        choices=RETRAINING_LOSSES,
+        help=f"between images; the paper's is l2+lpips; default: {DEFAULTS.retraining_loss}",
     )
 
 
@@ -189,6 +197,9 @@ def _run(order: Order, workers: Any) -> bool:
     else:
         method = result.record["recipe"]["method"]
         print(f"{method} is on a grid that exists in simulation only: no model is written, the report is")
+    if result.record["perceptual"]:
+        why = f" (not LPIPS: {result.record['no_lpips']})" if "no_lpips" in result.record else ""
+        print(f"perceptual loss: {result.record['perceptual']}{why}")
     print(markdown(result.rows))
     print(f"written: {result.report}")
     return True

@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from recipes_for_tests import SMALL
 from safetensors import SafetensorError
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration import carry_out, job
+from qartsr_pipeline.calibration import carry_out, job, timestep
 from qartsr_pipeline.calibration.arguments import RunArguments
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, file_digests
 from qartsr_pipeline.calibration.family import ImageFamily
+from qartsr_pipeline.calibration.training import losses
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.cli.quantize import arguments_of
@@ -34,8 +36,11 @@ def small_picture(tmp_path):
     return ["--evaluate", str(folder)]
 
 
-def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, small_picture, plots, tmp_path, capsys):
+def test_the_command_quantizes_on_procedural_pictures_and_reports(
+    tiny_folder, small_picture, plots, tmp_path, capsys, monkeypatch
+):
     output = tmp_path / "run"
+    monkeypatch.setattr(job, "choose_perceptual", lambda kind, weights: ("encoder", "it is not at hand"))
     (tiny_folder / "README.md").write_text("---\nlicense: bigscience-openrail-m\n---\n# tiny\n")
     quantize(str(tiny_folder), "--bits", "w3a4", "--output", str(output), *small_picture, *TINY, "keep={unet.mid_block*: w16a16}")
     loaded = QArtSRPipeline.from_pretrained(output / "model")
@@ -43,14 +48,15 @@ def test_the_command_quantizes_on_procedural_pictures_and_reports(tiny_folder, s
     assert loaded.vae.encoder.mid_block.resnets[0].conv1.spec.weight_bits == 3
     record = json.loads((output / "model" / "quantization.json").read_text())
     assert record["recipe"]["steps"] == 6 and record["bits"] == "w3a4" and record["data"] == {"procedural": "dead leaves"}
-    assert record["perceptual"] == "features of the full-precision VAE encoder"
+    assert record["perceptual"] == "features of the full-precision VAE encoder" and record["no_lpips"] == "it is not at hand"
     card = (output / "model" / "README.md").read_text()
     assert card.startswith("---\nlicense: bigscience-openrail-m\n")
     assert "W3A4" in card and "6 steps, seed 0, on procedural" in card
     page = (output / "report" / "index.html").read_text()
     assert "features of the full-precision VAE encoder" in page and "w3a4" in page
     assert {"losses.png", "layers.png", "bounds.png"} <= {path.name for path in (output / "report").iterdir()}
-    assert "written:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "written:" in said and "features of the full-precision VAE encoder (not LPIPS: it is not at hand)\n" in said
     quantize(str(tiny_folder), "--output", str(output), *TINY, code=2)
     assert "continue it with --resume" in capsys.readouterr().err
     quantize(str(output / "model"), "--output", str(tmp_path / "again"), *TINY, code=2)
@@ -180,8 +186,23 @@ def test_photographs_are_known_over_every_model_that_came_of_them(tiny_folder, s
 
 
 @pytest.mark.slow
-def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_picture, photographs, tmp_path, capsys):
-    output, short = tmp_path / "run", ["--phases", "latent:1:1e-4:64:1", "--full-phases", "latent:2:1e-4:64:1", "--held-out", "1"]
+class FakeLpips(torch.nn.Module):
+    """In the place of LPIPS over VGG16."""
+
+    name = "LPIPS (fake)"
+
+    def __init__(self, network, weights):
+        super().__init__()
+        assert (network, weights) == ("vgg", None)
+
+    def forward(self, image, wanted):
+        return (image - wanted).abs().mean()
+
+
+def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_picture, photographs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timestep, "Lpips", FakeLpips)
+    output, short = tmp_path / "run", ["--phases", "latent:1:1e-4:64:1", "--full-phases", "pixel:2:1e-4:64:1", "--held-out", "1"]
+    short += ["--retraining-loss", "l2+lpips"]
     arguments = [str(tiny_folder), "--output", str(output), "--data", str(photographs), *small_picture, *TINY, *short]
     quantize(*arguments, "--timestep", "search", "--timesteps", "20", "400", code=2)
     assert "at no timestep does bypassing the UNet cost 1 dB" in capsys.readouterr().err
@@ -189,6 +210,7 @@ def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_pictu
     record = json.loads((output / "model" / "quantization.json").read_text())
     retrained = record["retrained"]
     assert record["timestep"] == retrained["timestep"] in (20, 400) and retrained["phases"][0]["steps"] == 2
+    assert (retrained["perceptual"], retrained["options"]["loss"]) == ("LPIPS (fake)", "l2")
     assert "picture_0.png" in record["data"]["files"] and "timestep" in (output / "report" / "index.html").read_text()
     assert QArtSRPipeline.from_pretrained(output / "model").config.timestep == retrained["timestep"]
 
@@ -197,3 +219,17 @@ def test_pictures_to_evaluate_must_not_be_calibrated_on(tiny_folder, photographs
     folders = ["--data", str(photographs), "--evaluate", str(photographs)]
     quantize(str(tiny_folder), "--output", str(tmp_path / "new"), *folders, *TINY, code=2)
     assert "picture_0.png is among the photographs to calibrate on" in capsys.readouterr().err
+
+
+def not_installed(*names):
+    raise ImportError
+
+
+def test_lpips_is_taken_where_all_that_it_needs_is_there(monkeypatch):
+    monkeypatch.setattr(losses, "find_backbone", lambda network, weights: weights)
+    monkeypatch.setattr(losses, "package_file", lambda *names: Path("there"))
+    assert losses.choose_perceptual("auto", "vgg16.pth") == ("lpips", None)
+    assert losses.choose_perceptual("auto") == ("encoder", "there is no VGG16 backbone: give its file, or set QARTSR_BACKBONES")
+    monkeypatch.setattr(losses, "package_file", not_installed)
+    assert losses.choose_perceptual("auto", "vgg16.pth") == ("encoder", "the package lpips is not installed")
+    assert losses.choose_perceptual("lpips") == ("lpips", None) and losses.choose_perceptual("encoder") == ("encoder", None)

@@ -15,6 +15,7 @@ from qartsr_pipeline.calibration.data import MULTIPLE
 
 PHASES = ("autoencoder", "latent", "pixel", "joint")
 DISTANCE_NAMES = ("l1", "l2")  # the keys of `losses.DISTANCES`
+RETRAINING_LOSSES = (*DISTANCE_NAMES, "l1+lpips", "l2+lpips")  # the last one is the paper's
 TIMESTEPS = (20, 100, 250, 500, 999)
 SHORT = ("latent:100:1e-4:96:8", "pixel:200:1e-4:96:8")  # larger rates lose more in so few steps than they gain
 FULL = ("latent:1000:2e-4:96:8", "pixel:3000:2e-4:96:8")

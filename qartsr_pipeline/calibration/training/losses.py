@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
-from qartsr_pipeline.calibration.arguments import PERCEPTUAL_NAMES
-from qartsr_pipeline.calibration.perceptual import Lpips
+from qartsr_pipeline.calibration.arguments import AUTO, PERCEPTUAL_NAMES
+from qartsr_pipeline.calibration.perceptual import VARIABLE, Lpips, find_backbone, package_file
 
 
 class Perceptual(Protocol):
@@ -78,6 +78,25 @@ def load_perceptual(kind: str, vae: AutoencoderKL, weights: str | os.PathLike | 
     if kind == "encoder":
         return EncoderFeatures(vae)
     return Lpips("vgg", weights).to(vae.device)
+
+
+def choose_perceptual(kind: str, weights: str | os.PathLike | None = None) -> tuple[str, str | None]:
+    """A kind for `load_perceptual`; "auto" is LPIPS if all that it needs is on this machine. Nothing is downloaded.
+
+    Returns:
+        The kind; and, for "auto", what LPIPS lacks.
+
+    Raises:
+        FileNotFoundError: ``weights`` was given and is not there.
+    """
+    if kind != AUTO:
+        return kind, None
+    found = find_backbone("vgg", weights)
+    try:
+        package_file("lpips", "lpips", "weights/v0.1/vgg.pth")
+    except ImportError:
+        return "encoder", "the package lpips is not installed"
+    return ("lpips", None) if found else ("encoder", f"there is no VGG16 backbone: give its file, or set {VARIABLE}")
 
 
 def total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
