@@ -123,6 +123,7 @@ class CallArguments:
 
 
 def check_upscale(upscale: object) -> float:
+    """The enlargement as Python's number; raises TypeError or ValueError."""
     if isinstance(upscale, (bool, np.bool_)) or not isinstance(upscale, numbers.Real):
         raise TypeError(f"`upscale` must be a number, but is {_shown(upscale)} ({type(upscale).__name__}).")
     number: Any = upscale  # NaN is in no range, and an integer may be too large for a float
