@@ -46,3 +46,11 @@ def device_name(text: str) -> str:
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """`--debug`, which `main` reads when an error ends the command."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """NAME=PATH as a pair, for argparse."""
+    name, _, path = text.partition("=")
+    if not name.strip() or not path:
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER or NAME=FILE, but is {text!r}")
+    return name.strip(), path

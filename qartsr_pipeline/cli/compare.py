@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
-from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, list_shipped
+from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, list_shipped, named_path
 from qartsr_pipeline.cli.messages import UsageError, say
 
 
@@ -46,14 +46,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add_debug(parser)
     list_shipped(parser)
     parser.set_defaults(run=run)
-
-
-def named_path(text: str) -> tuple[str, str]:
-    """NAME=PATH as a pair, for argparse."""
-    name, _, path = text.partition("=")
-    if not name.strip() or not path:
-        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER or NAME=FILE, but is {text!r}")
-    return name.strip(), path
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
-from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, device_name
+from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, device_name, named_path
 from qartsr_pipeline.cli.messages import UsageError
 
 REPRODUCE = "reproduce"
@@ -46,7 +46,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--backbones", type=Path, metavar="FOLDER", help="with the backbones of LPIPS and DISTS (default: found or downloaded)")
     add("--lanczos", action="store_true", help="also Lanczos enlargement")
     add(
-        "--outputs", action="append", default=[], type=named_folder, metavar="NAME=FOLDER", help="also another upscaler's outputs"
+        "--outputs",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=named_path,
+        metavar="NAME=FOLDER",
+        help="also what other programs made of them, in files called like the photographs",
     )
     add("--realesrgan", type=Path, metavar="FOLDER", help="also Real-ESRGAN x4plus, with its weights there, through ncnn")
     add("--output", type=Path, help="the JSON report; the table is written beside it as .md")
@@ -63,14 +69,6 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
-
-
-def named_folder(text: str) -> tuple[str, Path]:
-    """NAME=FOLDER, for argparse."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER, got {text!r}")
-    return name, Path(folder)
 
 
 def run(options: argparse.Namespace) -> int:

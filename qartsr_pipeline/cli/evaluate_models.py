@@ -54,12 +54,12 @@ class Request:
     no_ground_truth: bool
     backbones: Path | None
     lanczos: bool
-    outputs: list[tuple[str, Path]]
+    outputs: list[tuple[str, str]]
     realesrgan: Path | None
 
-    def peers(self) -> dict[str, Upscaler | Path]:
+    def peers(self) -> dict[str, Upscaler | str]:
         """Name of a row -> upscaler or folder; raises UsageError for a name that is given twice."""
-        found: dict[str, Upscaler | Path] = {"lanczos": lanczos} if self.lanczos else {}
+        found: dict[str, Upscaler | str] = {"lanczos": lanczos} if self.lanczos else {}
         if self.realesrgan:
             found["Real-ESRGAN"] = RealEsrgan(self.realesrgan / "realesrgan-x4plus")
         for name, folder in self.outputs:

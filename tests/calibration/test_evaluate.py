@@ -193,7 +193,7 @@ def test_arguments_that_make_no_sense_are_named(arguments, message, tiny_pipelin
         (["MODEL", "--data", "PHOTOS", "--metrics", "musiq"], r"pip install 'qartsr[iqa]'"),
         (["MODEL", "--data", "PHOTOS", "--metrics", "lpips", "--backbones", "PHOTOS"], "no backbone alexnet at"),
         (["--data", "PHOTOS"], "nothing to measure"),
-        (["MODEL", "--data", "PHOTOS", "--outputs", "theirs"], "expected NAME=FOLDER"),
+        (["MODEL", "--data", "PHOTOS", "--outputs", "theirs"], "must be NAME=FOLDER"),
         (["MODEL", "--data", "PHOTOS", "--outputs", "a=PHOTOS", "--outputs", "a=PHOTOS"], "two rows of that name"),
         (["MODEL", "--data", "PHOTOS", "--no-ground-truth"], "without ground truth, psnr_y, ssim_y can only"),
         (["MODEL", "--data", "PHOTOS", "--no-ground-truth", "--bypass"], "needs ground truth"),
