@@ -120,6 +120,7 @@ def test_share_of_gain_and_table():
                 "psnr_y_to_full_precision": [float("inf"), 33.0],
                 "bicubic_to_full_precision": [30.0, 30.0],
                 "niqe": [5.0, 6.0],
+                "lpips_vgg_to_full_precision": [0.1, 0.2],
             },
         }
     )
@@ -133,6 +134,7 @@ def test_share_of_gain_and_table():
     ] == [None, 33.0]
     table = markdown(rows).splitlines()
     assert len(table) == 5 and len({len(line) for line in table}) == 1
+    assert "LPIPS (VGG) to full precision" in table[0] and "0.1500" in table[-1]
     assert "75.0%" in table[-1] and "as they come" in table[-1] and "NIQE" in table[0] and "5.5000" in table[-1]
     assert "s an image" not in markdown(rows[:2]) and "bicubic_to" not in table[0].lower()
 

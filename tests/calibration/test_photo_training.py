@@ -17,9 +17,8 @@ from calibration.teacher import export as export_teacher
 from calibration.teacher import timestep_from_scratch
 from calibration.teacher import train as teacher
 from calibration.teacher.make_pairs import write_pairs
-from calibration.teacher.perceptual.discriminator import DISCRIMINATORS, discriminator_loss, generator_loss
 from calibration.teacher.perceptual.distilled_pairs import DistilledPairs
-from calibration.teacher.perceptual.losses import Adversary
+from calibration.teacher.perceptual.losses import DISCRIMINATORS, Adversary, discriminator_loss, generator_loss
 from calibration.teacher.perceptual.settings import DISCRIMINATORS as DISCRIMINATOR_NAMES
 from calibration.teacher.perceptual.settings import PhotoSettings
 from qartsr_pipeline import QArtSRPipeline

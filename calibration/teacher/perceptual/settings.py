@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 PHOTO = "photo"  # the phase's name
-DISCRIMINATORS = ("patch", "unet")  # the keys of `discriminator.DISCRIMINATORS`
+DISCRIMINATORS = ("patch", "unet")  # the keys of `losses.DISCRIMINATORS`
 
 
 @dataclass(frozen=True)

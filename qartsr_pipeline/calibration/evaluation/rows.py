@@ -142,7 +142,8 @@ def table(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[str]]]:
 
 def _title(metric: str) -> str:
     name = metric.removesuffix(TO_FULL_PRECISION)
-    return name.upper() if name == metric else f"{name.upper()} to full precision"
+    title = COLUMNS[name][0] if name in COLUMNS else name.upper()
+    return title if name == metric else f"{title} to full precision"
 
 
 def markdown(rows: Sequence[EvaluationRow]) -> str:
