@@ -14,9 +14,9 @@ from huggingface_hub import errors
 from qartsr_pipeline.checkpoint_files.checking import quantization_configs, read_model_index
 from qartsr_pipeline.checkpoint_files.integrity import CheckpointError
 
-# The model that commands and nodes use when none is named. Of full precision's gain over bicubic, W8A8 keeps 99 % and W4A4 95 %,
-# and on a CPU with VNNI W8A8 is at least as fast; W4A4 is only smaller.
-DEFAULT_CHECKPOINT = "tiny-w8a8"
+# The model that commands and nodes use when none is named: most images that people enlarge are photographs that were compressed.
+# On those, W4A4 is as good as W8A8 and full precision, and it is smaller (docs/benchmarks.md, "Photographs").
+DEFAULT_CHECKPOINT = "photo-w4a4"
 _SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 # A repository on the Hub: owner/name, exactly one slash.
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
