@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from calibration.teacher import train as teacher
 from qartsr_pipeline.calibration import perceptual
+from qartsr_pipeline.calibration.backbones import LAYOUTS
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.perceptual import LAYOUTS
 from qartsr_pipeline.calibration.retraining.report import plot_if_possible
 from tiny_models import build_tiny_unet, build_tiny_vae
 

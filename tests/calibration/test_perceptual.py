@@ -16,18 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qartsr_pipeline.calibration import perceptual
+from qartsr_pipeline.calibration import backbones as backbone_files
+from qartsr_pipeline.calibration.backbones import LAYOUTS, VARIABLE, fetch_backbone, find_backbone, load_backbone, package_file
 from qartsr_pipeline.calibration.evaluation import evaluate
-from qartsr_pipeline.calibration.perceptual import (
-    LAYOUTS,
-    VARIABLE,
-    Dists,
-    Lpips,
-    NormalizedDistance,
-    fetch_backbone,
-    find_backbone,
-    load_backbone,
-)
+from qartsr_pipeline.calibration.perceptual import Dists, Lpips, NormalizedDistance
 from qartsr_pipeline.calibration.training.losses import EncoderFeatures, load_perceptual
 from tiny_models import build_tiny_pipeline
 
@@ -95,7 +87,7 @@ def check_against_packages(lpips, dists, folder):
     low, high = photographs()
     theirs = {name: lpips.LPIPS(net=net, verbose=False)(low, high) for name, net in (("lpips", "alex"), ("lpips_vgg", "vgg"))}
     model = dists.DISTS(load_weights=False)  # which it would look for in sys.prefix
-    shares = torch.load(perceptual.package_file("DISTS_pytorch", "dists-pytorch", "weights.pt"), weights_only=True)
+    shares = torch.load(package_file("DISTS_pytorch", "dists-pytorch", "weights.pt"), weights_only=True)
     model.alpha.data, model.beta.data = shares["alpha"], shares["beta"]
     theirs["dists"] = model((low + 1) / 2, (high + 1) / 2)
     options = {"metrics": list(theirs), "backbones": folder, "peers": {"low": lambda _: (low + 1) / 2}}
@@ -229,7 +221,7 @@ def test_files_that_are_no_such_backbone_are_named_and_execute_nothing(backbones
 
 
 def test_a_missing_package_names_the_commands_and_the_file(backbones, monkeypatch):
-    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    monkeypatch.setattr(backbone_files, "find_spec", lambda name: None)
     vae = build_tiny_pipeline().vae
     for build, package in (
         (lambda: Lpips("vgg", backbones), "lpips"),

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from qartsr_pipeline.calibration.arguments import AUTO, PERCEPTUAL_NAMES
-from qartsr_pipeline.calibration.perceptual import VARIABLE, Lpips, find_backbone, package_file
+from qartsr_pipeline.calibration.backbones import VARIABLE, find_backbone, package_file
+from qartsr_pipeline.calibration.perceptual import Lpips
 
 
 class Perceptual(Protocol):
