@@ -86,6 +86,11 @@ def check_prompt(
         return
     if not isinstance(prompt, str):
         raise TypeError(f"`prompt` must be a string (one for all images) or None, but is {type(prompt).__name__}.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(
+            "`prompt` holds half of a character (a surrogate), which no tokenizer can read. Pass text, for instance with"
+            " prompt.encode('utf-8', 'replace').decode()."
+        )
     if isinstance(unet.time_embedding, FoldedConstant):
         raise ValueError(
             "`prompt` has no effect on this model: its fixed prompt was folded into the weights when it was quantized."

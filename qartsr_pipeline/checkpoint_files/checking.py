@@ -272,7 +272,11 @@ def _check_quantization(config: dict[str, Any], label: str) -> None:
     method = config.get("quant_method") if isinstance(config, dict) else None
     if method != QUANT_METHOD:
         reader = _FOREIGN.get(str(method).lower())
-        way = f"That format is read by {reader}." if reader else "Load it with the library that wrote it."
+        way = (
+            f"That format is read by {reader}: load it with that, or take a QArtSR checkpoint."
+            if reader
+            else "Load it with the library that wrote it."
+        )
         said = f"quant_method {method!r}" if isinstance(config, dict) else f"something that is no object ({str(config)[:40]!r})"
         raise CheckpointError(f"{label} is quantized by {said}, which {PIPELINE_CLASS} does not read. {way}")
     version = config.get("format_version")

@@ -26,6 +26,8 @@ def test_a_folded_model_takes_none(pipeline):
 def test_a_prompt_is_one_string(pipeline):
     with pytest.raises(TypeError, match="`prompt` must be a string.*list"):
         pipeline(PICTURE, prompt=["a", "b"])
+    with pytest.raises(ValueError, match="`prompt` holds half of a character.*Pass text"):
+        pipeline(PICTURE, prompt="a\ud800")
 
 
 def test_without_text_encoder_or_tokenizer(pipeline, tmp_path):
