@@ -175,7 +175,7 @@ class _Captured(Exception):
 def test_the_search_gets_what_was_asked_for_and_computes_where_the_pipeline_does(monkeypatch, tmp_path):
     seen = {}
 
-    def captured(model, data, folder, search, settings, device, progress):
+    def captured(model, data, folder, search, settings, perceptual, device, progress):
         seen.update(search=search, device=device, held_out=len(data.held_out))
         raise _Captured
 
