@@ -233,7 +233,7 @@ def folder_size(model: str) -> str:
 
 @pytest.mark.parametrize("model", [card.parent.name for card in CARDS if card.parent.name.startswith("photo")])
 def test_the_numbers_of_the_photograph_models_are_those_measured(model):
-    results = json.loads((ROOT / "benchmarks/results/photo_models.json").read_text(encoding="utf-8"))["rows"]
+    results = json.loads((ROOT / "benchmarks/results/quality_photo_models.json").read_text(encoding="utf-8"))["rows"]
     reduced, degraded = ([f"{row[0]:.2f}", f"{row[1]:.4f}", f"{row[2]:.4f}"] for row in results[model].values())
     for path in (f"qartsr_pipeline/checkpoints/{model}/README.md", "docs/benchmarks.md"):
         assert table((ROOT / path).read_text(encoding="utf-8"))[model] == [folder_size(model), *reduced, *degraded], path
