@@ -58,7 +58,8 @@ def quantize(
         recipe: the method: a name ("qartsr", "lsq", "efficientdm", "maxmin", ..; see `recipe_names`), a YAML file, or a `Recipe`.
         steps: optimizer steps in all, 0 or more; None for as many as the recipe says (350 for most). More is better and slower.
         seed: decides which patches are cut from the images, 0 or more.
-        degradation: how low-resolution images are made of them: "bicubic", or "realesrgan" with blur, noise and JPEG.
+        degradation: how low-resolution images are made of them: "bicubic", or with blur, noise and JPEG: "real", "photo",
+            "realesrgan".
         perceptual: what a recipe's perceptual loss is: "encoder" (features of the model's own encoder), "lpips" (VGG16, needs the
             package of that name), or "auto": LPIPS if package and backbone are on this machine. The record says which.
         perceptual_weights: for LPIPS: a local file with the weights of its backbone, or a folder with one; None to look for it

@@ -42,7 +42,7 @@ class RunArguments:
         start: folder of a run, or quantized checkpoint, whose parameters this one starts from.
         data, evaluate: folders of images; None for procedural ones, and for the sample.
         perceptual: one of `PERCEPTUAL_NAMES`, or `AUTO`.
-        perceptual_weights: file with the backbone of LPIPS.
+        perceptual_weights: file with the backbone of LPIPS, or a folder with one.
         retraining_loss: at another timestep, one of `settings.RETRAINING_LOSSES`.
         model_in_memory, data_in_memory, evaluate_in_memory: what `quantize` was given in memory, so that no folder has it; of the
             images to calibrate on their SHA-256.

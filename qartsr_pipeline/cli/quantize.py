@@ -75,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="features of the model's own encoder, or LPIPS (VGG16); auto: LPIPS where it is on this machine; default:"
         f" {DEFAULTS.perceptual}",
     )
-    add("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS, torchvision's, as a local file")
+    add("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS, torchvision's: a local file, or a folder with it")
     add("--evaluate", metavar="FOLDER", help="photographs for the report; default: the sample that comes along")
     add("--seed", type=int, help=f"default: {DEFAULTS.seed}")
     add("--output", type=Path, default=OUTPUT, help=f"the run's folder; default: {OUTPUT}")

@@ -51,7 +51,7 @@ def evaluate(
 ) -> list[EvaluationRow]:
     """Measures models on images, beside bicubic enlargement. Prints nothing.
 
-    An original is cut to multiples of 4, reduced 4 times, rounded to 8 bits, and enlarged again by every model; outputs are
+    An original is cut to multiples of 4, reduced by 4, rounded to 8 bits, and enlarged again by every model; outputs are
     rounded to 8 bits and compared with the original. If the first model is in full precision, the others' outputs are compared
     with its outputs as well.
 
@@ -73,7 +73,7 @@ def evaluate(
         peers: name of a row -> another upscaler to measure: a function of (1, 3, h, w) to (1, 3, 4h, 4w), float32 in [0, 1], such
             as `evaluation.peers.lanczos` and `RealEsrgan`; or a folder with its outputs, matched by file name.
         backbones: folder with the files of LPIPS' and DISTS' backbones; None to look for them and, where they are not on this
-            machine, to download them. See `qartsr_pipeline.calibration.perceptual`.
+            machine, to download them. See `qartsr_pipeline.calibration.backbones`.
         progress: called with the image's name, and how many of how many enlargements are done.
         on_image: called with each image's outputs.
 
