@@ -1,8 +1,8 @@
-"""Several calls at once: what each has of its own, and when one of them has to have a module alone.
+"""Several calls at once: what each has of its own, and when one of them needs a module to itself.
 
-A call writes nothing into the modules that it runs, so that any number may run them. Two things cannot be done like that: hooks
-of accelerate and diffusers that move or cast weights around every call of a layer, and a stage that is repeated in a wider dtype.
-They wait until nobody else uses the module.
+A call writes nothing into the modules that it runs, so any number of calls may run them. Two things do change a module: hooks of
+accelerate and diffusers that move or cast weights around every call of a layer, and a stage that is repeated in a wider dtype.
+They wait until nobody else uses it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qartsr_pipeline.input_checks import CallArguments, replaced_tensors
 
 
 class Access:
-    """Who uses a module: several threads together, or one alone, which may use it together with itself."""
+    """Who uses a module: several threads together, or one alone, which may enter again, either way."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -35,7 +35,7 @@ class Access:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Waits while another thread uses the module alone, or waits for that."""
+        """Waits while another thread uses the module alone, or is waiting to."""
         me = threading.get_ident()
         with self._changed:
             if self._alone != me and not self._together[me]:
@@ -75,15 +75,15 @@ _looking = threading.Lock()
 
 
 def access_to(module: nn.Module) -> Access:
-    """The module's own, the same for all pipelines that share it."""
+    """The module's own `Access`, the same for all pipelines that share the module."""
     with _looking:
         return _of_modules.setdefault(module, Access())
 
 
 @contextmanager
 def alone_where_needed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within this context nobody else uses these modules, if running changes one of them: those that are offloaded make room for
-    each other.
+    """Within this context nobody else uses these modules, if running changes one of them. All are taken, because offloaded ones
+    make room for each other.
     """
     modules = sorted(modules, key=id)  # everybody in one order, so that no two wait for each other
     with ExitStack() as stack:
@@ -111,8 +111,8 @@ class Call:
     Attributes:
         steps: how many tiles it has.
         tile: the last one that was finished, and its grid.
-        interrupted: the tiles that are left are not computed.
-        running: False when it has ended.
+        interrupted: the remaining tiles are not computed.
+        running: False once the call has ended.
     """
 
     steps: int = 1
@@ -133,7 +133,7 @@ class Calls:
         return Calls, ()
 
     def current(self) -> Call:
-        """This thread's call, or its last one; in a thread that made none, the one that began last in any."""
+        """This thread's call, or its last one; in a thread that made none, the call that began last in any thread."""
         return vars(self._of_thread).get("call", self._latest)
 
     @contextmanager
@@ -151,7 +151,7 @@ class Calls:
                 self._of_thread.call = outer
 
     def interrupt(self, interrupted: bool) -> None:
-        """This thread's call if it has one that runs, as in a callback; otherwise all that run, as from a button."""
+        """Sets it for this thread's call if one runs, as in a callback; otherwise for all that run, as from a button."""
         own = vars(self._of_thread).get("call")
         for call in [own] if own is not None and own.running else list(self._running):
             call.interrupted = interrupted
@@ -166,7 +166,7 @@ class TileReporter:
         self.step = 0
 
     def __call__(self, tensors: dict[str, torch.Tensor], tile: Tile, grid: TileGrid) -> dict[str, torch.Tensor]:
-        """`tensors` of one tile of the grid, as the callback leaves them."""
+        """Returns `tensors`, those of one tile of the grid, as the callback leaves them."""
         self.call.tile = (tile, grid)
         if self.callback is not None:
             chosen = {name: tensors[name] for name in self.names if name in tensors}

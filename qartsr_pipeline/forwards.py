@@ -1,7 +1,7 @@
-"""What stands around a module's own forward, or in its place: hooks, and functions that one call has put there for itself.
+"""What runs around a module's own forward, or in place of it: hooks, and functions that one call has put there for itself.
 
-Several threads may run the same modules. What one of them exchanges holds for its own context only (`contextvars`, so also for
-threads that it starts with a copy of its context): the others go on with what the module had.
+Several threads may run the same modules. What one of them exchanges is exchanged in its own context only (`contextvars`, so also
+in threads that it starts with a copy of its context): the others keep calling what the module had.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _installing = threading.Lock()
 
 
 class ExchangedForward:
-    """Stands in the place of a module's forward while any call has exchanged it, and looks up what this context calls instead.
+    """Stands in for a module's forward while any call has exchanged it, and looks up what this context calls instead.
 
-    It holds nothing of any call.
+    What a call has put there is kept in the call's context, not here.
     """
 
     def __init__(self, module: nn.Module, name: str):
@@ -49,7 +49,7 @@ class ExchangedForward:
 def exchanged_forwards(modules: Sequence[SomeModule], forward_of: Callable[[SomeModule], Forward]) -> Iterator[None]:
     """Within this context each module computes ``forward_of(module)`` instead of its own forward. Other threads see no change.
 
-    Afterwards, also after an exception, a module has the attribute that it had before anybody exchanged it, or none.
+    Afterwards, even after an exception, a module has the attribute that it had before anybody exchanged it, or none.
     """
     exchanged: dict[nn.Module, Forward] = {module: forward_of(module) for module in modules}
     token = _of_this_context.set({**_of_this_context.get(), **exchanged})
@@ -73,7 +73,7 @@ def _install(module: nn.Module, user: int) -> None:
 
 
 def _remove(module: nn.Module, user: int) -> None:
-    """Takes this user away, if it is there, and with the last one the exchange."""
+    """Removes this user, if it is there; when the last one goes, the module's own forward is put back."""
     with _installing:
         present = module.__dict__.get(_forward_name(module))
         if not isinstance(present, ExchangedForward):
@@ -100,8 +100,8 @@ def own_forward(module: nn.Module) -> Forward:
 
 
 def other_forward(module: nn.Module) -> Forward | None:
-    """The forward that this context finds on this one module (offloading and exchanges put one there), None if it is its class's.
-    accelerate leaves the class's own there when it takes its hook off.
+    """The forward that this context finds on the module itself (offloading and exchanges put one there). None if it is only that
+    of the class, which accelerate leaves there when it removes its hook.
     """
     forward = vars(module).get("forward")
     if isinstance(forward, ExchangedForward):

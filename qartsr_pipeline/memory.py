@@ -1,4 +1,4 @@
-"""Main memory: how much this process may still take, and how much an enlargement takes beside the network."""
+"""Main memory: how much this process may still take, and how much an enlargement needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BANDS = 1 << 28  # colours are aligned band by band; for large images
 
 
 class NotEnoughMemory(MemoryError):
-    """An image is too large for the main memory that is free. Raised before it is taken."""
+    """An image is too large for the main memory that is free. Raised before the memory is taken."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Enlargement:
     """One image of a call. Sizes are (height, width).
 
     Attributes:
-        size: of the image.
-        working: at the network's own scale.
-        result: as asked for.
+        size: of the input image.
+        working: its size at the network's own scale.
+        result: size of the result, as asked for.
+        alpha: whether an alpha channel is enlarged, too.
         decoded: False if only latents are wanted.
         network: bytes of main memory that a pass of the network takes at least; 0 on a GPU.
     """
@@ -40,7 +41,7 @@ class Enlargement:
     network: int = 0
 
     def images(self) -> int:
-        """Bytes of whole images, which grow with the size."""
+        """Bytes of whole images; they grow with the image's size."""
         working, result = (height * width for height, width in (self.working, self.result))
         pixels = max(working, result) if self.decoded else working // 2
         return pixels * (WORKING + WITH_ALPHA * self.alpha) + 16 * self.size[0] * self.size[1]
@@ -88,7 +89,7 @@ def check_memory(enlargements: Sequence[Enlargement], free: int | None = None) -
 
 
 def free_main_memory() -> int:
-    """Bytes that this process can still take: of the machine, and of the control groups (containers, batch jobs) it runs in."""
+    """Bytes that this process can still take, by the machine and by the control groups (containers, batch jobs) it runs in."""
     return min([psutil.virtual_memory().available, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 

@@ -1,6 +1,6 @@
 """LPIPS (arXiv 1801.03924) and DISTS (arXiv 2004.07728), as metrics and as losses.
 
-Both compare features of a recognition network (see `backbones`) with a few weights of their own, which are read from their PyPI
+Both compare features of a recognition network (see `backbones`) with a few weights of their own, which are read from the PyPI
 packages lpips and dists-pytorch. Neither package is imported: they import torchvision, which is large, and which stops diffusers
 from loading where it does not match PyTorch. The values are the packages' up to float rounding, and the gradients are faster.
 
@@ -86,8 +86,9 @@ class Lpips(nn.Module):
 
     Args:
         network: "vgg" or "alex".
-        weights: the backbone's file or folder; see the module.
-        stages: leave the last out at small patches: they see little and cost a lot. The metric is that of all 5.
+        weights: the backbone's file or folder; see `backbones`.
+        stages: how many to use, from the first. The metric uses all 5. For small patches leave the last ones out, which see
+            little there and cost a lot.
 
     Raises:
         ImportError: the package lpips is not installed.
@@ -115,7 +116,7 @@ class Lpips(nn.Module):
         """The mean over the batch, a scalar; gradients reach ``image`` alone.
 
         Raises:
-            ValueError: images of two shapes, or smaller than the backbone can take.
+            ValueError: images of different shapes, or smaller than the backbone can take.
         """
         _check(image, wanted, self.network, self.name)
         with torch.no_grad():
@@ -127,7 +128,7 @@ class Lpips(nn.Module):
 
 
 class L2PooledBackbone(Backbone):
-    """VGG16 with DISTS' smoothing in the place of its maxima, which let shifts of a pixel through."""
+    """VGG16 with DISTS' L2 pooling in place of max pooling, which reacts to shifts of a single pixel."""
 
     window: torch.Tensor
 
@@ -147,7 +148,7 @@ class Dists(nn.Module):
     """1 - similarity of the features' means (texture) and of their structure; 0 for equal images.
 
     Args:
-        weights: VGG16's file or folder; see the module.
+        weights: VGG16's file or folder; see `backbones`.
 
     Raises:
         ImportError: the package dists-pytorch is not installed.
@@ -179,7 +180,7 @@ class Dists(nn.Module):
         """The mean over the batch, a scalar; gradients reach ``image`` alone.
 
         Raises:
-            ValueError: images of two shapes, or smaller than 16 x 16.
+            ValueError: images of different shapes, or smaller than 16 x 16.
         """
         _check(image, wanted, "vgg", self.name)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time works in it, and what killed processes left there is removed.
+"""The folder of a run: one process at a time works in it, and what killed processes left behind is removed.
 
 Nothing heavy is imported here, so that command lines can look at a folder quickly.
 """
@@ -30,7 +30,7 @@ FULL, READ_ONLY, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS,), (errn
 class SavingError(OSError):
     """A file or folder of a run could not be written. The message says why and what is kept.
 
-    A command that can continue a run adds how to do so.
+    A command that can continue a run adds how to continue it.
     """
 
 
@@ -51,7 +51,7 @@ def remedy(error: Exception) -> str:
 
 
 def explained(error: OSError, folder: Path) -> OSError:
-    """A `SavingError` with the remedy for an error about the disk or about ``folder``; any other error as it is."""
+    """A `SavingError` with the remedy, if the error is about the disk or about ``folder``; any other error as it is."""
     if isinstance(error, (SavingError, FolderInUseError)) or error.errno is None:
         return error
     name = error.filename if isinstance(error.filename, (str, os.PathLike)) else None
@@ -79,7 +79,7 @@ def check_free(folder: Path) -> None:
     """Makes sure that a new run can have the folder: it does not exist, or holds nothing but what killed processes left.
 
     Raises:
-        FileExistsError: it is a file, or holds something. SavingError: it cannot be read.
+        FileExistsError: it is a file, or holds something else. SavingError: it cannot be read.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -95,7 +95,7 @@ def _is_left_over(name: str) -> bool:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Removes what processes that were killed while saving left in the folder. Only for who holds its lock."""
+    """Removes what processes that were killed while saving left in the folder. Only for the process that holds its lock."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if LEFT_OVER.fullmatch(path.name) is None:
             continue
@@ -106,9 +106,9 @@ def remove_left_over(folder: Path) -> None:
 
 
 class FolderLock:
-    """Held by the one process that works in a folder. The system lets go of it when the process ends, however it ends.
+    """Held by the one process that works in a folder. The system releases it when the process ends, however it ends.
 
-    A context, at the end of which the lock is released. Where the file system has no locks, it keeps nobody out.
+    A context manager, which releases the lock at its end. Where the file system has no locks, it keeps nobody out.
 
     Attributes:
         held: whether `take` has succeeded.

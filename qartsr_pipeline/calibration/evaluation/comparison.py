@@ -1,4 +1,4 @@
-"""`compare`: photographs enlarged by several models, on a page where any two results lie over one another."""
+"""`compare`: photographs enlarged by several models, on a page where any two results are laid over each other."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ def compare(
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ComparisonPage:
-    """Enlarges photographs with several models and writes one HTML file that shows the results over one another. Prints nothing.
+    """Enlarges photographs with several models and writes one HTML file that shows the results over each other. Prints nothing.
 
-    The page holds all images without loss, needs no network, and can be given away as it is. Each photograph is there in its
-    bicubic enlargement, in each model's, and in those of other programs. What can be checked is checked before anything is
+    The page holds all images without loss, needs no network, and can be passed on as it is. It shows each photograph's bicubic
+    enlargement, each model's, and those of other programs. What can be checked is checked before anything is
     computed. One model is in memory at a time.
 
     Args:
         photographs: image files.
         models: as in `evaluate`; none if only `outputs` are to be compared.
         page: the HTML file.
-        outputs: name -> what another program made of the photographs: its file, or a folder in which it is called like the
-            photograph, perhaps with "_x4" (for `upscale` 4), "x4" or "_out" behind. It has exactly the size that `upscale` gives.
+        outputs: name -> what another program made of the photographs: its file, or a folder in which it is named after the
+            photograph, if need be with "_x4" (for `upscale` 4), "x4" or "_out" appended. Its size is exactly what `upscale` gives.
         upscale: enlargement, above 0 and up to 16.
         tile_size: as in `QArtSRPipeline.__call__`.
         device, dtype: for models that are loaded here; None for the CPU and what the folder stores. A pipeline stays as it is.
@@ -137,7 +137,7 @@ def compare(
             seconds[name].append(taken)
             if progress:
                 progress(name, number * len(loaded) + index, total)
-        del pipeline  # its memory is the next one's
+        del pipeline  # makes room for the next one
     for photograph, found in zip(loaded, others, strict=True):
         photograph.images += [NamedImage(name, pixels) for name, pixels in found.items()]
 
@@ -164,7 +164,7 @@ def find_output(place: Path, photograph: Path, upscale: float) -> Path:
     """The file that another program made of a photograph.
 
     Args:
-        place: the file itself; or a folder in which it is called like the photograph, perhaps with an ending such as "_x4".
+        place: the file itself; or a folder in which it is named after the photograph, if need be with "_x4" or the like appended.
 
     Raises:
         FileNotFoundError: there is none. ValueError: there are several.
@@ -247,7 +247,7 @@ def _displayed(file: ImageFile) -> np.ndarray:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """As RGB; a profile of another kind of image, or a damaged one, is disregarded as other programs do."""
+    """As RGB; a profile for another kind of image, or a damaged one, is ignored, as other programs do."""
     if profile:
         try:
             source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
