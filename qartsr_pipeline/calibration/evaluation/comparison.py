@@ -78,7 +78,7 @@ def compare(
         models: as in `evaluate`; none if only `outputs` are to be compared.
         page: the HTML file.
         outputs: name -> what another program made of the photographs: its file, or a folder in which it is named after the
-            photograph, if need be with "_x4" (for `upscale` 4), "x4" or "_out" appended. Its size is exactly what `upscale` gives.
+            photograph, if need be, with "_x4" (for `upscale` 4), "x4" or "_out" appended. Its size is what `upscale` gives.
         upscale: enlargement, above 0 and up to 16.
         tile_size: as in `QArtSRPipeline.__call__`.
         device, dtype: for models that are loaded here; None for the CPU and what the folder stores. A pipeline stays as it is.
