@@ -148,9 +148,30 @@ def _expected_tensors(name: str, class_name: str, config: str, quantization: str
 
 
 def _built(kind: type, settings: dict[str, Any]) -> Any:
-    """An object of a diffusers class, without settings that its constructor does not know; diffusers warns about those."""
+    """An object of a diffusers class, without settings that its constructor does not know; diffusers warns about those.
+
+    Raises:
+        TypeError: a setting is of another type than the constructor's default. Some are only used in the forward pass.
+    """
     known = inspect.signature(kind).parameters
-    return kind(**{key: value for key, value in settings.items() if key in known})
+    settings = {key: value for key, value in settings.items() if key in known}
+    for key, value in settings.items():
+        if not _is_like(value, known[key].default):
+            raise TypeError(f"{key} is {str(value)[:80]!r}, where {known[key].default!r} is usual")
+    return kind(**settings)
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a setting from JSON can stand in the place of a default. None and lists are left to the constructor."""
+    if value is None or default is None or default is inspect.Parameter.empty:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, (bool, list))
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    if isinstance(default, int):
+        return isinstance(value, (int, float, list))
+    return not isinstance(default, str) or isinstance(value, str)
 
 
 def _with_present_names(
