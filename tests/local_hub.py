@@ -32,6 +32,7 @@ class LocalHub:
     token: str | None = None
     break_after: int | None = None
     asked: list[str] = field(default_factory=list)
+    closed: bool = field(default=False, repr=False)
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __enter__(self) -> LocalHub:
@@ -48,6 +49,7 @@ class LocalHub:
         return self
 
     def __exit__(self, *_) -> None:
+        self.closed = True
         self._server.shutdown()
         self._server.server_close()
 
@@ -81,6 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
+        if self.hub.closed:  # a connection that its client keeps open
+            self.close_connection = True
+            return
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"{self.command} {path}")
         api, resolve = f"/api/models/{self.hub.repo_id}", f"/{self.hub.repo_id}/resolve/"

@@ -120,7 +120,8 @@ class Server:
             for name, spec in (declared["required"] | declared.get("optional", {})).items():
                 kind = spec[0]
                 if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                    inputs[name] = next(widgets)
+                    default = spec[1].get("default") if len(spec) > 1 else None  # of inputs that the workflow is older than
+                    inputs[name] = next(widgets, default)
             graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
         return graph
 
