@@ -132,12 +132,29 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _replace(folder: Path, new: Path, old_weights: list[Path]) -> None:
-    """Moves the files of `new` into `folder` and removes old weights that were not replaced."""
+    """Moves the files of `new` into `folder` and removes old weights that were not replaced.
+
+    After an OSError the files that were there are moved back.
+    """
     files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
     files.sort(key=lambda file: file.name != CHECKSUMS_NAME)
-    for file in files:
-        (folder / file).parent.mkdir(exist_ok=True)
-        os.replace(new / file, folder / file)
+    earlier = new / "earlier"
+    way_back: list[tuple[Path, Path]] = []
+    try:
+        for file in files:
+            (folder / file).parent.mkdir(exist_ok=True)
+            if os.path.lexists(folder / file):
+                (earlier / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / file, earlier / file)
+                way_back.append((earlier / file, folder / file))
+            else:
+                way_back.append((folder / file, new / file))
+            os.replace(new / file, folder / file)
+    except OSError:
+        for source, target in reversed(way_back):
+            if os.path.lexists(source):
+                os.replace(source, target)
+        raise
     for file in set(old_weights) - set(files):
         (folder / file).unlink(missing_ok=True)
 

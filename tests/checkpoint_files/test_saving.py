@@ -71,6 +71,23 @@ def test_a_save_that_fails_leaves_everything_as_it_was(tiny_pipeline, other, tmp
     assert over == folder.exists() and len(list(tmp_path.iterdir())) == over
 
 
+def test_a_file_that_cannot_be_replaced_leaves_the_earlier_checkpoint(tiny_folder, other, monkeypatch):
+    """As on Windows, where a file that is open elsewhere cannot be."""
+    (tiny_folder / "pipeline.py").unlink()
+    before = {path: path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()}
+    replace = os.replace
+
+    def refuse(source, target):
+        if saving._MARK in str(source) and target == tiny_folder / "unet" / "config.json" and "earlier" not in source.parts:
+            raise PermissionError(13, "it is in use")
+        replace(source, target)
+
+    monkeypatch.setattr(saving.os, "replace", refuse)
+    with pytest.raises(OSError, match="in use.*is unchanged"):
+        other.save_pretrained(tiny_folder)
+    assert {path: path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_process_that_ends_between_two_files_leaves_a_folder_that_is_refused(tiny_folder, other, monkeypatch):
     moved, replace = [], os.replace
 
