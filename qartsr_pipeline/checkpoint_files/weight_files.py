@@ -138,7 +138,8 @@ def check_safetensors(path: Path, label: str) -> dict[str, StoredTensor]:
         state = "truncated" if size < expected else "damaged"
         raise CheckpointError(f"{label} is {state}: it has {size} bytes, its header describes {expected}. {RENEW}")
     occupied = getattr(status, "st_blocks", size) * 512  # Windows does not say
-    if size - occupied > _HOLE and occupied < size / 16:
+    # Less than the header takes: the file system does not say either, or has not yet decided where the file goes.
+    if size - occupied > _HOLE and 4096 <= occupied < size / 16:
         raise CheckpointError(
             f"{label} is damaged: of its {size:,} bytes only {occupied:,} were ever written, as after an interrupted download."
             f" {RENEW}"

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "quantization"))
 from quantized_models import quantized_pipeline  # noqa: E402
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, write_checksums
+from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint, weight_files, write_checksums
 
 W = "diffusion_pytorch_model.safetensors"
 IMAGE = np.random.RandomState(0).randint(0, 255, (6, 5, 3)).astype("uint8")
@@ -220,3 +221,13 @@ def test_a_changed_configuration_is_noticed_by_its_sum_and_line_ends_are_not(tin
     QArtSRPipeline.from_pretrained(tiny_folder)
     path.write_bytes(text.replace(b'"scaling_factor": 0.5', b'"scaling_factor": 0.7'))
     assert "vae/config.json in" in refusal(tiny_folder)
+
+
+def test_where_the_file_system_does_not_say_how_much_was_written_a_large_file_is_taken(tmp_path, monkeypatch):
+    header = json.dumps({"embedding": {"dtype": "U8", "shape": [1 << 31], "data_offsets": [0, 1 << 31]}}).encode()
+    path = tmp_path / W
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + (1 << 31))
+    status = SimpleNamespace(st_size=path.stat().st_size, st_blocks=0)
+    monkeypatch.setattr(weight_files, "check_readable", lambda path, label: status)
+    assert weight_files.check_safetensors(path, "large")["embedding"].shape == (1 << 31,)
