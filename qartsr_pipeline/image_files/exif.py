@@ -238,7 +238,7 @@ def _with_integers(block: Bytes, order: str, tags: Iterable[Tag], values: dict[i
     changed = bytearray(block[:])
     for tag in tags:
         if tag.number in values and tag.count == 1 and tag.kind in (1, 3, 4):
-            kind = 4 if values[tag.number] > 65535 else tag.kind
+            kind = tag.kind if values[tag.number] < 1 << 8 * _VALUE_BYTES[tag.kind] else 4
             new = struct.pack(f"{order}{_INTEGERS[kind]}", values[tag.number])
             changed[tag.position + 2 : tag.position + 4] = struct.pack(f"{order}H", kind)
             changed[tag.position + 8 : tag.position + 12] = new.ljust(4, b"\0")

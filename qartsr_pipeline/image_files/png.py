@@ -69,7 +69,7 @@ def take_apart(data: bytes) -> PngFile:
         else:
             try:
                 _take(png, name, content)
-            except (ValueError, struct.error, zlib.error) as error:
+            except (ValueError, IndexError, struct.error, zlib.error) as error:
                 png.problems.append(f"{_printable(name)} is damaged ({error})")
     png.pixels = b"".join(essential)
     return png

@@ -179,6 +179,11 @@ def test_only_orientation_size_and_preview_change_in_an_exif_block(order):
     assert exif.upright(changed) == (changed, 1)
 
 
+def test_a_width_in_one_byte_gets_room_for_a_larger_one():
+    changed = exif.with_size(exif_block([(0x0100, 1, 1, b"\x14")]), 12, 2000)
+    assert exif.with_size(exif_block([(0x0100, 4, 1, struct.pack("<I", 20))]), 12, 2000) == changed
+
+
 def test_maker_notes_stay_where_they_are_even_in_tiff(tmp_path):
     source = ImageFile(np.zeros((2, 2, 3), np.uint8), Metadata(exif=full_exif()))
     write_image(tmp_path / "a.tif", np.zeros((2, 2, 3)), source)
@@ -258,6 +263,7 @@ DAMAGED = {
     "gamma": chunk(b"gAMA", b"\0"),
     "profile": chunk(b"iCCP", b"name\0\0not compressed"),
     "checksum": chunk(b"tEXt", b"parameters\0a tree")[:-4] + b"abcd",
+    "XMP without languages": chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0"),
     "short text": chunk(b"zTXt", b"Raw profile type iptc\0\0" + zlib.compress(b"\niptc\n")[:-3]),
 }
 
