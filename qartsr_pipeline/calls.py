@@ -87,7 +87,11 @@ def alone_where_needed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     modules = sorted(modules, key=id)  # everybody in one order, so that no two wait for each other
     with ExitStack() as stack:
-        if any(is_changed_by_running(module) for module in modules):
+        for module in modules:  # a call that ends takes the hooks of offloading off for a moment
+            stack.enter_context(access_to(module).together())
+        changed = any(is_changed_by_running(module) for module in modules)
+    with ExitStack() as stack:
+        if changed:
             for module in modules:
                 stack.enter_context(access_to(module).alone())
         yield
@@ -104,7 +108,7 @@ def registry_of_hooks(module: nn.Module) -> HookRegistry | None:
     return registry if isinstance(registry, HookRegistry) and registry.hooks else None
 
 
-@dataclass
+@dataclass(eq=False)  # two calls are never the same one
 class Call:
     """What a call of the pipeline shows to its callback.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass, field
 
 import torch
@@ -147,13 +148,14 @@ def run_tiles(
     kind, shrink = ("image", 1) if settings.decode else ("latents", plan.latent_factor)
     channels = 3 if settings.decode else network.vae.config["latent_channels"]
     noise = draw_noise(network, padded, plan.latent_factor, settings)
+    around = copy_context()  # a callback may call the network on another image, which has statistics of its own
 
     def run(tile: Tile) -> torch.Tensor:
         if settings.interrupted():
             sides = (tile.height // shrink, tile.width // shrink)
             return tile.cut(padded) if settings.decode else torch.zeros(1, channels, *sides)
         tensors = run_tile(network, padded, noise, [tile], plan.latent_factor, settings.decode)
-        return (on_tile(tensors, tile, grid) if on_tile else tensors)[kind].to("cpu", torch.float32)
+        return (around.run(on_tile, tensors, tile, grid) if on_tile else tensors)[kind].to("cpu", torch.float32)
 
     with shared_statistics(network, padded, noise, plan, settings):
         if len(grid) == 1:

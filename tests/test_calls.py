@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qartsr_pipeline.calls import Access
+from qartsr_pipeline.calls import Access, access_to, alone_where_needed
 from qartsr_pipeline.forwards import exchanged_forwards, other_forward, own_forward
 from tiny_models import build_tiny_pipeline
 
@@ -129,6 +129,16 @@ def test_a_call_that_is_stopped_anywhere_leaves_everything_as_it_was(pipe, momen
     assert state(pipe) == before
 
 
+def test_an_image_that_a_callback_enlarges_has_nothing_of_the_outer_one(pipe):
+    inner = []
+
+    def enlarge_another(pipe, step, timestep, tensors):
+        inner.append(enlarge(pipe, 2))
+
+    pipe(scene(7), tile_size=64, callback_on_step_end=enlarge_another)
+    assert len(inner) > 1 and all(np.array_equal(one, enlarge(pipe, 2)) for one in inner)
+
+
 def test_a_callback_that_fails_leaves_everything_as_it_was(pipe):
     before = state(pipe)
 
@@ -241,3 +251,19 @@ def test_a_module_is_used_together_or_alone():
     assert order == ["together", "alone"]
     with access.alone():
         pass
+
+
+def test_a_call_waits_for_hooks_that_another_takes_off_for_a_moment():
+    """At its end a call of an offloaded pipeline does so, and then puts them on again."""
+    layer, entered = nn.Linear(2, 2), threading.Event()
+
+    def begin():
+        with alone_where_needed([layer]):
+            entered.set()
+
+    other = threading.Thread(target=begin)
+    with access_to(layer).alone():
+        other.start()
+        assert not entered.wait(0.1)
+    other.join()
+    assert entered.is_set()
