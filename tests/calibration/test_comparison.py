@@ -155,3 +155,13 @@ def test_a_name_without_a_path_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["compare", "photo.png", "--outputs", "real-esrgan"])
     assert caught.value.code == 2 and "must be NAME=FOLDER or NAME=FILE, but is 'real-esrgan'" in capsys.readouterr().err
+
+
+def test_what_is_made_of_a_grey_photograph_is_grey_when_its_profile_is_applied(monkeypatch):
+    shown = []
+    monkeypatch.setattr(comparison, "_displayed", lambda file: shown.append(file.pixels.shape[2]))
+    for channels in (1, 2, 3, 4):
+        result = np.zeros((8, 8, 4 if channels in (2, 4) else 3))
+        answer = ([result],)
+        comparison._enlarged(lambda *given, **options: answer, ImageFile(np.zeros((2, 2, channels), np.uint8)), 4, None)  # noqa: B023
+    assert shown == [1, 2, 3, 4]

@@ -274,6 +274,8 @@ def _enlarged(pipeline: QArtSRPipeline, file: ImageFile, upscale: float, tile_si
     start = time.perf_counter()
     result: np.ndarray = pipeline(file.pixels, upscale, tile_size, output_type="np", return_dict=False)[0][0]
     seconds = time.perf_counter() - start
+    if file.pixels.shape[2] <= 2:  # grey again, for which a profile of grey values is
+        result = np.delete(result, (1, 2), axis=2)
     return _displayed(ImageFile(np.rint(result * 255).astype(np.uint8), file.metadata)), seconds
 
 
