@@ -93,14 +93,17 @@ def check_unfinished(order: Order, data: str | None, working: Path) -> None:
     Of the model, the folder's name is compared: the folder above may have moved, and the run itself compares the weights.
 
     Raises:
-        ValueError: the run there has other inputs.
+        ValueError: the run there has other inputs. FolderInUseError: another process works on it.
     """
     from qartsr_pipeline.calibration.arguments import read_arguments
+    from qartsr_pipeline.calibration.run_folder import FolderLock
     from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
 
     before = read_arguments(working) if (working / STATE_NAME).exists() else None
     if before is None:
-        shutil.rmtree(working, ignore_errors=True)
+        if working.is_dir():
+            with FolderLock(working).take():  # another ComfyUI with the same models folder may be about to save there
+                shutil.rmtree(working, ignore_errors=True)
         return
     compared = {
         "model": (Path(before.model).name, order.model.name),

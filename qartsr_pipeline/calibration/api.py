@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from qartsr_pipeline.calibration.arguments import Order, RunArguments, argument_text, read_arguments
+from qartsr_pipeline.calibration.arguments import AUTO, Order, RunArguments, argument_text, read_arguments
 from qartsr_pipeline.calibration.carry_out import QuantizationResult, carry_out
 from qartsr_pipeline.calibration.data.patches import images_record, pixels_of
 from qartsr_pipeline.calibration.recipe import Recipe
@@ -131,7 +131,7 @@ def quantize(
     if output is None:
         with tempfile.TemporaryDirectory(prefix="qartsr-") as folder:
             return carry_out(replace(order, output=Path(folder)), callbacks)
-    return carry_out(replace(order, continues=_continues(order.output, order.arguments)), callbacks)
+    return carry_out(_continued(order), callbacks)
 
 
 def _name_of(model: QArtSRPipeline | str | os.PathLike) -> str:
@@ -165,19 +165,21 @@ def _pixels(data: str | os.PathLike | Iterable[MemoryImage] | None, name: str) -
     return pixels_of(data, name)
 
 
-def _continues(output: Path, arguments: RunArguments) -> bool:
-    """Whether the folder holds a run with these arguments; False for a new one.
+def _continued(order: Order) -> Order:
+    """The order, as the continuation of a run with these arguments if its folder holds one.
 
     Raises:
         ValueError: it holds a run with others, by name. FileExistsError: it holds something else.
     """
-    there = read_arguments(output)
+    arguments, there = order.arguments, read_arguments(order.output)
     if there is None:
-        check_free(output)
-        return False
+        check_free(order.output)
+        return order
+    if arguments.perceptual == AUTO:  # whatever the run began with
+        arguments = replace(arguments, perceptual=there.perceptual)
     for name in there.differing(arguments):
         raise ValueError(
-            f"{output} holds a run with other arguments: {argument_text(name)} is {getattr(there, name)!r} there, not"
+            f"{order.output} holds a run with other arguments: {argument_text(name)} is {getattr(there, name)!r} there, not"
             f" {getattr(arguments, name)!r}. Repeat that run's arguments to continue it, or choose another output folder"
         )
-    return True
+    return replace(order, arguments=arguments, continues=True)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from qartsr_pipeline import QArtSRPipeline, quantize
 from qartsr_pipeline.calibration import api, job, timestep
-from qartsr_pipeline.calibration.arguments import Order, RunArguments
+from qartsr_pipeline.calibration.api import _continued
+from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, Order, RunArguments
 from qartsr_pipeline.calibration.data.pairs import TrainingData
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.run_folder import SavingError
@@ -227,6 +228,14 @@ def test_what_may_differ_when_a_run_is_continued():
     for asked, said in (("keep", []), ("search", ["model", "data", "data_in_memory"])):
         arguments = RunArguments(timestep=asked)
         assert arguments.differing(replace(arguments, **changed)) == said
+
+
+def test_a_run_from_before_lpips_was_the_default_continues_with_its_own_loss(tmp_path):
+    (tmp_path / ARGUMENTS_NAME).write_text(RunArguments(perceptual="encoder").to_json())
+    continued = _continued(Order(RunArguments(), tmp_path))
+    assert continued.continues and continued.arguments.perceptual == "encoder"
+    with pytest.raises(ValueError, match="perceptual is 'encoder' there, not 'lpips'"):
+        _continued(Order(RunArguments(perceptual="lpips"), tmp_path))
 
 
 @pytest.mark.slow
