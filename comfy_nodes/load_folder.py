@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from comfy_api.latest import io
+
+from qartsr_pipeline.memory import free_main_memory
 
 from .load_model import CATEGORY
 from .model_folders import typed_path
@@ -147,7 +148,7 @@ def load(paths: list[Path]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
 
 
 def check_memory(size: tuple[int, int], number: int, count: int) -> None:
-    free = psutil.virtual_memory().available
+    free = free_main_memory()
     if size[0] * size[1] * BYTES_PER_PIXEL > free / 2:
         raise MemoryError(
             f"main memory is full with image {number} of {count} ({free / 1e9:.1f} GB are free). Load fewer at once with"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
 
 from qartsr_pipeline.cli.messages import is_out_of_memory
+from qartsr_pipeline.memory import free_main_memory
 
 from .load_model import CATEGORY, QArtSRModel, found_by
 from .managed_model import ManagedModel
@@ -224,7 +224,7 @@ def check_memory(count: int, size: tuple[int, int], enlarged: tuple[int, int], m
     pixels = enlarged[0] * enlarged[1]
     working = max(pixels, size[0] * size[1] * model_scale**2)
     needed = 16 * count * pixels + 12 * WORKING_COPIES * working
-    free = psutil.virtual_memory().available
+    free = free_main_memory()
     if needed > free:
         raise MemoryError(
             f"{count} x {enlarged[1]} x {enlarged[0]} pixels need about {needed / 1e9:.1f} GB of main memory,"
