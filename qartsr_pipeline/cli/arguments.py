@@ -48,6 +48,11 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_outputs(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
+    """`--outputs`, which may be given several times, as (name, path) pairs; ``what`` is its help."""
+    parser.add_argument("--outputs", nargs="+", action="extend", default=[], type=named_path, metavar=metavar, help=what)
+
+
 def named_path(text: str) -> tuple[str, str]:
     """NAME=PATH as a pair, for argparse."""
     name, _, path = text.partition("=")

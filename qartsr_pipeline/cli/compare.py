@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
-from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, list_shipped, named_path
+from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, add_outputs, list_shipped
 from qartsr_pipeline.cli.messages import UsageError, say
 
 
@@ -27,15 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="MODEL",
         help=f"folder, shipped name (below) or Hub id; default: {DEFAULT_CHECKPOINT}; none where only --outputs are given",
     )
-    add(
-        "--outputs",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=named_path,
-        metavar="NAME=PATH",
-        help="what other programs made of them: a file, or a folder with files called like the photographs",
-    )
+    what = "what other programs made of them: a file, or a folder with files called like the photographs"
+    add_outputs(parser, "NAME=PATH", what)
     add("-o", "--output", type=Path, default=Path("compare.html"), metavar="PAGE.html", help="default: compare.html")
     add(
         "--scale", "--upscale", dest="upscale", type=float, default=4.0, metavar="FACTOR", help="above 0 and up to 16; default: 4"

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
-from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, device_name, named_path
+from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, add_outputs, device_name
 from qartsr_pipeline.cli.messages import UsageError
 
 REPRODUCE = "reproduce"
@@ -45,15 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--metrics", nargs="+", default=[], metavar="NAME", help="beside psnr_y, ssim_y: lpips, lpips_vgg, dists, or pyiqa's")
     add("--backbones", type=Path, metavar="FOLDER", help="with the backbones of LPIPS and DISTS (default: found or downloaded)")
     add("--lanczos", action="store_true", help="also Lanczos enlargement")
-    add(
-        "--outputs",
-        nargs="+",
-        action="extend",
-        default=[],
-        type=named_path,
-        metavar="NAME=FOLDER",
-        help="also what other programs made of them, in files called like the photographs",
-    )
+    add_outputs(parser, "NAME=FOLDER", "also what other programs made of them, in files called like the photographs")
     add("--realesrgan", type=Path, metavar="FOLDER", help="also Real-ESRGAN x4plus, with its weights there, through ncnn")
     add("--output", type=Path, help="the JSON report; the table is written beside it as .md")
     add("--pictures", type=Path, metavar="FOLDER", help="write comparison images there")

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 
 from qartsr_pipeline.calibration.evaluation.api import Model, named_models
 from qartsr_pipeline.calibration.evaluation.measurement import BICUBIC
+from qartsr_pipeline.calibration.evaluation.peers import names_of_results
 from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch
 from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, check_page_size, comparison_page
 from qartsr_pipeline.image.resize import enlarged_size
@@ -173,7 +174,7 @@ def find_output(place: Path, photograph: Path, upscale: float) -> Path:
         return place
     if not place.is_dir():
         raise FileNotFoundError(f"There is no file or folder {place}. Check the name and the folder you are in ({Path.cwd()}).")
-    stems = [photograph.stem + ending for ending in ("", f"_x{upscale:g}", f"x{upscale:g}", "_out")]
+    stems = names_of_results(photograph.stem, upscale)
     files = [file for file in sorted(place.iterdir()) if file.suffix.lower() in READABLE_SUFFIXES and file.stem in stems]
     files = [file for file in files if file.resolve() != photograph.resolve()]
     if not files:

@@ -17,7 +17,11 @@ from qartsr_pipeline.calibration.data.patches import as_pixels, as_tensor, list_
 from qartsr_pipeline.calibration.evaluation.originals import Original
 
 Upscaler: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # (1, 3, h, w) -> (1, 3, 4h, 4w), float32 in [0, 1]
-ENDINGS = ("", "_x4", "x4", "_out")  # that upscalers add to a file's name
+
+
+def names_of_results(stem: str, upscale: float = SCALE) -> list[str]:
+    """What upscalers call the enlargement of an image file, all without suffix."""
+    return [stem + ending for ending in ("", f"_x{upscale:g}", f"x{upscale:g}", "_out")]
 
 
 def lanczos(low: torch.Tensor) -> torch.Tensor:
@@ -110,7 +114,7 @@ class FinishedOutputs:
         """
         if not original.files:
             raise ValueError(f"outputs of {self.name} are found by file name, and {original.label} is no file: give a folder")
-        names = {f"{path.stem}{ending}" for path in original.files for ending in ENDINGS}
+        names = {name for path in original.files for name in names_of_results(path.stem)}
         found = [path for path in self.paths if path.stem in names]
         if len(found) > 1:
             raise ValueError(f"outputs of {self.name}: {found[0]} and {found[1]} both belong to {original.label}: remove one")
