@@ -17,8 +17,7 @@ from qartsr_pipeline.calibration.training.blocks import distributed, turns
 from qartsr_pipeline.calibration.training.engine import begin
 from qartsr_pipeline.calibration.training.losses import EncoderFeatures
 from qartsr_pipeline.calibration.training.progress import Callbacks
-from qartsr_pipeline.calibration.training.replay import TensorStore
-from qartsr_pipeline.calibration.training.stages import record
+from qartsr_pipeline.calibration.training.stages import TensorStore, record
 from qartsr_pipeline.calibration.training.steps import StagePlan, keep_zero_inside
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.calibrating import prepare
