@@ -4,7 +4,7 @@ It differs from the pipeline's own call:
 
 - Images are enlarged by Pillow's bicubic filter in 8 bits, then reduced to multiples of 8 pixels by its Lanczos filter.
 - Images smaller than `process_size` / `upscale` are first enlarged to that size.
-- The UNet has tiles of its own (`image.latent_tiles`), and so have the VAE's encoder and decoder (`osediff_vae_tiles`).
+- The UNet and the VAE's encoder and decoder have tiles of their own (`osediff_tiles`).
 - Values are cut off to 8 bits before and after the colours are aligned.
 
 One difference from OSEDiff's script remains: every result here has exactly `upscale` times the size of the image. In the script,
@@ -19,9 +19,8 @@ import PIL.Image
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from qartsr_pipeline.convert.osediff_vae_tiles import osediff_vae_tiles
+from qartsr_pipeline.convert.osediff_tiles import in_latent_tiles, osediff_vae_tiles
 from qartsr_pipeline.image.color_alignment import COLOR_FIXES, align_color
-from qartsr_pipeline.image.latent_tiles import in_latent_tiles
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
@@ -52,7 +51,7 @@ def upscale_like_osediff(
         upscale: an integer from 1.
         process_size: smallest side of the enlarged image, in pixels; 0 for no minimum.
         color_fix: "adain", "wavelet" or None ("nofix").
-        latent_tile, latent_overlap: in latent elements; see `image.latent_tiles`.
+        latent_tile, latent_overlap: in latent elements; see `in_latent_tiles`.
         vae_encoder_tile, vae_decoder_tile: in pixels and in latent elements, multiples of 32; None for the whole image at once,
             without borders between tiles. They matter above 1088 pixels (encoder) and 246 latent elements (decoder) a side.
         sample_posterior: draw the latent, as OSEDiff does, or take the mode.

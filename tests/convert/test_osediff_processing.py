@@ -12,8 +12,8 @@ from stable_diffusion_base import adapted_forward
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.convert.conversion import convert_osediff
 from qartsr_pipeline.convert.osediff_processing import enlarge, upscale_like_osediff
+from qartsr_pipeline.convert.osediff_tiles import gaussian_weights, in_latent_tiles, starts
 from qartsr_pipeline.image.color_alignment import align_color
-from qartsr_pipeline.image.latent_tiles import gaussian_weights, in_latent_tiles, starts
 
 
 @pytest.fixture(scope="module")

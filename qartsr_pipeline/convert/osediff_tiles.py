@@ -1,8 +1,11 @@
-"""OSEDiff's tiles of the VAE: all tiles go through the network side by side, and every group norm waits for all statistics.
+"""OSEDiff's tiles, of the UNet and of the VAE. They differ from the pipeline's own (see image/tiles.py and one_step.py).
 
-They differ from the pipeline's own tiles (see one_step.py): a tile's margin is cut off, not blended; the variance is the mean of
-the tiles' variances, without the differences between their means, as in OSEDiff; and attention sees one tile only. They need
-about as much memory as the whole image, so their only use is to reproduce OSEDiff's results.
+The UNet's: equal squares over the latent, one call each, averaged with Gaussian weights. They start at fixed steps, with the last
+one moved back inside, and every tile has its own group normalization statistics.
+
+The VAE's: all tiles go through the network side by side, and every group norm waits for all statistics. A tile's margin is cut
+off, not blended; the variance is the mean of the tiles' variances, without the differences between their means; and attention
+sees one tile only. They need about as much memory as the whole image, so their only use is to reproduce OSEDiff's results.
 """
 
 from __future__ import annotations
@@ -24,8 +27,61 @@ from torch import nn
 from qartsr_pipeline.forwards import exchanged_forwards, own_forward
 from qartsr_pipeline.image.tile_statistics import normalize, pooled_moments
 
+VARIANCE = 0.01  # of the Gaussian, in units of the tile's side squared
 ENCODER_MARGIN, DECODER_MARGIN = 32, 11  # pixels, latent elements: how far a tile reads beyond the part that it writes
-STEP = 32  # the size of tiles is a multiple of it, the smallest that needs no more tiles
+STEP = 32  # the size of the VAE's tiles is a multiple of it, the smallest that needs no more tiles
+
+
+def in_latent_tiles(
+    function: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, tile: int, overlap: int
+) -> torch.Tensor:
+    """`function` on tiles of `latents`, averaged; at once where the latent's area is at most that of a tile.
+
+    OSEDiff averages the predicted noise. The step from it to z_H is the same affine map for every tile, so averaging z_H, what
+    `function` gives, is the same.
+
+    Args:
+        function: (B, C, h, w) -> the same shape.
+        latents: (B, C, h, w).
+        tile: longest side of a tile; shorter where the latent is shorter.
+        overlap: of neighbours; the last two of an axis may have more in common.
+
+    Raises:
+        ValueError: the overlap leaves no step from tile to tile.
+    """
+    height, width = latents.shape[-2:]
+    if height * width <= tile * tile:
+        return function(latents)
+    tile = min(tile, height, width)
+    if not 0 <= overlap < tile:
+        raise ValueError(
+            f"latent tiles of {tile} cannot overlap by {overlap}. Give an overlap from 0 to below that, or a larger image."
+        )
+    weights = gaussian_weights(tile).to(latents.device)
+    result = torch.zeros(latents.shape, dtype=torch.float64, device=latents.device)
+    total = torch.zeros((height, width), dtype=torch.float64, device=latents.device)
+    for top in starts(height, tile, overlap):
+        for left in starts(width, tile, overlap):
+            window = (..., slice(top, top + tile), slice(left, left + tile))
+            result[window] += function(latents[window]) * weights
+            total[window] += weights
+    return (result / total).to(latents.dtype)
+
+
+def starts(length: int, tile: int, overlap: int) -> list[int]:
+    """First elements of the tiles along an axis: steps of tile - overlap, the last tile ends with the axis."""
+    count = 1 + max(0, -(-(length - tile) // (tile - overlap)))
+    return [*(i * (tile - overlap) for i in range(count - 1)), length - tile]
+
+
+def gaussian_weights(tile: int) -> torch.Tensor:
+    """(tile, tile), float64. Centred on tile / 2 vertically and (tile - 1) / 2 horizontally, as in OSEDiff."""
+    position = torch.arange(tile, dtype=torch.float64)
+
+    def bell(centre: float) -> torch.Tensor:
+        return torch.exp(-((position - centre) ** 2) / (2 * VARIANCE * tile**2))
+
+    return bell(tile / 2)[:, None] * bell((tile - 1) / 2)[None, :]
 
 
 @dataclass(frozen=True)

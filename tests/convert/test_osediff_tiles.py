@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from group_offload import needs_group_offload
 from torch import nn
 
-from qartsr_pipeline.convert.osediff_vae_tiles import ENCODER_MARGIN, Span, in_tiles, osediff_vae_tiles, spans
+from qartsr_pipeline.convert.osediff_tiles import ENCODER_MARGIN, Span, in_tiles, osediff_vae_tiles, spans
 from qartsr_pipeline.kernels import forced_backend, low_memory, use_backend
 from qartsr_pipeline.kernels.stored_layer import saves_memory
 
