@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from benchmarks.result import Result
-from qartsr_pipeline.image.tile_size import plan_tiles
+from qartsr_pipeline.image.tiles import plan_tiles
 from qartsr_pipeline.image_files import READABLE_SUFFIXES
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 

@@ -234,7 +234,7 @@ def check_memory(count: int, size: tuple[int, int], enlarged: tuple[int, int], m
 
 def tile_memory(model: ManagedModel, size: tuple[int, int], tile_size: int | None) -> int:
     """Bytes that one pass of the network needs at most, for ComfyUI to free them."""
-    from qartsr_pipeline.image.tile_size import USABLE_SHARE, bytes_per_pixel
+    from qartsr_pipeline.image.tiles import USABLE_SHARE, bytes_per_pixel
     from qartsr_pipeline.overflow import compute_dtype
 
     whole = size[0] * size[1] * model.pipeline.config.scale**2

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from qartsr_pipeline.image.color_alignment import COLOR_FIXES
-from qartsr_pipeline.image.tile_size import MINIMUM_TILE
+from qartsr_pipeline.image.tiles import MINIMUM_TILE
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 

@@ -23,9 +23,8 @@ from qartsr_pipeline.image.alpha import enlarge_alpha, fill_transparent
 from qartsr_pipeline.image.color_alignment import align_color
 from qartsr_pipeline.image.conversion import ImageTensors, to_grey
 from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
-from qartsr_pipeline.image.tile_size import TilePlan
 from qartsr_pipeline.image.tile_statistics import SharedStatistics, sample_windows
-from qartsr_pipeline.image.tiles import Tile, TileGrid
+from qartsr_pipeline.image.tiles import Tile, TileGrid, TilePlan
 from qartsr_pipeline.overflow import OverflowMemory, run_finite
 
 # Called with what one tile of the grid gave ("latents" and maybe "image"); what it returns takes their place.

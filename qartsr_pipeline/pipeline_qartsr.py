@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline.calls import Calls, TileReporter, access_to, alone_where_needed
 from qartsr_pipeline.checkpoint_files import fetch, saving, structure
+from qartsr_pipeline.image import tiles
 from qartsr_pipeline.image.conversion import ImageTensors, from_images, stack_if_equal, to_images
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.image.tile_size import SURE_SHARE, TilePlan, bytes_per_pixel, choose_tile_size, free_memory, plan_tiles
-from qartsr_pipeline.image.tiles import Tile, TileGrid
+from qartsr_pipeline.image.tiles import Tile, TileGrid, TilePlan
 from qartsr_pipeline.input_checks import CallArguments, check_components
 from qartsr_pipeline.memory import Enlargement, check_memory
 from qartsr_pipeline.offloading import MovablePipeline
@@ -302,16 +302,16 @@ class QArtSRPipeline(MovablePipeline):
         size = enlarged_size((image.height, image.width), self.config["scale"])
 
         def automatic(padded: tuple[int, int]) -> int | None:
-            free = free_memory(self._execution_device)
+            free = tiles.free_memory(self._execution_device)
             if self._execution_device.type == "cpu":  # what the images take is not the network's
                 free -= Enlargement((image.height, image.width), size, size).bytes()
-            return choose_tile_size(padded, self._pixel_bytes(), free)
+            return tiles.choose_tile_size(padded, self._pixel_bytes(), free)
 
-        return plan_tiles(size, tile_size, tile_overlap, self.multiple, self.vae_scale_factor, automatic)
+        return tiles.plan_tiles(size, tile_size, tile_overlap, self.multiple, self.vae_scale_factor, automatic)
 
     def _pixel_bytes(self) -> int:
         with access_to(self.vae).together():  # it may be in a wider dtype at the moment
-            return bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
+            return tiles.bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
 
     def _enlargement(self, image: ImageTensors, plan: TilePlan, arguments: CallArguments) -> Enlargement:
         size, tile = (image.height, image.width), plan.grid.tile_height * plan.grid.tile_width
@@ -322,7 +322,7 @@ class QArtSRPipeline(MovablePipeline):
             enlarged_size(size, arguments.upscale),
             image.alpha is not None,
             arguments.output_type != "latent",
-            int(SURE_SHARE * tile * self._pixel_bytes()) if on_cpu else 0,
+            int(tiles.SURE_SHARE * tile * self._pixel_bytes()) if on_cpu else 0,
         )
 
     def network(self, prompt: str | None = None) -> OneStepNetwork:

@@ -97,7 +97,7 @@ def test_memory_depends_on_the_tile_and_not_on_the_image(tiny_pipeline):
 def test_the_automatic_choice_respects_the_memory(tiny_pipeline, monkeypatch):
     steps = []
     for free in (2**34, 2**24):
-        monkeypatch.setattr("qartsr_pipeline.pipeline_qartsr.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("qartsr_pipeline.image.tiles.free_memory", lambda device, free=free: free)
         tiny_pipeline(np.zeros((16, 70, 3), np.uint8))
         steps.append(tiny_pipeline.num_timesteps)
     assert steps[0] == 1 and steps[1] > 1

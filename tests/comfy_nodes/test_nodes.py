@@ -234,7 +234,7 @@ def test_smaller_tiles_are_tried_when_memory_runs_out(nodes, model, monkeypatch,
         raise error
 
     monkeypatch.setattr(QArtSRPipeline, "__call__", full)
-    monkeypatch.setattr("qartsr_pipeline.pipeline_qartsr.choose_tile_size", lambda *_: automatic)
+    monkeypatch.setattr("qartsr_pipeline.image.tiles.choose_tile_size", lambda *_: automatic)
     with pytest.raises(MemoryError, match="smaller tile_size"):
         upscale(nodes, model, torch.rand(1, 200, 200, 3), tile_overlap=overlap)
     assert tried == expected

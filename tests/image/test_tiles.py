@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qartsr_pipeline.image.tile_size import choose_tile_size, plan_tiles
-from qartsr_pipeline.image.tiles import axis_positions, ramp, tile_grid
+from qartsr_pipeline.image.tiles import axis_positions, choose_tile_size, plan_tiles, ramp, tile_grid
 
 
 @settings(deadline=None, max_examples=60)

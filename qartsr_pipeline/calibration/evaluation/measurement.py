@@ -18,7 +18,7 @@ from qartsr_pipeline.calibration.evaluation.rows import SECONDS, TO_FULL_PRECISI
 from qartsr_pipeline.image.conversion import ImageTensors
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
-from qartsr_pipeline.image.tile_size import MINIMUM_SIDE
+from qartsr_pipeline.image.tiles import MINIMUM_SIDE
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, finish, run_tiles
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
