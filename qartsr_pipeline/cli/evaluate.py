@@ -3,7 +3,7 @@
     qartsr evaluate tiny-fp tiny-w8a8 tiny-w4a4 --data PHOTOS --output report.json
     qartsr evaluate reproduce --ours report.json
 
-The folder holds high-resolution photographs, or pairs as DIV2K and RealSR lay them out (see calibration/data/paired_folders.py).
+The folder holds high-resolution photographs, or pairs as DIV2K and RealSR lay them out (see calibration/evaluation/originals.py).
 `reproduce` prints what the papers report, beside ours.
 """
 

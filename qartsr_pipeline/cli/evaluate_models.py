@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, recorded_files, versions
-from qartsr_pipeline.calibration.data.paired_folders import HR_ONLY, ImagePair, find_pairs
 from qartsr_pipeline.calibration.data.patches import as_pixels, list_photographs
 from qartsr_pipeline.calibration.evaluation.api import evaluate, row_names
 from qartsr_pipeline.calibration.evaluation.measurement import ImageOutputs
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN
+from qartsr_pipeline.calibration.evaluation.originals import HR_ONLY, ImagePair, find_pairs
 from qartsr_pipeline.calibration.evaluation.peers import RealEsrgan, Upscaler, lanczos
 from qartsr_pipeline.calibration.evaluation.reported_results import reproduce
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, markdown

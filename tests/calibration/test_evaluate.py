@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 from qartsr_pipeline.calibration.data.fingerprint import file_digests, overlap
-from qartsr_pipeline.calibration.data.paired_folders import find_pairs, read_pair
 from qartsr_pipeline.calibration.evaluation import api, evaluate
 from qartsr_pipeline.calibration.evaluation.measurement import Candidate, Evaluation
-from qartsr_pipeline.calibration.evaluation.originals import originals_of
+from qartsr_pipeline.calibration.evaluation.originals import find_pairs, originals_of, read_pair
 from qartsr_pipeline.calibration.evaluation.reported_results import method_and_bits
 from qartsr_pipeline.calibration.evaluation.rows import RowKey, make_rows, markdown
 from qartsr_pipeline.cli.main import main

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from qartsr_pipeline.calibration.data import SCALE
 from qartsr_pipeline.calibration.data.degradations import as_bytes
-from qartsr_pipeline.calibration.data.paired_folders import SCALE
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, Metric
 from qartsr_pipeline.calibration.evaluation.originals import Original
 from qartsr_pipeline.calibration.evaluation.peers import FinishedOutputs, Peer
