@@ -19,10 +19,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from qartsr_pipeline.image.alpha import enlarge_alpha, fill_transparent
 from qartsr_pipeline.image.color_alignment import align_color
 from qartsr_pipeline.image.conversion import ImageTensors, to_grey
-from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
+from qartsr_pipeline.image.resize import enlarge_alpha, enlarged_size, fill_transparent, pad_to_multiple, resize
 from qartsr_pipeline.image.tile_statistics import SharedStatistics, sample_windows
 from qartsr_pipeline.image.tiles import Tile, TileGrid, TilePlan
 from qartsr_pipeline.overflow import OverflowMemory, run_finite

@@ -1,9 +1,12 @@
-"""Resampling and padding."""
+"""Resampling and padding, and what transparent images need for it: colours to resample, and their alpha channel enlarged."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+FULL_WEIGHT = 1 / 16  # from this alpha on, a pixel's own colour counts in full
+ROUNDING = 1e-6  # the filter's weights add up to 1 only up to this
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -45,3 +48,47 @@ def mirror_indices(length: int, wanted: int) -> torch.Tensor:
     period = max(1, 2 * (length - 1))
     position = torch.arange(wanted) % period
     return torch.minimum(position, period - position) if length > 1 else torch.zeros_like(position)
+
+
+def fill_transparent(rgb: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """Replaces the colours of transparent pixels by their visible neighbours', so that an enlargement of the result never mixes
+    the arbitrary colours stored under transparency (often black or white) into visible pixels.
+
+    Push-pull: colours are averaged, weighted by visibility, over ever larger blocks; going back, a pixel takes from the
+    coarser level what its own visibility lacks. An image that is transparent everywhere is returned as it is.
+
+    Args:
+        rgb: float32 (1, 3, H, W) in [0, 1], straight colour.
+        alpha: float32 (1, 1, H, W) in [0, 1].
+
+    Returns:
+        (1, 3, H, W), equal to `rgb` wherever alpha is at least `FULL_WEIGHT`.
+    """
+    weight = (alpha / FULL_WEIGHT).clamp(max=1)
+    if bool((weight == 1).all()) or not bool(weight.any()):
+        return rgb
+    return _push_pull(rgb * weight, weight)
+
+
+def _push_pull(weighted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Colours for every pixel from weighted colours (1, 3, H, W) and weights (1, 1, H, W) in [0, 1]."""
+    height, width = weight.shape[-2:]
+    if height == width == 1:
+        return weighted / weight.clamp(min=1e-12)
+    pooled = [F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (weighted, weight)]
+    peak = pooled[1].clamp(min=1e-12)
+    strength = (2 * pooled[1]).clamp(max=1)  # half a block visible is enough to stand for the block
+    coarse = _push_pull(pooled[0] / peak * strength, strength)
+    coarse = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+    return weighted + (1 - weight) * coarse
+
+
+def enlarge_alpha(alpha: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bicubic enlargement to `size`, in [0, 1]; areas wholly opaque or wholly transparent stay exactly so.
+
+    Args:
+        alpha: float32 (1, 1, H, W).
+    """
+    enlarged = resize(alpha, size)
+    enlarged = torch.where(enlarged > 1 - ROUNDING, 1.0, enlarged)
+    return torch.where(enlarged < ROUNDING, 0.0, enlarged)

@@ -5,8 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from qartsr_pipeline.image.alpha import enlarge_alpha, fill_transparent
-from qartsr_pipeline.image.resize import enlarged_size, mirror_indices, pad_to_multiple, resize
+from qartsr_pipeline.image.resize import enlarge_alpha, enlarged_size, fill_transparent, mirror_indices, pad_to_multiple, resize
 
 
 @pytest.mark.parametrize("size", [(40, 30), (7, 90), (10, 8)])
