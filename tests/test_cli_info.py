@@ -15,7 +15,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import shipped_labels
 from qartsr_pipeline.cli import demo
 from qartsr_pipeline.cli.main import COMMANDS, main
-from qartsr_pipeline.image.comparison import compare
+from qartsr_pipeline.image.comparison_sheet import comparison_sheet
 from qartsr_pipeline.kernels import BACKENDS
 from qartsr_pipeline.offloading import keep_prepared
 from qartsr_pipeline.quantization.deployed import DeployedLayer
@@ -122,7 +122,7 @@ def test_the_demo_compares_with_the_model_it_was_made_of(tiny_folder):
 def test_comparison_holds_every_picture_and_its_detail():
     pictures = {"black": np.zeros((16, 16, 3), np.uint8), "white": np.full((16, 16, 3), 255, np.uint8)}
     pictures["black"][4:8, 4:8] = (200, 0, 0)
-    sheet = compare(pictures, detail=(4, 4, 8, 8))
+    sheet = comparison_sheet(pictures, detail=(4, 4, 8, 8))
     assert sheet.shape == (32 + 16 + 8 + 16, 16 + 8 + 16, 3)
     assert (sheet[32:48, 24:] == 255).all() and (sheet[56:, :16] == (200, 0, 0)).all()
 

@@ -15,7 +15,7 @@ from PIL import Image
 from calibration.comparison.learning_rate import SWEEP_STEPS
 from calibration.comparison.methods import MAIN
 from qartsr_pipeline.calibration.saving import write_whole
-from qartsr_pipeline.image.comparison import compare
+from qartsr_pipeline.image.comparison_sheet import comparison_sheet
 
 TABLE_NAME, JSON_NAME = "comparison.md", "comparison.json"
 COLOR_FIX = "wavelet"  # the pipeline's default: what the tables are about; the JSON has both
@@ -275,7 +275,7 @@ def picture_sheet(folder: Path, entries: list[Entry]) -> np.ndarray | None:
         return None
     side = min(next(iter(pictures.values())).shape[:2])
     third = max(1, side // 3)
-    return compare(pictures, (third, third, 2 * third, 2 * third))
+    return comparison_sheet(pictures, (third, third, 2 * third, 2 * third))
 
 
 def write_tables(folder: Path) -> str:

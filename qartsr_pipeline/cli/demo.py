@@ -17,8 +17,8 @@ from PIL import Image
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, fetch, shipped_checkpoints
 from qartsr_pipeline.cli.arguments import add_debug, add_model_option
-from qartsr_pipeline.image.comparison import compare
 from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, comparison_page
+from qartsr_pipeline.image.comparison_sheet import comparison_sheet
 from qartsr_pipeline.image_files import ImageFile, check_writable, make_folder, read_image, write_image, write_whole
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _compare(
     images = {"bicubic": _bicubic(reduced, SCALE)} | {name: image for name, (image, _) in results.items()}
     scores = {name: psnr_y(_floats(image), _floats(original)) for name, image in images.items()}
     captions = {f"{name}, {scores[name]:.2f} dB": image for name, image in images.items()} | {"original": original}
-    for name, image in {"input": reduced, "upscaled": images[Q], "comparison": compare(captions, DETAIL)}.items():
+    for name, image in {"input": reduced, "upscaled": images[Q], "comparison": comparison_sheet(captions, DETAIL)}.items():
         path = folder / f"{name}{ending}.png"
         write_image(path, _floats(image), ImageFile(image))
         print(f"written: {path}")

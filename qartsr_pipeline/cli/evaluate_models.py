@@ -25,8 +25,8 @@ from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.cli.messages import UsageError
-from qartsr_pipeline.image.comparison import compare
 from qartsr_pipeline.image.comparison_page import MOST_IMAGE_PIXELS, Comparison, NamedImage, comparison_page
+from qartsr_pipeline.image.comparison_sheet import comparison_sheet
 from qartsr_pipeline.image_files import ImageFile, make_folder, write_image
 
 PAGE_NAME = "compare.html"
@@ -208,5 +208,5 @@ def write_comparison(path: Path, image: ImageOutputs) -> None:
     """All outputs side by side under their names, with the middle third of each enlarged below."""
     height, width = next(iter(image.outputs.values())).shape[-2:]
     detail = (width // 3, height // 3, width // 3 + max(1, width // 3), height // 3 + max(1, height // 3))
-    sheet = compare({name: as_pixels(output) for name, output in image.outputs.items()}, detail)
+    sheet = comparison_sheet({name: as_pixels(output) for name, output in image.outputs.items()}, detail)
     write_image(path, sheet.astype(np.float32) / 255, ImageFile(sheet))

@@ -18,7 +18,7 @@ from qartsr_pipeline.calibration.evaluation import EvaluationRow
 from qartsr_pipeline.calibration.report.pipeline_folder import model_card
 from qartsr_pipeline.calibration.report.report import ReportData, write_report
 from qartsr_pipeline.calibration.report.report_plots import running_mean, worst_layers
-from qartsr_pipeline.image.comparison import most_detailed, picture_sheet
+from qartsr_pipeline.image.comparison_sheet import most_detailed, sheet_around_detail
 
 HOSTILE = '<script>alert("x")</script> & $\\frac{$'
 HEADINGS = {
@@ -135,7 +135,7 @@ def test_the_detail_is_where_the_original_has_some():
     original[700:860, 1000:1160] = np.random.default_rng(0).integers(0, 255, (160, 160, 3), np.uint8)
     left, top, right, bottom = most_detailed(original)
     assert (right - left, bottom - top) == (170, 170) and left <= 1000 and right >= 1160 and top <= 700 and bottom >= 860
-    sheet = picture_sheet({"bicubic": flat, "original": original})
+    sheet = sheet_around_detail({"bicubic": flat, "original": original})
     assert sheet.shape == (32 + 512 + 8 + 512, 2 * 512 + 8, 3)
     assert sheet[-512:, :512].std() == 0 and sheet[-480:-32, 552:1000].std() > 40
 

@@ -17,8 +17,8 @@ from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.progress import Histogram
-from qartsr_pipeline.image.comparison import cut_to_detail, picture_sheet
 from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, comparison_html, data_address, document
+from qartsr_pipeline.image.comparison_sheet import cut_to_detail, sheet_around_detail
 
 
 @dataclass
@@ -136,7 +136,7 @@ def _pictures(data: ReportData, page: Page) -> list[str]:
     figures = []
     for number, pictures in enumerate(data.pictures, 1):
         name = f"pictures-{number}.png"
-        write_whole(page.folder / name, _encoded(picture_sheet(pictures, number)))
+        write_whole(page.folder / name, _encoded(sheet_around_detail(pictures, number)))
         versions = [NamedImage(version, pixels) for version, pixels in cut_to_detail(pictures)[0].items()]
         # First the last two before the original: full precision and the quantized model.
         left, right = (-3, -2) if len(versions) > 3 else (0, -1)

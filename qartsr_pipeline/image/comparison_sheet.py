@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 PICTURE_SIDE = 512  # larger images are cut to this around their detail
 
 
-def compare(images: dict[str, np.ndarray], detail: tuple[int, int, int, int]) -> np.ndarray:
+def comparison_sheet(images: dict[str, np.ndarray], detail: tuple[int, int, int, int]) -> np.ndarray:
     """Images of one size side by side under their captions, and below each an enlarged detail of it.
 
     Args:
@@ -38,7 +38,7 @@ def _font_for(caption: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.Im
     return next((font for font in fonts if font.getlength(caption) <= width), ImageFont.load_default(8))
 
 
-def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
+def sheet_around_detail(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
     """Images of one size side by side, and the most detailed part of the last one below each, (H', W', 3) uint8.
 
     Args:
@@ -48,13 +48,13 @@ def picture_sheet(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarra
         ValueError: sizes or types differ.
     """
     cut, detail = cut_to_detail(pictures, number)
-    return compare({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
+    return comparison_sheet({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
 
 
 def cut_to_detail(pictures: dict[str, np.ndarray], number: int = 1) -> tuple[dict[str, np.ndarray], tuple[int, int, int, int]]:
     """At most `PICTURE_SIDE` pixels a side of each image, around the most detailed part of the last one, and where that lies.
 
-    Args, Raises: as in `picture_sheet`.
+    Args, Raises: as in `sheet_around_detail`.
     """
     shapes = {name: (picture.shape, str(picture.dtype)) for name, picture in pictures.items()}
     shape, dtype = next(iter(shapes.values()))
