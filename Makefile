@@ -10,7 +10,7 @@ MINIMUM := .venv-minimum
 # One worker per core. Each computes with one thread, so that the workers do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-# Of the fuzz: how many cases, and which ones.
+# Fuzz tests: how many cases, and which ones.
 CASES ?= 1000
 SEED ?= 0
 
