@@ -7,7 +7,7 @@
 where there is one, a plot beside it. `table` makes both again from the file.
 
 A benchmark is a module of this folder with `add_arguments(parser)`, `measure(args) -> Result`, `table(result) -> str` and
-perhaps `plot(result, path)`.
+perhaps `plot(result, path)`, which draws into a file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.result import Result
 
 BENCHMARKS = {  # name -> module of this folder, and its line in the help
     "speed": ("speed", "seconds, memory and error of an enlargement, ours against other libraries"),
@@ -34,7 +38,7 @@ def module_of(name: str) -> ModuleType:
     return import_module(f"benchmarks.{BENCHMARKS[name][0]}")
 
 
-def show(module: ModuleType, result, path: Path) -> None:
+def show(module: ModuleType, result: Result, path: Path) -> None:
     """Prints the table, and draws the plot if the benchmark has one."""
     print(module.table(result))
     if plot := getattr(module, "plot", None):
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     again.add_argument("output", type=Path, metavar="JSON")
     args = parser.parse_args(argv)
 
-    from benchmarks.result import environment, read_result
+    from benchmarks.result import environment, read_result  # imports torch, which --help does not need
 
     try:
         if args.command == "table":

@@ -57,7 +57,7 @@ def peak_megabytes(server: Server) -> float:
 
 
 def upscale(model: str, size: int) -> dict[str, Any]:
-    """Of a square picture, in a new server."""
+    """Of a square image, in a new server."""
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder) / "base") as server:
         Image.open(SAMPLE).resize((size, size), Image.Resampling.BICUBIC).save(server.base / "input" / "picture.png")
         before, seconds = peak_megabytes(server), []

@@ -2,8 +2,8 @@
 
     python -m benchmarks run full-size --steps 6 --output FILE.json
 
-The weights are random, so the pictures are noise: only seconds and bytes mean something. It runs what `calibration/run.py` runs,
-on procedural pictures, with few steps; what a full run takes is extrapolated from the measured steps, and labelled as such.
+The weights are random, so the images are noise: only seconds and bytes mean something. It runs what `calibration/run.py` runs,
+on procedural images, with few steps; what a full run takes is extrapolated from the measured steps, and labelled as such.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A pipeline with random weights is folded, quantized without data (bounds from the weights' extremes, branches of rank 32 from
 their SVD, first and last layers at 8 bits), saved, loaded again by a process of its own, and run, in float32 where layers are not
-integers (also what is stored in fp16). Its pictures are noise: only bytes and seconds mean something. The folders have neither
+integers (also what is stored in fp16). Its images are noise: only bytes and seconds mean something. The folders have neither
 text encoder nor tokenizer.
 """
 
@@ -62,7 +62,7 @@ def make(full_precision: Path, target: Path, bits: int) -> dict[str, float]:
 
 
 def use(folder: Path, repeats: int) -> dict[str, Any]:
-    """Loads a folder and enlarges a picture with it."""
+    """Loads a folder and enlarges an image with it."""
     start = time.perf_counter()
     pipeline = QArtSRPipeline.from_pretrained(folder)
     loaded = time.perf_counter() - start
@@ -71,9 +71,9 @@ def use(folder: Path, repeats: int) -> dict[str, Any]:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        picture = pipeline(Image.fromarray(pixels)).images[0]
+        image = pipeline(Image.fromarray(pixels)).images[0]
         seconds.append(round(time.perf_counter() - start, 2))
-        assert picture.size == (512, 512)
+        assert image.size == (512, 512)
     return {
         "load_seconds": round(loaded, 2),
         "first_seconds": seconds[0],

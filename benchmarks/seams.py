@@ -1,15 +1,15 @@
-"""How much does tiling change a picture, and can its tile borders be seen? Prints one line per way of tiling.
+"""How much does tiling change an image, and can its tile borders be seen? Prints one line per way of tiling.
 
     python -m benchmarks run seams CHECKPOINT PICTURES --tile-size 256 512 --limit 8 --output FILE.json
 
-Every picture is reduced by the model's scale (bicubic), enlarged once as a whole and then in tiles, without colour alignment,
-which would hide differences in tone (and once more with it). Columns, averaged over the pictures, in 8-bit steps (0 to 255):
+Every image is reduced by the model's scale (bicubic), enlarged once as a whole and then in tiles, without colour alignment,
+which would hide differences in tone (and once more with it). Columns, averaged over the images, in 8-bit steps (0 to 255):
 
-- ``whole``: mean absolute difference between tiled and untiled, over the whole picture; ``max`` the largest; ``PSNR`` in dB.
-- ``step``: the tiled picture minus the untiled one is smooth where tiles agree and jumps where they do not. Mean absolute jump
+- ``whole``: mean absolute difference between tiled and untiled, over the whole image; ``max`` the largest; ``PSNR`` in dB.
+- ``step``: the tiled image minus the untiled one is smooth where tiles agree and jumps where they do not. Mean absolute jump
   of that difference between the pixels on both sides of a tile border (the middle of an overlap).
 - ``elsewhere``: the same jump on all other columns and rows, so what ``step`` would be without tiles.
-- ``edge``: mean |step across a border| of the tiled picture divided by that of the untiled one there; 1.00 is invisible.
+- ``edge``: mean |step across a border| of the tiled image divided by that of the untiled one there; 1.00 is invisible.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pictures", type=Path, help="folder of photographs")
     parser.add_argument("--tile-size", type=int, nargs="+", default=[256])
     parser.add_argument("--tile-overlap", type=int, nargs="+", default=[None])
-    parser.add_argument("--limit", type=int, default=8, help="number of pictures")
+    parser.add_argument("--limit", type=int, default=8, help="number of images")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", type=Path, help="folder for the tiled images")
 
@@ -52,9 +52,9 @@ class Way:
 
 
 def read_reduced(path: Path, scale: int) -> PIL.Image.Image:
-    picture = PIL.Image.open(path).convert("RGB")
-    size = (picture.width // scale, picture.height // scale)
-    return picture.resize(size, PIL.Image.Resampling.BICUBIC)
+    image = PIL.Image.open(path).convert("RGB")
+    size = (image.width // scale, image.height // scale)
+    return image.resize(size, PIL.Image.Resampling.BICUBIC)
 
 
 def border_positions(positions: tuple[int, ...], tile: int) -> list[int]:
@@ -69,7 +69,7 @@ def jumps(image: np.ndarray, axis: int) -> np.ndarray:
 
 
 def compare_tiled(whole: np.ndarray, tiled: np.ndarray, borders: dict[int, list[int]]) -> dict[str, float]:
-    """Both pictures (H, W, 3) in [0, 255]; `borders`: axis -> positions."""
+    """Both images (H, W, 3) in [0, 255]; `borders`: axis -> positions."""
     difference = tiled - whole
     at, elsewhere, ratio = [], [], []
     for axis, positions in borders.items():

@@ -4,7 +4,7 @@
     python -m benchmarks run timesteps runs/trq --data PHOTOS --evaluate OTHERS --cells runs/timesteps --output FILE.json
 
 Every candidate was retrained for the same steps (`calibration/trq.py`); here each is quantized with the same recipe, steps, seed
-and pictures, its learning rate chosen on held-out patches, and measured on other photographs. The folder of --cells
+and images, its learning rate chosen on held-out patches, and measured on other photographs. The folder of --cells
 gets a JSON file for every candidate and bit width, which are not made again.
 """
 

@@ -4,7 +4,7 @@
 
 Needs torch and triton alone, neither diffusers nor optimum-quanto. First every check of equality (`--checks-only` stops there;
 with TRITON_INTERPRET=1 these run without a GPU, at tiny sizes), then times at the layer shapes of Stable Diffusion 2.1 for a
-picture of 512 x 512, weights random. Exit status 1 if a check fails.
+image of 512 x 512, weights random. Exit status 1 if a check fails.
 """
 
 from __future__ import annotations

@@ -61,7 +61,10 @@ def make_checkpoint(order: Order, target: Path) -> Made:
         ValueError, OSError: what `quantize` says of its arguments and data; or an unfinished run of this name has other inputs.
     """
     progress, working = StepProgress(), model_folder() / RUNS / order.name
-    with torch.inference_mode(False), torch.enable_grad():  # imports too: what a module makes when it is loaded is trained with
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):  # also while importing: tensors that modules create then are trained with
         from qartsr_pipeline import quantize
 
         data = order.data
@@ -122,7 +125,7 @@ def check_unfinished(order: Order, data: str | None, working: Path) -> None:
 
 
 def calibration_device() -> str:
-    """Where ComfyUI computes, or the processor, where that is no device that can be calibrated on."""
+    """ComfyUI's device, or the CPU if calibration does not run on that one."""
     from comfy import model_management
 
     kind = model_management.get_torch_device().type

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import psutil
 
-# Bytes per pixel, of the larger of the network's image and the result: four images of three floats. Measured 50 to 60 with one
-# image more, 31 megapixels.
-WORKING = 48
-WITH_ALPHA = 16  # the same for an alpha channel
-KEPT = 16  # of every finished image of a list
-BANDS = 1 << 28  # colours are aligned band by band; for large images
+# Main memory that one enlargement takes, in bytes per pixel of the network's image or of the result, whichever has more pixels.
+WORKING = 48  # four float32 RGB images at a time. With five of them, 50 to 60 were measured on an image of 31 megapixels
+WITH_ALPHA = 16  # for an alpha channel, in addition
+KEPT = 16  # for each finished result of a list, in bytes per pixel of that result
+BANDS = 1 << 28  # bytes, in addition, for aligning the colours of large images, which is done band by band
 
 
 class NotEnoughMemory(MemoryError):

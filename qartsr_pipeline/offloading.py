@@ -89,7 +89,7 @@ def check_group_offload(pipeline: MovablePipeline, offload_type: str, folder: st
     if offload_type == "leaf_level" and pipeline.share_tile_statistics:
         raise ValueError(
             "`offload_type='leaf_level'` fetches the weights of each layer when it is called, but tiles with common statistics"
-            " call group normalisations past that. Use `offload_type='block_level', num_blocks_per_group=1` or"
+            " call group normalizations past that. Use `offload_type='block_level', num_blocks_per_group=1` or"
             " enable_sequential_cpu_offload(), or set `share_tile_statistics = False` on the pipeline first."
         )
     if folder is not None and Path(folder).is_dir() and any(Path(folder).iterdir()):
@@ -108,7 +108,7 @@ class MovablePipeline(DiffusionPipeline):
     """Moving, casting and offloading as in diffusers, for pipelines with quantized components.
 
     Attributes:
-        share_tile_statistics: whether tiles call group normalisations past the hooks around them.
+        share_tile_statistics: whether tiles call group normalizations past the hooks around them.
     """
 
     share_tile_statistics = True

@@ -86,7 +86,7 @@ class Settings:
     Attributes:
         scale: the network's own enlargement.
         decode: False to stop at z_H.
-        share_statistics: all tiles of an image are normalised alike.
+        share_statistics: all tiles of an image are normalized alike.
         interrupted: asked before every pass of the network; once it is True, nothing more is computed.
     """
 
@@ -183,7 +183,7 @@ def run_tile(
 def shared_statistics(
     network: OneStepNetwork, padded: torch.Tensor, noise: torch.Tensor | None, plan: TilePlan, settings: Settings
 ) -> AbstractContextManager[None]:
-    """A context in which all tiles are normalised alike, with statistics measured here; does nothing for a single tile."""
+    """A context in which all tiles are normalized alike, with statistics measured here; does nothing for a single tile."""
     if len(plan.grid) == 1 or not settings.share_statistics:
         return nullcontext()
     statistics = SharedStatistics([network.unet, network.vae])

@@ -63,7 +63,7 @@ class QArtSRPipeline(MovablePipeline):
         scale: the enlargement it was trained at.
 
     Attributes:
-        share_tile_statistics: tiles use the group normalisation statistics of the whole image, estimated beforehand on a
+        share_tile_statistics: tiles use the group normalization statistics of the whole image, estimated beforehand on a
             sample of it. False leaves every tile its own, which shows as differences in tone; it saves one pass per image.
     """
 

@@ -19,9 +19,9 @@ from qartsr_pipeline.calibration.training.engine import Run, begin
 from qartsr_pipeline.calibration.training.progress import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
-SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; when the best is at an end, the search goes on behind it
+SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; if the smallest or largest is best, those of FURTHER are tried
 FURTHER = {0.3: (0.1, 0.03), 3.0: (10.0, 30.0)}
-SWEEP_SHARE, SWEEP_STEPS = 1 / 3, 20  # a trial has this share of the steps, and so many at most
+SWEEP_SHARE, SWEEP_STEPS = 1 / 3, 20  # a trial has this share of the steps, but at most so many
 
 
 class StoppedError(Exception):
@@ -35,14 +35,14 @@ def with_rate(recipe: Recipe, factor: float, share: float = 1.0) -> Recipe:
 
 
 class Trials:
-    """Calibrations of one cell with different learning rates and numbers of steps: its layers are set once."""
+    """Calibrations of one cell with different learning rates and numbers of steps, which all start from the same parameters."""
 
     def __init__(self, comparison: Comparison, cell: Cell):
         self.comparison, self.cell = comparison, cell
         self._run: Run | None = None
 
     def calibrate(self, recipe: Recipe, name: str) -> tuple[QArtSRPipeline, Calibrated]:
-        """Quantizes the cell's model in simulation. What was returned before is trained anew, and no longer what it was.
+        """Quantizes the cell's model in simulation. Every call returns the same pipeline, so a later call changes it.
 
         Args:
             name: of the file that holds the state in between.
@@ -72,7 +72,7 @@ class Trials:
 
 @torch.no_grad()
 def held_out_loss(comparison: Comparison, model: Model, pipeline: QArtSRPipeline) -> float:
-    """Mean squared distance to full precision's pictures of the held-out patches, in [-1, 1]."""
+    """Mean squared distance to full precision's images of the held-out patches, in [-1, 1]."""
     if not model.held_out:
         pairs = held_out_pairs(comparison.held_out, "bicubic")
         model.held_out = [(up.to(model.device), image_of(model.pipeline, up.to(model.device))) for up, _ in pairs]

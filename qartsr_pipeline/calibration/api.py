@@ -9,19 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 
 from qartsr_pipeline.calibration.arguments import AUTO, Order, RunArguments, argument_text, read_arguments
 from qartsr_pipeline.calibration.carry_out import QuantizationResult, carry_out
-from qartsr_pipeline.calibration.data.patches import images_record, pixels_of
+from qartsr_pipeline.calibration.data.patches import MemoryImage, images_record, pixels_of
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.retraining.settings import TimestepSearch, phase_text
 from qartsr_pipeline.calibration.run_folder import check_free
 from qartsr_pipeline.calibration.training.progress import Callbacks, PreparationCallback, StepCallback
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
-
-MemoryImage = PIL.Image.Image | np.ndarray | torch.Tensor
 
 
 def quantize(
@@ -79,7 +76,7 @@ def quantize(
         The pipeline, its report, every layer's error, and metrics; ``finished`` is False if the run was stopped.
 
     Raises:
-        ValueError: an argument that cannot be, by name; the model is quantized already; ``output`` holds a run with other
+        ValueError: an argument is invalid, and named; the model is quantized already; ``output`` holds a run with other
             arguments; an image to measure on is among those that the model was made with.
         FileExistsError: ``output`` holds something else. OSError: files that cannot be read or written; another process works in
             ``output``.

@@ -188,7 +188,7 @@ class Backbone(nn.Module):
     Args:
         network: "vgg" or "alex".
         weights: file or folder; see the module.
-        stages: the first so many; the later ones look at whole objects and cost the more.
+        stages: how many stages to use, from the first on.
     """
 
     def __init__(self, network: str = "vgg", weights: str | os.PathLike | None = None, stages: int = 5):
@@ -208,7 +208,7 @@ class Backbone(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Features after each stage's last ReLU, for (B, 3, H, W) normalised as the network was trained."""
+        """Features after each stage's last ReLU, for (B, 3, H, W) normalized as the network was trained."""
         found = []
         for index, stage in enumerate(self.stages):
             if index in LAYOUTS[self.network].pooled_before:

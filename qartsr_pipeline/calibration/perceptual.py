@@ -82,7 +82,7 @@ class NormalizedDistance(torch.autograd.Function):
 
 
 class Lpips(nn.Module):
-    """Squared differences of channel-normalised features, weighted by channel, averaged over positions, summed over stages.
+    """Squared differences of channel-normalized features, weighted by channel, averaged over positions, summed over stages.
 
     Args:
         network: "vgg" or "alex".

@@ -104,7 +104,7 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
     checkpoints = {names[model]: fetch(model) for model in request.models}
     if request.pictures:
         make_folder(request.pictures)
-    page = PageOfFirst()
+    page = FirstImages()
     with tqdm(unit="image", mininterval=1) as bar:
 
         def show(label: str, done: int, total: int) -> None:
@@ -163,8 +163,8 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
     }
 
 
-class PageOfFirst:
-    """The page on which any two outputs lie over one another, for the first images: a page of all would be too large."""
+class FirstImages:
+    """A page with a slider between any two outputs, of the first images only: a page of all would be too large."""
 
     def __init__(self) -> None:
         self.comparisons: list[Comparison] = []

@@ -70,7 +70,7 @@ def _binomial(image: torch.Tensor, step: int, axis: int) -> torch.Tensor:
 
 
 def adain_alignment(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Adaptive instance normalisation: mean and standard deviation of every channel become the reference's."""
+    """Adaptive instance normalization: mean and standard deviation of every channel become the reference's."""
     mean, deviation = _moments(image)
     reference_mean, reference_deviation = _moments(reference)
     return (image - mean).div_(deviation).mul_(reference_deviation).add_(reference_mean)

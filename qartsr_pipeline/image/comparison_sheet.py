@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-PICTURE_SIDE = 512  # larger images are cut to this around their detail
+SHOWN_SIDE = 512  # larger images are cut to this around their detail
 
 
 def comparison_sheet(images: dict[str, np.ndarray], detail: tuple[int, int, int, int]) -> np.ndarray:
@@ -38,7 +38,7 @@ def _font_for(caption: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.Im
     return next((font for font in fonts if font.getlength(caption) <= width), ImageFont.load_default(8))
 
 
-def sheet_around_detail(pictures: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
+def sheet_around_detail(images: dict[str, np.ndarray], number: int = 1) -> np.ndarray:
     """Images of one size side by side, and the most detailed part of the last one below each, (H', W', 3) uint8.
 
     Args:
@@ -47,46 +47,46 @@ def sheet_around_detail(pictures: dict[str, np.ndarray], number: int = 1) -> np.
     Raises:
         ValueError: sizes or types differ.
     """
-    cut, detail = cut_to_detail(pictures, number)
-    return comparison_sheet({name: _marked(picture, detail) for name, picture in cut.items()}, detail)
+    cut, detail = cut_to_detail(images, number)
+    return comparison_sheet({name: _marked(image, detail) for name, image in cut.items()}, detail)
 
 
-def cut_to_detail(pictures: dict[str, np.ndarray], number: int = 1) -> tuple[dict[str, np.ndarray], tuple[int, int, int, int]]:
-    """At most `PICTURE_SIDE` pixels a side of each image, around the most detailed part of the last one, and where that lies.
+def cut_to_detail(images: dict[str, np.ndarray], number: int = 1) -> tuple[dict[str, np.ndarray], tuple[int, int, int, int]]:
+    """At most `SHOWN_SIDE` pixels a side of each image, around the most detailed part of the last one, and where that lies.
 
     Args, Raises: as in `sheet_around_detail`.
     """
-    shapes = {name: (picture.shape, str(picture.dtype)) for name, picture in pictures.items()}
+    shapes = {name: (image.shape, str(image.dtype)) for name, image in images.items()}
     shape, dtype = next(iter(shapes.values()))
     if len(set(shapes.values())) > 1 or len(shape) != 3 or shape[2] != 3 or dtype != "uint8":
         raise ValueError(f"image {number}: all must be uint8 of one shape (H, W, 3), got {shapes}")
-    left, top, right, bottom = most_detailed(list(pictures.values())[-1])
+    left, top, right, bottom = most_detailed(list(images.values())[-1])
     x, y = (_window(low, high, side) for low, high, side in ((left, right, shape[1]), (top, bottom, shape[0])))
-    cut = {name: picture[y : y + PICTURE_SIDE, x : x + PICTURE_SIDE] for name, picture in pictures.items()}
+    cut = {name: image[y : y + SHOWN_SIDE, x : x + SHOWN_SIDE] for name, image in images.items()}
     return cut, (left - x, top - y, right - x, bottom - y)
 
 
-def _marked(picture: np.ndarray, detail: tuple[int, int, int, int]) -> np.ndarray:
+def _marked(image: np.ndarray, detail: tuple[int, int, int, int]) -> np.ndarray:
     """A copy with a frame around the detail, outside of it."""
-    image = Image.fromarray(picture)
+    canvas = Image.fromarray(image)
     left, top, right, bottom = detail
-    ImageDraw.Draw(image).rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="#D55E00", width=2)
-    return np.asarray(image)
+    ImageDraw.Draw(canvas).rectangle((left - 2, top - 2, right + 1, bottom + 1), outline="#D55E00", width=2)
+    return np.asarray(canvas)
 
 
 def _window(low: int, high: int, side: int) -> int:
-    """Where a cut of `PICTURE_SIDE` begins that has the range in its middle as far as the image allows."""
-    return max(0, min((low + high - PICTURE_SIDE) // 2, side - PICTURE_SIDE))
+    """Where a cut of `SHOWN_SIDE` begins that has the range in its middle as far as the image allows."""
+    return max(0, min((low + high - SHOWN_SIDE) // 2, side - SHOWN_SIDE))
 
 
-def most_detailed(picture: np.ndarray) -> tuple[int, int, int, int]:
+def most_detailed(image: np.ndarray) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a third of the shown image, where the brightness changes most from pixel to pixel."""
-    height, width = picture.shape[:2]
-    grey = picture.astype(np.float64).mean(axis=2)
+    height, width = image.shape[:2]
+    grey = image.astype(np.float64).mean(axis=2)
     change = np.zeros((height, width))
     change[:, 1:] += np.abs(np.diff(grey, axis=1))
     change[1:] += np.abs(np.diff(grey, axis=0))
-    tall, wide = (max(1, min(side, PICTURE_SIDE) // 3) for side in (height, width))
+    tall, wide = (max(1, min(side, SHOWN_SIDE) // 3) for side in (height, width))
     sums = np.pad(change, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     inside = sums[tall:, wide:] - sums[:-tall, wide:] - sums[tall:, :-wide] + sums[:-tall, :-wide]
     top, left = np.unravel_index(inside.argmax(), inside.shape)

@@ -1,10 +1,10 @@
-"""Group normalisation that is the same in all tiles of an image.
+"""Group normalization that is the same in all tiles of an image.
 
 A group norm measures mean and variance over the whole feature map. Cut the image into tiles, and every tile has its own: a dark
 tile is brightened, a flat one has its noise amplified, and neighbouring tiles differ in tone. Overlap and blending only hide
-that. Here every tile is normalised with the image's statistics instead, which are estimated beforehand from a sample of it:
+that. Here every tile is normalized with the image's statistics instead, which are estimated beforehand from a sample of it:
 
-1. `SharedStatistics.record()`: the network runs on a batch of small windows spread over the image. Every group norm normalises
+1. `SharedStatistics.record()`: the network runs on a batch of small windows spread over the image. Every group norm normalizes
    with statistics pooled over the whole batch, as if it were one image, and keeps them. Several such passes over different
    windows are merged.
 2. `SharedStatistics.apply()`: every group norm uses the statistics it kept, and so becomes a fixed affine map per channel.
@@ -90,7 +90,7 @@ class SharedStatistics:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Within this context the networks normalise a batch with its pooled statistics, which are kept. Enter it once a pass."""
+        """Within this context the networks normalize a batch with its pooled statistics, which are kept. Enter it once a pass."""
         current: dict[nn.GroupNorm, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def pooled_forward(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
@@ -105,14 +105,14 @@ class SharedStatistics:
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """Within this context the networks normalise with the kept statistics; a norm that recorded none works as usual."""
+        """Within this context the networks normalize with the kept statistics; a norm that recorded none works as usual."""
         recorded = [norm for norm in self.norms if norm in self.moments]
         with exchanged_forwards(recorded, lambda norm: FixedNorm(norm, *self.moments[norm])):
             yield
 
 
 class FixedNorm:
-    """Replaces a group norm's forward: normalises with given moments, float32 (C,) each."""
+    """Replaces a group norm's forward: normalizes with given moments, float32 (C,) each."""
 
     def __init__(self, norm: nn.GroupNorm, mean: torch.Tensor, variance: torch.Tensor):
         self.norm, self.mean, self.variance = norm, mean, variance
@@ -121,7 +121,7 @@ class FixedNorm:
         return normalize(x, self.mean, self.variance, self.norm.weight, self.norm.bias, self.norm.eps)
 
     def scale_shift(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factor and the summand that normalise x (B, C, ...): float32 (B, C) each. Fused blocks ask for them."""
+        """The factor and the summand that normalize x (B, C, ...): float32 (B, C) each. Fused blocks ask for them."""
         moments = self.mean.to(x.device), self.variance.to(x.device)
         scale, shift = scale_shift(*moments, self.norm.weight, self.norm.bias, self.norm.eps)
         return scale.repeat(x.shape[0], 1), shift.repeat(x.shape[0], 1)
@@ -164,7 +164,7 @@ def normalize(
     bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """Group normalisation of x (B, C, ...) with given float32 moments (C,), computed in float32 and returned in x's dtype.
+    """Group normalization of x (B, C, ...) with given float32 moments (C,), computed in float32 and returned in x's dtype.
 
     Args:
         weight, bias: (C,) of any float dtype, both or neither.
@@ -182,7 +182,7 @@ def normalize(
 def scale_shift(
     mean: torch.Tensor, variance: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normalisation of `normalize` as one factor and one summand a channel, float32 (C,) each."""
+    """The normalization of `normalize` as one factor and one summand a channel, float32 (C,) each."""
     scale = torch.rsqrt(variance + eps)
     if weight is None or bias is None:
         return scale, -mean * scale

@@ -79,7 +79,7 @@ def test_offloading_changes_no_picture_and_keeps_no_prepared_weights(pipeline, k
 @needs_group_offload
 def test_groups_of_single_layers_need_tiles_without_common_statistics(pipeline, tmp_path):
     arguments = {"onload_device": CPU, "offload_type": "leaf_level", "offload_to_disk_path": str(tmp_path / "disk")}
-    with pytest.raises(ValueError, match="leaf_level.*group normalisations.*block_level.*share_tile_statistics"):
+    with pytest.raises(ValueError, match="leaf_level.*group normalizations.*block_level.*share_tile_statistics"):
         pipeline.enable_group_offload(**arguments)
     pipeline.share_tile_statistics = False
     expected = enlarge(pipeline)

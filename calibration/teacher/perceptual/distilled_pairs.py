@@ -1,4 +1,4 @@
-"""Pairs of degraded images and what another upscaler made of them: a fixed target, which cleaning is learnt from fastest.
+"""Training pairs: a degraded image, and what another upscaler made of it as the target.
 
 A folder holds for every pair NAME_low.png (h x w) and NAME_peer.png (4h x 4w); `calibration.teacher.make_pairs` writes one.
 """

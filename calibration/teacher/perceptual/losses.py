@@ -78,7 +78,7 @@ DISCRIMINATORS = {"patch": PatchDiscriminator, "unet": UNetDiscriminator}
 
 
 def generator_loss(verdicts: torch.Tensor) -> torch.Tensor:
-    """How surely the model's images were recognised, a scalar above 0; log 2 where the discriminator cannot tell."""
+    """How surely the model's images were recognized, a scalar above 0; log 2 where the discriminator cannot tell."""
     return F.softplus(-verdicts.float()).mean()
 
 

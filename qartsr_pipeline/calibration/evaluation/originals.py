@@ -25,7 +25,7 @@ import torch
 
 from qartsr_pipeline.calibration.data import SCALE
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
-from qartsr_pipeline.calibration.data.patches import as_tensor, list_photographs, read_photograph
+from qartsr_pipeline.calibration.data.patches import MemoryImage, as_tensor, list_photographs, read_photograph
 from qartsr_pipeline.image.conversion import to_images
 
 EQUAL_NAMES = {"hr": "lr", "test_hr": "test_lr", "gt": "lq"}
@@ -46,8 +46,7 @@ class ImagePair:
         return [self.high] if self.low is None else [self.high, self.low]
 
 
-ImageInput: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
-Data: TypeAlias = str | os.PathLike | ImageInput | Sequence[str | os.PathLike | ImagePair | ImageInput]
+Data: TypeAlias = str | os.PathLike | MemoryImage | Sequence[str | os.PathLike | ImagePair | MemoryImage]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def originals_of(data: Data, ground_truth: bool = True) -> list[Original]:
     if isinstance(data, (str, os.PathLike)):
         return [_of_pair(pair) for pair in find_pairs(Path(data))[1]]
     originals: list[Original] = []
-    for index, item in enumerate([data] if isinstance(data, ImageInput) else data):
+    for index, item in enumerate([data] if isinstance(data, MemoryImage) else data):
         if isinstance(item, ImagePair):
             originals.append(_of_pair(item))
         elif isinstance(item, (str, os.PathLike)):

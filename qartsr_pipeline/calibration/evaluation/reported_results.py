@@ -168,10 +168,10 @@ def differences(reports: list[dict[str, Any]]) -> list[str]:
     settings = [report["settings"] for report in reports]
     measured = {metric for report in reports for row in report["rows"] for metric in METRICS if row.get(metric) is not None}
     lacking = [name for metric, name in (("lpips", "LPIPS"), ("musiq", "MUSIQ")) if metric not in measured]
-    pictures = "; ".join(f"{entry['folder']}, {entry['count']} pictures" for entry in data)
+    ours = "; ".join(f"{entry['folder']}, {entry['count']} images" for entry in data)
     lines = [
         f"Model: the paper quantizes {OSEDIFF}; ours is {', '.join(names) or 'not among the reports'}.",
-        f"Data: the paper has DIV2K_val and RealSR; ours is {pictures}.",
+        f"Data: the paper has DIV2K_val and RealSR; ours is {ours}.",
         f"Low resolution: ours is {'; '.join(sorted({str(entry['degradation']) for entry in settings}))};"
         " which degradation DIV2K_val had there is not known to us.",
         "PSNR: ours is of the BT.601 luma without a border of 4 pixels, of results rounded to 8 bits;"

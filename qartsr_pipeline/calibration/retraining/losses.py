@@ -28,7 +28,7 @@ class PhaseLoss:
     Attributes:
         distance: between latents in the phase "latent".
         image_terms: name -> (image, target) -> scalar, with images (B, 3, P, P) in [-1, 1]; their sum is the loss of "pixel" and
-            "joint". Further terms are entered here.
+            "joint".
     """
 
     def __init__(self, settings: Settings, perceptual: Perceptual | None = None) -> None:
@@ -52,13 +52,15 @@ class PhaseLoss:
         first, *further = (term(image, high) for term in self.image_terms.values())
         loss = sum(further, first)
         if phase == "joint":
-            half = max(1, high.shape[0] // 2)  # keeps the autoencoder good, and an identity for the input: the UNet restores
+            half = max(1, high.shape[0] // 2)  # so that the autoencoder stays good, and leaves restoring the input to the UNet
             loss = loss + autoencoder_loss(model, up[:half], high[:half])
         return loss
 
 
 def autoencoder_loss(model: OneStepModel, up: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """L1 of reconstructing three quarters targets, one quarter inputs, plus a faint pull to a standard normal posterior."""
+    """L1 distance of reconstructions, of targets in three quarters of the batch and of inputs in the rest, and a little of the
+    posterior's KL divergence from a standard normal distribution.
+    """
     targets = high.shape[0] * 3 // 4
     x = torch.cat([high[:targets], up[targets:]])
     posterior = model.vae.encode(x).latent_dist
@@ -107,6 +109,6 @@ def _unit(image: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def set_scaling_factor(model: OneStepModel, patches: Patches) -> None:
-    """Makes the latents of training images unit variance, as Stable Diffusion's 0.18215 does."""
+    """Sets the scaling factor with which latents of training images have unit variance; Stable Diffusion's is 0.18215."""
     _, high = sample_pair(patches, 32, 128, np.random.default_rng(0))
     model.scaling_factor.fill_(1 / float(model.vae.encode(high.to(model.device)).latent_dist.mode().std()))
