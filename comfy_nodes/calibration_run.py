@@ -64,7 +64,7 @@ def make_checkpoint(order: Order, target: Path) -> Made:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-    ):  # also while importing: tensors that modules create then are trained with
+    ):  # while importing, too: tensors made then are trained with
         from qartsr_pipeline import quantize
 
         data = order.data
