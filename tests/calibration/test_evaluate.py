@@ -377,7 +377,7 @@ def test_reproduce_puts_ours_beside_the_paper(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| QArtSR | W4A4 | 24.93 | 0.2914 | 67.98 | tiny-w4a4 | 28.79 | 0.2500 |  |" in said and " 1.00 " not in said
     assert "| SVDQuant | W2A2 | 18.99 | 0.4947 | 43.83 | svdquant-w2a2 | 28.00 |" in said
-    assert "tiny-fp" in said and "set, 2 pictures" in said and "Not measured by us: MUSIQ" in said
+    assert "tiny-fp" in said and "set, 2 images" in said and "Not measured by us: MUSIQ" in said
     report["data"]["layout"] = "RealSR"  # which has a table of its own
     path.write_text(json.dumps(report))
     assert command("reproduce", "--ours", path) == 0
