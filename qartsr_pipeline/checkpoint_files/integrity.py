@@ -35,9 +35,8 @@ def check_readable(path: Path, label: str) -> os.stat_result:
     except OSError as error:
         if path.is_symlink():  # the Hub's cache consists of links
             raise CheckpointError(
-                f"{label} is a link that leads nowhere: a download was interrupted, or a cache was copied without the files"
-                f" that it"
-                f" links to. {RENEW}"
+                f"{label} is a link that leads nowhere: a download was interrupted, or a cache was copied without the files that"
+                f" it links to. {RENEW}"
             ) from error
         raise CheckpointError(f"{label} cannot be found ({error.strerror}). {RENEW}") from error
     if not stat.S_ISREG(status.st_mode):

@@ -52,9 +52,8 @@ def stored_tensors(folder: Path, name: str, stem: str, variant: str | None = Non
         found = [component / listing for listing in dict.fromkeys(listings) if os.path.lexists(component / listing)]
         if found and os.path.lexists(single):
             raise CheckpointError(
-                f"{name} in {folder} has its weights twice, in {single.name} and in the parts that {found[0].name} lists: one"
-                f" of them"
-                f" is of an earlier save. Remove the older one, or save the pipeline again with `save_pretrained`."
+                f"{name} in {folder} has its weights twice, in {single.name} and in the parts that {found[0].name} lists: one of"
+                " them is of an earlier save. Remove the older one, or save the pipeline again with `save_pretrained`."
             )
         if found:
             return _tensors_in_parts(folder, name, found[0])

@@ -187,8 +187,7 @@ def _check_archive(path: Path) -> None:
             if unpacked > path.stat().st_size:
                 raise CheckpointError(
                     f"{path} is compressed (its {path.stat().st_size:,} bytes would become {unpacked:,}), which PyTorch never"
-                    f" does, so"
-                    f" it was not read. Take the file as the model's authors published it."
+                    " does, so it was not read. Take the file as the model's authors published it."
                 )
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:

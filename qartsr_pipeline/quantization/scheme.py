@@ -41,9 +41,8 @@ class LayerScheme:
                 )
         if not _is_integer(self.rank) or self.rank < 0:
             raise ValueError(
-                f"rank is {repr(self.rank)[:80]}, expected an integer >= 0: it is the inner dimension of a layer's branch."
-                f" Give 0 for"
-                f" no branch; in a stored quantization_config, {_RENEW}"
+                f"rank is {repr(self.rank)[:80]}, expected an integer >= 0: it is the inner dimension of a layer's branch. Give 0"
+                f" for no branch; in a stored quantization_config, {_RENEW}"
             )
 
     @property
@@ -68,9 +67,8 @@ class Folding:
         for name, value, smallest in (("timestep", self.timestep, 0), ("tokens", self.tokens, 1)):
             if not _is_integer(value) or value < smallest:
                 raise ValueError(
-                    f"folding has {name} {repr(value)[:80]}, expected an integer >= {smallest}: constants of one timestep and"
-                    f" of a"
-                    f" prompt with so many tokens were folded. In a stored quantization_config, {_RENEW}"
+                    f"folding has {name} {repr(value)[:80]}, expected an integer >= {smallest}: constants of one timestep and of"
+                    f" a prompt with so many tokens were folded. In a stored quantization_config, {_RENEW}"
                 )
 
 
@@ -152,9 +150,8 @@ def _stored_overrides(pairs: object) -> dict[str, LayerScheme | None]:
     for pair in pairs if isinstance(pairs, (list, tuple)) else [pairs]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str) or pair[0] in overrides:
             raise ValueError(
-                f"quantization_config cannot be read: overrides holds {str(pair)[:120]}, not a pair of a pattern that occurs"
-                f" once and a"
-                f" layer's scheme or null: {_WRITTEN}"
+                f"quantization_config cannot be read: overrides holds {str(pair)[:120]}, not a pair of a pattern that occurs once"
+                f" and a layer's scheme or null: {_WRITTEN}"
             )
         pattern, value = pair
         overrides[pattern] = None if value is None else _stored(f"overrides, {pattern[:80]!r}", value, LayerScheme)
