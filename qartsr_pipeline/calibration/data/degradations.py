@@ -44,8 +44,8 @@ def bicubic_degradation(high: torch.Tensor, scale: int = SCALE, rng: np.random.G
 
 
 @dataclass(frozen=True)
-class Order:
-    """The ranges of one of the two rounds of degradation.
+class Round:
+    """The ranges of one of the two rounds of `two_rounds`.
 
     Attributes:
         blur: probability of a blur. sigma: standard deviation in pixels.
@@ -65,28 +65,28 @@ class Order:
 
 
 # Real-ESRGAN's numbers.
-FIRST = Order(1.0, (0.2, 3.0), 0.2, 0.7, (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95))
-SECOND = Order(0.8, (0.2, 1.5), 0.3, 0.4, (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95))
+FIRST = Round(1.0, (0.2, 3.0), 0.2, 0.7, (0.15, 1.5), (1, 30), (0.05, 3.0), (30, 95))
+SECOND = Round(0.8, (0.2, 1.5), 0.3, 0.4, (0.3, 1.2), (1, 25), (0.05, 2.5), (30, 95))
 
 
-def blur(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
+def blur(image: torch.Tensor, ranges: Round, rng: np.random.Generator) -> torch.Tensor:
     """Gaussian: round in two cases of three, else elongated in any direction."""
-    if rng.random() >= order.blur:
+    if rng.random() >= ranges.blur:
         return image
-    sigma_x, sigma_y = rng.uniform(*order.sigma, 2)
+    sigma_x, sigma_y = rng.uniform(*ranges.sigma, 2)
     if rng.random() < 2 / 3:
         sigma_y = sigma_x
     return convolve(image, gaussian_kernel(sigma_x, sigma_y, rng.uniform(0, math.pi)))
 
 
-def random_size(size: Size, order: Order, rng: np.random.Generator) -> Size:
-    """The size enlarged, reduced or kept, with the probabilities of ``order``."""
+def random_size(size: Size, ranges: Round, rng: np.random.Generator) -> Size:
+    """The size enlarged, reduced or kept, with the probabilities of ``ranges``."""
     kind = rng.random()
     factor = 1.0
-    if kind < order.up:
-        factor = rng.uniform(1, order.factor[1])
-    elif kind < order.up + order.down:
-        factor = rng.uniform(order.factor[0], 1)
+    if kind < ranges.up:
+        factor = rng.uniform(1, ranges.factor[1])
+    elif kind < ranges.up + ranges.down:
+        factor = rng.uniform(ranges.factor[0], 1)
     height, width = (max(1, round(side * factor)) for side in size)
     return height, width
 
@@ -100,14 +100,14 @@ def resample(image: torch.Tensor, size: Size, rng: np.random.Generator) -> torch
     return F.interpolate(image, size=size, mode=mode, antialias=antialias, align_corners=False).clamp(0, 1)
 
 
-def add_noise(image: torch.Tensor, order: Order, rng: np.random.Generator) -> torch.Tensor:
+def add_noise(image: torch.Tensor, ranges: Round, rng: np.random.Generator) -> torch.Tensor:
     """Gaussian or photon noise, grey in two cases of five."""
     grey, gaussian = rng.random() < 0.4, rng.random() < 0.5
     base = (image.mean(1, keepdim=True) if grey else image).clamp(0, 1).numpy()
     if gaussian:
-        noise = rng.standard_normal(base.shape) * (rng.uniform(*order.gaussian) / 255)
+        noise = rng.standard_normal(base.shape) * (rng.uniform(*ranges.gaussian) / 255)
     else:
-        noise = (rng.poisson(base * 255.0) / 255.0 - base) * rng.uniform(*order.poisson)
+        noise = (rng.poisson(base * 255.0) / 255.0 - base) * rng.uniform(*ranges.poisson)
     return (image + torch.from_numpy(noise.astype(np.float32))).clamp(0, 1)
 
 
@@ -120,8 +120,8 @@ def compress(image: torch.Tensor, quality: tuple[int, int], rng: np.random.Gener
 
 
 @dataclass(frozen=True)
-class Round:
-    """The parts of a single, milder round of degradation.
+class SingleRound:
+    """The parts of the single, milder round of `one_round`.
 
     Attributes:
         blur: largest standard deviation in pixels of the original. noise: of Gaussian noise, in 255ths. jpeg: quality from, to.
@@ -136,13 +136,13 @@ class Round:
     other_filters: float
 
 
-MILD = Round(blur=2.0, noise=12.0, jpeg=(40, 95), present=0.75, other_filters=0.25)
-REAL = Round(blur=2.0, noise=12.0, jpeg=(40, 90), present=1.0, other_filters=0.0)
+MILD = SingleRound(blur=2.0, noise=12.0, jpeg=(40, 95), present=0.75, other_filters=0.25)
+REAL = SingleRound(blur=2.0, noise=12.0, jpeg=(40, 90), present=1.0, other_filters=0.0)
 SINC_BLUR = 0.1  # share of sinc filters among the blurs, where there are any
 FINAL_SINC = 0.8  # probability of one at the end of the second round
 
 
-def one_round(image: torch.Tensor, scale: int, rng: np.random.Generator, parts: Round = MILD) -> torch.Tensor:
+def one_round(image: torch.Tensor, scale: int, rng: np.random.Generator, parts: SingleRound = MILD) -> torch.Tensor:
     """(1, 3, H, W) -> (1, 3, H / scale, W / scale): blur, reduction, noise and JPEG as ``parts`` says."""
     final = reduced_size(image, scale)
     blurred, noisy, compressed = rng.random(3) < parts.present
@@ -182,10 +182,10 @@ def two_rounds(image: torch.Tensor, scale: int, rng: np.random.Generator, sinc: 
     return as_bytes(_ring(resample(compress(low, SECOND.jpeg, rng), final, rng), ringing))
 
 
-def _blur_or_ring(image: torch.Tensor, order: Order, rng: np.random.Generator, sinc: bool) -> torch.Tensor:
+def _blur_or_ring(image: torch.Tensor, ranges: Round, rng: np.random.Generator, sinc: bool) -> torch.Tensor:
     if sinc and rng.random() < SINC_BLUR:
         return _ring(image, random_sinc_kernel(rng))
-    return blur(image, order, rng)
+    return blur(image, ranges, rng)
 
 
 def _ring(image: torch.Tensor, kernel: torch.Tensor | None) -> torch.Tensor:

@@ -42,7 +42,7 @@ def pixels_of(images: Iterable[MemoryImage], name: str = "data") -> list[np.ndar
     """
     if isinstance(images, (PIL.Image.Image, np.ndarray, torch.Tensor)):
         images = [images]  # taken apart, a tensor (3, H, W) would be three grey images
-    return [as_pixels(picture.rgb) for picture in to_images(list(images), name)]
+    return [as_pixels(image.rgb) for image in to_images(list(images), name)]
 
 
 def find_equal(images: Iterable[np.ndarray], others: Sequence[np.ndarray]) -> int | None:

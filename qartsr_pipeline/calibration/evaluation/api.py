@@ -121,7 +121,7 @@ def evaluate(
     folders = {name: model if isinstance(model, QArtSRPipeline) else fetch(model) for name, model in named.items()}
     check_unseen([folder for folder in folders.values() if isinstance(folder, Path)], originals)
     candidates = [
-        Candidate.of(name, each if isinstance(each, QArtSRPipeline) else _load(each, dtype, device))
+        Candidate.of(name, each if isinstance(each, QArtSRPipeline) else load_model(each, dtype, device))
         for name, each in folders.items()
     ]
     evaluation = Evaluation(candidates, loaded, color_fixes, tile_size, bypass, degradation, others)
@@ -166,6 +166,7 @@ def named_models(models: Model | Sequence[Model] | Mapping[str, Model], needed: 
     return named
 
 
-def _load(folder: Path, dtype: torch.dtype | None, device: str | torch.device | None) -> QArtSRPipeline:
+def load_model(folder: Path, dtype: torch.dtype | None, device: str | torch.device | None) -> QArtSRPipeline:
+    """The pipeline of a checkpoint folder; None for the folder's own dtype and for the CPU."""
     pipeline = load_quietly(folder, **({} if dtype is None else {"dtype": dtype}))
     return pipeline if device is None else pipeline.to(device)

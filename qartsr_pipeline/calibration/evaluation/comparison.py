@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-from qartsr_pipeline.calibration.evaluation.api import Model, named_models
+from qartsr_pipeline.calibration.evaluation.api import Model, load_model, named_models
 from qartsr_pipeline.calibration.evaluation.measurement import BICUBIC
 from qartsr_pipeline.calibration.evaluation.peers import names_of_results
 from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch
@@ -21,7 +21,6 @@ from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, check_
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image_files import READABLE_SUFFIXES, ImageFile, ImageFileError, read_image, write_whole
 from qartsr_pipeline.input_checks import check_upscale
-from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 WARM_UP = 16  # side of what a model enlarges before its time is taken
@@ -79,7 +78,7 @@ def compare(
         models: as in `evaluate`; none if only `outputs` are to be compared.
         page: the HTML file.
         outputs: name -> what another program made of the photographs: its file, or a folder in which it is named after the
-            photograph, if need be, with "_x4" (for `upscale` 4), "x4" or "_out" appended. Its size is what `upscale` gives.
+            photograph, with or without "_x4" (for `upscale` 4), "x4" or "_out" at the end. Its size is what `upscale` gives.
         upscale: enlargement, above 0 and up to 16.
         tile_size: as in `QArtSRPipeline.__call__`.
         device, dtype: for models that are loaded here; None for the CPU and what the folder stores. A pipeline stays as it is.
@@ -129,7 +128,11 @@ def compare(
     seconds: dict[str, list[float]] = {name: [] for name in folders}
     total = len(folders) * len(loaded)
     for number, (name, source) in enumerate(folders.items()):
-        pipeline = source if isinstance(source, QArtSRPipeline) else _load(source, device, dtype)
+        if isinstance(source, QArtSRPipeline):
+            pipeline = source
+        else:
+            pipeline = load_model(source, dtype, device)
+            pipeline.set_progress_bar_config(disable=True)
         # The first call prepares the weights, which would make quantized models look slow.
         _enlarged(pipeline, ImageFile(loaded[0].file.pixels[:WARM_UP, :WARM_UP]), upscale, tile_size)
         for index, photograph in enumerate(loaded, 1):
@@ -165,7 +168,7 @@ def find_output(place: Path, photograph: Path, upscale: float) -> Path:
     """The file that another program made of a photograph.
 
     Args:
-        place: the file itself; or a folder in which it is named after the photograph, if need be with "_x4" or the like appended.
+        place: the file itself; or a folder in which it has one of `names_of_results`.
 
     Raises:
         FileNotFoundError: there is none. ValueError: there are several.
@@ -264,18 +267,12 @@ def _bicubic(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
-def _load(folder: Path, device: str | torch.device | None, dtype: torch.dtype | None) -> QArtSRPipeline:
-    pipeline = load_quietly(folder, **({} if dtype is None else {"dtype": dtype}))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline if device is None else pipeline.to(device)
-
-
 def _enlarged(pipeline: QArtSRPipeline, file: ImageFile, upscale: float, tile_size: int | None) -> tuple[np.ndarray, float]:
     """The pipeline's enlargement, (H, W, 3) uint8, and the seconds that the call took."""
     start = time.perf_counter()
     result: np.ndarray = pipeline(file.pixels, upscale, tile_size, output_type="np", return_dict=False)[0][0]
     seconds = time.perf_counter() - start
-    if file.pixels.shape[2] <= 2:  # grey again, for which a profile of grey values is
+    if file.pixels.shape[2] <= 2:  # back to one channel, because its profile is one for grey
         result = np.delete(result, (1, 2), axis=2)
     return _displayed(ImageFile(np.rint(result * 255).astype(np.uint8), file.metadata)), seconds
 

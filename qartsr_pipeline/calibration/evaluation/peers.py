@@ -1,4 +1,4 @@
-"""Other upscalers, measured beside the models: Lanczos, Real-ESRGAN, and outputs that somebody has made already."""
+"""Other upscalers, measured beside the models: Lanczos, Real-ESRGAN, and folders of finished outputs."""
 
 from __future__ import annotations
 
