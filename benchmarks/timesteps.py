@@ -17,12 +17,12 @@ from typing import Any
 
 from benchmarks.result import Result, markdown
 from calibration.comparison.cells import full_precision, run_cell
-from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import Cell, make_method
 from calibration.comparison.setting import Comparison, Sources, prepare
 from calibration.comparison.table import COLOR_FIX
 from qartsr_pipeline.calibration.report.report_plots import png_of
 from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.calibration.training.progress import Stopped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> Result:
     comparison = prepare(Sources(folders, args.data, args.evaluate, args.cells, args.limit, device="cpu"))
     try:
         rows = [line_of(comparison, name, candidates[name], args.steps, args.bits) for name in candidates]
-    except StoppedError as stopped:
+    except Stopped as stopped:
         raise KeyboardInterrupt from stopped
     options = json.loads((args.search / next(iter(candidates)) / "result.json").read_text())["made_with"]
     retrained = " + ".join(f"{phase['steps']} {phase['name']}" for phase in options["phases"])

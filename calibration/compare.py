@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from calibration.comparison.cells import full_precision, run_cell
-from calibration.comparison.learning_rate import StoppedError
 from calibration.comparison.methods import EXTRA_BITS, MAIN, Cell, Method, make_method, method_names
 from calibration.comparison.setting import Comparison, Sources, prepare
 from calibration.comparison.table import read_cells, write_tables
 from qartsr_pipeline.calibration.evaluation.metrics import NAMES
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
+from qartsr_pipeline.calibration.training.progress import Stopped
 from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
 
 REPEATED = 3  # so many of the best methods are repeated with further seeds
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check(parser, args)
         print(write_tables(args.output) if args.table_only else run(request_of(args)))
-    except (StoppedError, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt):
         parser.exit(130, "\nstopped; what is finished is kept. Continue with the same command.\n")
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         parser.error(" ".join(str(error).split()))

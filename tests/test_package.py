@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import qartsr_pipeline
+from qartsr_pipeline.calibration.recipe_files import load_recipe
 from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.kernels import list_backends, use_backend
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline, QArtSRPipelineOutput
@@ -29,7 +30,7 @@ def test_the_names_are_those_of_their_modules():
     assert set(qartsr_pipeline.__all__) == set(qartsr_pipeline._MODULES) <= set(dir(qartsr_pipeline))
 
 
-@pytest.mark.parametrize("function", [list_backends, use_backend])
+@pytest.mark.parametrize("function", [list_backends, load_recipe, use_backend])
 def test_the_examples_of_the_docstrings_run(function):
     (example,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
     assert doctest.DocTestRunner().run(example) == (0, len(example.examples)) and example.examples

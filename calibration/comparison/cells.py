@@ -124,7 +124,7 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     Raises:
         FloatingPointError: training diverges.
         ValueError: there is a file of it with other settings.
-        StoppedError: by Ctrl-C; what is done of it is saved.
+        Stopped: by Ctrl-C; what is done of it is saved.
     """
     settings = comparison.settings(cell)
     path = comparison.output / "cells" / f"{cell.key}.json"

@@ -16,16 +16,12 @@ from qartsr_pipeline.calibration.family import image_of
 from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.engine import Run, begin
-from qartsr_pipeline.calibration.training.progress import Calibrated
+from qartsr_pipeline.calibration.training.progress import Calibrated, Stopped
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; if the smallest or largest is best, those of FURTHER are tried
 FURTHER = {0.3: (0.1, 0.03), 3.0: (10.0, 30.0)}
 SWEEP_SHARE, SWEEP_STEPS = 1 / 3, 20  # a trial has this share of the steps, but at most so many
-
-
-class StoppedError(Exception):
-    """Ctrl-C; what is finished is saved."""
 
 
 def with_rate(recipe: Recipe, factor: float, share: float = 1.0) -> Recipe:
@@ -48,7 +44,7 @@ class Trials:
             name: of the file that holds the state in between.
 
         Raises:
-            StoppedError: by Ctrl-C; the state is saved.
+            Stopped: by Ctrl-C; the state is saved.
         """
         state = self.comparison.output / "states" / f"{name}.pt"
         state.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +54,7 @@ class Trials:
         self._run.start_again(recipe, self._parameters, state)
         calibrated = self._run.complete()
         if calibrated.stopped:
-            raise StoppedError
+            raise Stopped(f"stopped in {name}; the same command continues it")
         state.unlink(missing_ok=True)
         return self._run.pipeline, calibrated  # type: ignore[return-value]  # the engine takes any pipeline
 
@@ -88,7 +84,7 @@ def sweep(trials: Trials) -> dict[str, Any]:
         "factor", and "losses" by factor (None where training diverged).
 
     Raises:
-        FloatingPointError: training diverged with every rate. StoppedError: by Ctrl-C.
+        FloatingPointError: training diverged with every rate. Stopped: by Ctrl-C.
     """
     comparison, cell = trials.comparison, trials.cell
     first = replace(cell, seed=0)

@@ -18,6 +18,13 @@ def load_recipe(name: str | Path) -> Recipe:
 
     Raises:
         RecipeError: none of that name, not YAML, or not valid; the message names the file.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from qartsr_pipeline import load_recipe
+        >>> recipe = replace(load_recipe("qartsr"), steps=100)  # a recipe with one value changed, for `quantize`
+        >>> recipe.method, [stage.name for stage in recipe.stages]
+        ('QArtSR', ['RPQ', 'ET'])
     """
     path = RECIPES / f"{name}.yaml" if re.fullmatch(r"[\w-]+", str(name)) else Path(name)
     if not path.is_file():
