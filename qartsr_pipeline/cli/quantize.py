@@ -40,6 +40,7 @@ from qartsr_pipeline.cli.training_bar import TrainingBar
 
 if TYPE_CHECKING:
     from qartsr_pipeline.calibration.training.progress import Step
+    from qartsr_pipeline.calibration.training.workers import Workers
 
 OUTPUT = Path("runs/calibration")
 UNITS = {"observe": "batch"}  # of the parts of the preparation; the others count layers
@@ -182,7 +183,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if finished else 130
 
 
-def _run(order: Order, workers: Any) -> bool:
+def _run(order: Order, workers: Workers) -> bool:
     from qartsr_pipeline.calibration.carry_out import MODEL, carry_out
     from qartsr_pipeline.calibration.evaluation.rows import markdown
     from qartsr_pipeline.calibration.report.pipeline_folder import folder_sizes
