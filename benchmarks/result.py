@@ -32,8 +32,7 @@ class Result:
         settings: what was asked for.
         rows: what was measured, one for each model, size, or whatever is compared.
         summary: what follows from several rows.
-        environment: "command", "date", "commit", "hardware", "threads" and "versions"; of results from before this format, what
-            they have of it.
+        environment: "command", "date", "commit", "hardware", "threads" and "versions"; results in older formats lack some.
     """
 
     benchmark: str
@@ -115,17 +114,17 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def peak_megabytes(device: str) -> float:
-    """Of this process: allocated on the GPU, or resident."""
+    """The most memory that this process has had so far: allocated on the GPU, or resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "linux":  # the system's own count cannot be set back
+    if sys.platform == "linux":  # unlike getrusage's, this peak can be reset
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def forget_peak(device: str) -> None:
-    """From here on `peak_megabytes` knows nothing of what was before; on a Mac it does."""
+    """Resets the peak that `peak_megabytes` reports; impossible on a Mac, where it stays."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":

@@ -3,7 +3,7 @@
     python -m benchmarks.triton_gpu_check --output benchmarks/results/triton_NAME.json
 
 Needs torch and triton alone, neither diffusers nor optimum-quanto. First every check of equality (`--checks-only` stops there;
-with TRITON_INTERPRET=1 these run without a GPU, at tiny sizes), then times at the layer shapes of Stable Diffusion 2.1 for a
+with TRITON_INTERPRET=1 these run without a GPU, at tiny sizes), then times at the layer shapes of Stable Diffusion 2.1 for an
 image of 512 x 512, weights random. Exit status 1 if a check fails.
 """
 
