@@ -1,0 +1,1 @@
+"""Training of the small video model: WAN's classes, clips made of moving photographs."""

@@ -1,0 +1,246 @@
+"""Trains the small full-precision video model: WAN's classes in one step.
+
+    python -m calibration.teacher.video.train --data PHOTOS --clips FRAMES --output runs/video
+    python -m calibration.teacher.video.train --resume --output runs/video                after Ctrl-C, or with more --phases
+
+Four phases, each with its own steps and learning rate (`retraining.settings.Phase`; patches are the frames' sides):
+
+1. ``images``: the autoencoder learns to reproduce frames, high-resolution and bicubic ones, each by itself.
+2. ``latent``: autoencoder frozen. The transformer learns the step from the latents of the bicubic clip to those of the original.
+3. ``pixel``: transformer and decoder learn together, on the decoded frames and their differences in time. The decoder's
+   convolutions still see one frame each, which costs a third.
+4. ``joint``: everything trains, and the decoder's convolutions see the frames before.
+
+Latents are normalised when the phase ``latent`` begins. Everything is a function of the seed and of the step number: a stopped run
+continues as if it had not been stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from calibration.teacher.video.clips import VideoData, as_clips
+from calibration.teacher.video.model import LUMA, TIMESTEP, VideoModel, new_model
+from qartsr_pipeline.calibration.data.fingerprint import versions
+from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
+from qartsr_pipeline.calibration.retraining.losses import image_quality
+from qartsr_pipeline.calibration.retraining.settings import Phase, Settings, parse_phase, phase_text
+from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
+from qartsr_pipeline.calibration.run_folder import FolderLock, SavingError, remove_left_over
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress
+from qartsr_pipeline.cli.training_bar import TrainingBar
+
+PHASES = ("images", "latent", "pixel", "joint")
+DEFAULT_PHASES = ("latent:2000:1e-3:96:2", "pixel:4000:6e-4:96:2", "joint:3000:3e-4:128:2")
+DIFFERENCES = 0.5  # weight of the frames' differences in time
+
+
+@dataclass
+class VideoTrainer(Trainer):
+    """`Trainer` with clips and the phases of `PHASES`."""
+
+    model: VideoModel  # type: ignore[assignment]
+    frames: int = 5
+
+    def _trained_modules(self, phase: Phase) -> list[torch.nn.Module]:
+        return {
+            "images": [self.model.vae],
+            "latent": [self.model.transformer],
+            "pixel": [self.model.transformer, self.model.vae.decoder],
+            "joint": [self.model.transformer, self.model.vae],
+        }[phase.name]
+
+    def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        if phase.name == "latent" and self.step == 0:
+            self._normalise_latents()
+        return super()._new_optimizer(phase)
+
+    @torch.no_grad()
+    def _normalise_latents(self) -> None:
+        """Makes the latents of training clips have mean 0 and unit variance, channel by channel."""
+        self.model.latents_mean.zero_()
+        self.model.latents_std.fill_(1)
+        rng = np.random.default_rng(self.settings.seed)
+        latents = self.model.encode(as_clips(sample_pair(self.data.patches, 16, 128, rng), self.frames)[1].to(self.model.device))
+        self.model.latents_mean.copy_(latents.mean((0, 2, 3, 4)))
+        self.model.latents_std.copy_(latents.std((0, 2, 3, 4)).clamp_min(1e-3))
+        self.average = self._weights()
+
+    def _batch(self, phase: Phase, rng: np.random.Generator) -> Pair:
+        return as_clips(super()._batch(phase, rng), self.frames)
+
+    def _loss(self, phase: Phase, up: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        if phase.name == "images":
+            clip = torch.cat([high, up[:1]])
+            return frame_loss(model.decode(model.encode(clip), temporal=False), clip)
+        if phase.name == "latent":
+            with torch.no_grad():
+                source, target = model.encode(up), model.encode(high).float()
+            weight = model.latents_std.view(1, -1, 1, 1, 1)  # the transform is nearly orthonormal: as if it were pixels
+            return F.l1_loss(model.step(source).float() * weight, target * weight)
+        joint = phase.name == "joint"
+        with torch.set_grad_enabled(joint):
+            source = model.encode(up)
+        return frame_loss(model.decode(model.step(source), temporal=joint), high)
+
+    def _scores(self, phase: Phase) -> dict[str, float]:
+        rows = [validate(self.model, up.to(self.model.device), high, phase.name == "joint") for up, high in self.data.held_out]
+        return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else {})}
+
+
+def frame_loss(clip: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 of colours, of luma, and of the colours' differences from frame to frame; clips (B, 3, F, H, W)."""
+    error = clip.float() - target
+    luma = (error * torch.tensor(LUMA, device=error.device).view(3, 1, 1, 1)).sum(1)
+    loss = error.abs().mean() + luma.abs().mean()
+    return loss + DIFFERENCES * error.diff(dim=2).abs().mean() if clip.shape[2] > 1 else loss
+
+
+@torch.no_grad()
+def validate(model: VideoModel, up: torch.Tensor, high: torch.Tensor, temporal: bool) -> dict[str, float]:
+    """Mean PSNR-Y of the frames in dB, and the error of differences in time ("flicker", in 255ths).
+
+    "bypass" leaves the transformer out; "autoencoder" reproduces the target. ``up`` and ``high`` are (1, 3, F, H, W) in [-1, 1].
+    """
+    latents = model.encode(up)
+    results = {
+        "bicubic": up,
+        "model": model.decode(model.step(latents), temporal),
+        "bypass": model.decode(latents, temporal),
+        "autoencoder": model.decode(model.encode(high), temporal),
+    }
+    scores = {name: _quality(result.cpu(), high) for name, result in results.items()}
+    for name in ("bicubic", "model"):
+        error = (results[name].cpu().clamp(-1, 1) - high).diff(dim=2)
+        scores[f"flicker_{name}"] = float(error.abs().mean()) * 127.5
+    return scores
+
+
+def _quality(clip: torch.Tensor, target: torch.Tensor) -> float:
+    return float(np.mean([image_quality(clip[:, :, i], target[:, :, i]) for i in range(clip.shape[2])]))
+
+
+@dataclass(frozen=True)
+class VideoRun:
+    """A training run.
+
+    Attributes:
+        resume: continue from the state in ``output``.
+    """
+
+    data: VideoData
+    phases: list[Phase]
+    settings: Settings
+    output: Path
+    timestep: int = TIMESTEP
+    resume: bool = False
+    device: str = "cpu"
+
+    def trainer(self, progress: Progress = SILENT) -> VideoTrainer:
+        """The run at its beginning or, with ``resume``, where it was left.
+
+        Raises:
+            ValueError, OSError: bad data, or a state that does not fit.
+        """
+        clips = self.data.load()
+        model = new_model(self.settings.seed, self.timestep).to(self.device)
+        self.output.mkdir(parents=True, exist_ok=True)
+        settings = {name: getattr(self.settings, name) for name in ("seed", "ema", "every", "bf16")}
+        record = {
+            **clips.record,
+            "seed": self.settings.seed,
+            "timestep": self.timestep,
+            "arguments": {**asdict(self.data), **settings, "timestep": self.timestep},
+            "versions": versions(),
+        }
+        trainer = VideoTrainer(
+            model, self.phases, clips, self.settings, self.output, record, progress=progress, frames=self.data.frames
+        )
+        if self.resume:
+            trainer.resume()
+        return trainer
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="calibration.teacher.video.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", help="folder of photographs; without it images are procedural")
+    parser.add_argument("--clips", help="folder of real clips, each a folder of images")
+    parser.add_argument("--frames", type=int, default=5, help="of a training clip")
+    parser.add_argument("--output", type=Path, default=Path("runs/video"))
+    parser.add_argument("--timestep", type=int, default=TIMESTEP, help=f"T (default: {TIMESTEP})")
+    parser.add_argument("--phases", nargs="+", metavar="NAME:STEPS:LR:PATCH:BATCH", help=f"default: {' '.join(DEFAULT_PHASES)}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema", type=float, default=0.998, help="decay of the moving average of the weights")
+    parser.add_argument("--every", type=int, default=250, metavar="N", help="steps between validations, each of which is saved")
+    parser.add_argument("--held-out", type=int, default=8, metavar="N", help="photographs kept for validation")
+    parser.add_argument("--fp32", dest="bf16", action="store_false", help="no bfloat16 autocast")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --output, with its arguments unless given anew"
+    )
+    return parser
+
+
+def parse(argv: list[str] | None) -> VideoRun:
+    """The run that the arguments describe; with ``--resume`` they default to those of the run itself.
+
+    Raises:
+        ValueError, OSError: an argument is out of range, or there is a state and no ``--resume``, or the other way round.
+    """
+    parser = arguments()
+    args = parser.parse_args(argv)
+    path = args.output / STATE_NAME
+    if args.resume:
+        state = load_state(path)
+        parser.set_defaults(**(state.get("record") or {}).get("arguments", {}))
+        parser.set_defaults(phases=[phase_text(Phase(**phase)) for phase in state["phases"]])
+        args = parser.parse_args(argv)
+    elif path.exists():
+        raise ValueError(f"{path} is there already: continue that run with --resume, or choose another --output")
+    if args.frames < 1 or args.every < 1 or args.held_out < 0 or not 0 <= args.ema < 1 or not 0 < args.timestep < 1000:
+        raise ValueError("--frames and --every must be above 0, --ema at least 0 and below 1, --timestep from 1 to 999")
+    return VideoRun(
+        data=VideoData(args.data, args.clips, args.frames, args.held_out),
+        phases=[parse_phase(text, PHASES) for text in args.phases or DEFAULT_PHASES],
+        settings=Settings(seed=args.seed, ema=args.ema, every=args.every, bf16=args.bf16),
+        output=args.output,
+        timestep=args.timestep,
+        resume=args.resume,
+        device=args.device,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments()
+    with TrainingBar() as bar:
+        try:
+            run = parse(argv)
+            trainer = run.trainer(bar)
+        except (OSError, ValueError) as error:
+            parser.error(" ".join(str(error).split()))
+        how = f"python -m calibration.teacher.video.train --resume --output {run.output}"
+        try:
+            with FolderLock(run.output).take():
+                remove_left_over(run.output)
+                finished = trainer.run()
+        except KeyboardInterrupt:
+            parser.exit(130, f"\nstopped at once; {trainer.state_path} holds what was saved last. Continue with: {how}\n")
+        except SavingError as error:
+            parser.exit(1, f"\n{parser.prog}: error: {error} Then continue with: {how}\n")
+        except FloatingPointError as error:
+            parser.exit(1, f"\n{parser.prog}: error: {error}. A saved state is continued with --resume and other --phases\n")
+    if not finished:
+        parser.exit(130, f"\nstopped; saved at {trainer.place} in {trainer.state_path}. Continue with: {how}\n")
+    print(f"finished: {trainer.state_path}; write the model with: python -m calibration.teacher.video.export {trainer.state_path} FOLDER")
+
+
+if __name__ == "__main__":
+    main()
