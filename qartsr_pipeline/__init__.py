@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from qartsr_pipeline.calibration.recipe_files import load_recipe
     from qartsr_pipeline.checkpoint_files import CheckpointError
     from qartsr_pipeline.kernels import list_backends, use_backend
+    from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline, LSGQuantVideoPipelineOutput
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline, QArtSRPipelineOutput
 
 __all__ = [
     "CheckpointError",
     "EvaluationRow",
+    "LSGQuantVideoPipeline",
+    "LSGQuantVideoPipelineOutput",
     "QArtSRPipeline",
     "QArtSRPipelineOutput",
     "QuantizationResult",
@@ -37,6 +40,8 @@ __all__ = [
 _MODULES = {
     "CheckpointError": "checkpoint_files",
     "EvaluationRow": "calibration.evaluation",
+    "LSGQuantVideoPipeline": "pipeline_lsgquant",
+    "LSGQuantVideoPipelineOutput": "pipeline_lsgquant",
     "QArtSRPipeline": "pipeline_qartsr",
     "QArtSRPipelineOutput": "pipeline_qartsr",
     "QuantizationResult": "calibration.api",

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline.calls import Calls, TileReporter, access_to, alone_where_needed
-from qartsr_pipeline.checkpoint_files import fetch, saving, structure
+from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.image import tiles
 from qartsr_pipeline.image.conversion import ImageTensors, from_images, stack_if_equal, to_images
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image.tiles import Tile, TileGrid, TilePlan
 from qartsr_pipeline.input_checks import CallArguments, check_components
 from qartsr_pipeline.memory import Enlargement, check_memory
-from qartsr_pipeline.offloading import MovablePipeline
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_network, upscale_image
 from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
 from qartsr_pipeline.prompt_embedding import PromptEmbedding, check_prompt, embed_prompt
-from qartsr_pipeline.stored_values import check_finite, naming_the_file
 
 logger = logging.getLogger(__name__)
 
 # Called as callback(pipeline, step, timestep, tensors), with the tensors that it asks for.
 StepCallback = Callable[["QArtSRPipeline", int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
-HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision")
 
 
 @dataclass
@@ -50,7 +45,7 @@ class QArtSRPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor | list
 
 
-class QArtSRPipeline(MovablePipeline):
+class QArtSRPipeline(CheckpointPipeline):
     """Image super-resolution with one step of a diffusion model, full precision or quantized.
 
     Args:
@@ -71,6 +66,7 @@ class QArtSRPipeline(MovablePipeline):
     _optional_components = ["text_encoder", "tokenizer"]
     share_tile_statistics = True
     _callback_tensor_inputs = ["image", "latents"]
+    checkpoint_class = PIPELINE_CLASS
 
     def __init__(
         self,
@@ -128,59 +124,6 @@ class QArtSRPipeline(MovablePipeline):
     @_interrupt.setter
     def _interrupt(self, interrupted: bool) -> None:
         self._calls.interrupt(bool(interrupted))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> QArtSRPipeline:
-        """Loads a checkpoint folder or a repository of the Hugging Face Hub, after checking that it is complete and undamaged.
-
-        Args:
-            pretrained_model_name_or_path: the folder, or "owner/name".
-            kwargs: as for `DiffusionPipeline.from_pretrained` (`dtype`, `revision`, `cache_dir`, components, ..).
-
-        Raises:
-            CheckpointError: not a checkpoint, damaged or unavailable; the message says which.
-        """
-        hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        folder = fetch(pretrained_model_name_or_path, **hub_arguments)
-        structure.check_loadable(folder, kwargs)
-        with structure.clear_errors(folder, kwargs), naming_the_file(folder):
-            pipeline = super().from_pretrained(str(folder), **kwargs)
-            for name, part in pipeline.components.items():
-                if name not in kwargs and isinstance(part, torch.nn.Module):
-                    check_finite(part)
-        return pipeline
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
-        """Saves the pipeline as a diffusers folder with checksums: whole or not at all.
-
-        Args:
-            save_directory: created if missing; an earlier checkpoint in it is replaced, other files stay.
-            kwargs: as for `DiffusionPipeline.save_pretrained`; with `push_to_hub=True` the whole folder is uploaded.
-
-        Raises:
-            OSError: it cannot be written, or holds weights of another variant; what was there is unchanged.
-        """
-        if not kwargs.get("safe_serialization", True):
-            raise ValueError("`safe_serialization` must be True: checkpoints are stored as safetensors only.")
-        upload_arguments = saving.take_upload_arguments(kwargs)
-        saving.save_whole(partial(super().save_pretrained, **kwargs), Path(save_directory), kwargs.get("variant"))
-        if upload_arguments is not None:
-            saving.upload(self, Path(save_directory), **upload_arguments)
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> dict | tuple:  # type: ignore[override]
-        """As in diffusers, but pipeline.py in the folder, meant for the generic `DiffusionPipeline`, is not executed."""
-        loaded = super().load_config(*args, **kwargs)
-        if isinstance(loaded, tuple):
-            return (saving.without_entry_point(loaded[0]), *loaded[1:])
-        return saving.without_entry_point(loaded)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> QArtSRPipeline:
-        """As in diffusers, sharing the components; but their dtype stays unless another one is asked for."""
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = pipeline.dtype
-        return super().from_pipe(pipeline, **kwargs)
 
     def check_inputs(self, **arguments: Any) -> CallArguments:
         """The arguments of `__call__` except images and prompt, as plain Python values; raises TypeError or ValueError that names

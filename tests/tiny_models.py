@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 
+from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 
@@ -46,5 +54,43 @@ def build_tiny_pipeline(seed: int = 0, timestep: int = 250) -> QArtSRPipeline:
         prompt = PromptEmbedding.from_tensor(torch.randn(1, 4, 16))
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     pipeline = QArtSRPipeline(unet=unet, vae=vae, scheduler=scheduler, prompt_embedding=prompt, timestep=timestep, scale=4)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_tiny_video_vae(temporal: bool = False) -> AutoencoderKLWan:
+    """Two levels, so latents have half the frame's sides; 4 latent channels; ``temporal``: half the frames, too."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[temporal],
+        latents_mean=[0.1, -0.2, 0.0, 0.3],
+        latents_std=[0.5, 1.0, 0.8, 1.2],
+    ).eval()
+
+
+def build_tiny_video_pipeline(seed: int = 0, temporal: bool = False) -> LSGQuantVideoPipeline:
+    """As `build_tiny_pipeline`; tiles of 64 pixels, chunks of 5 frames."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = build_tiny_video_vae(temporal)
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=64,
+            num_layers=2,
+        ).eval()
+        prompt = PromptEmbedding.from_tensor(torch.randn(1, 4, 16))
+    parts = {"transformer": transformer, "vae": vae, "prompt_embedding": prompt}
+    pipeline = LSGQuantVideoPipeline(
+        **parts, scheduler=FlowMatchEulerDiscreteScheduler(), timestep=400, scale=4, tile_size=64, frames_per_chunk=5
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -17,6 +17,7 @@ from qartsr_pipeline.checkpoint_files.integrity import RENEW, CheckpointError, c
 from qartsr_pipeline.checkpoint_files.weight_files import INCOMPLETE, PICKLES, REFUSAL, StoredTensor, stored_tensors
 
 PIPELINE_CLASS = "QArtSRPipeline"
+VIDEO_PIPELINE_CLASS = "LSGQuantVideoPipeline"
 QUANT_METHOD = "qartsr"
 
 
@@ -34,17 +35,51 @@ class Component(NamedTuple):
     required: bool = True
 
 
-COMPONENTS = {
-    "unet": Component("diffusers", "UNet2DConditionModel", "config.json", "diffusion_pytorch_model"),
-    "vae": Component("diffusers", "AutoencoderKL", "config.json", "diffusion_pytorch_model"),
+_MODEL = ("config.json", "diffusion_pytorch_model")
+_SHARED = {
     "scheduler": Component("diffusers", r"\w+Scheduler", "scheduler_config.json"),
-    "prompt_embedding": Component(
-        r"component|qartsr_pipeline\.prompt_embedding", "PromptEmbedding", "config.json", "diffusion_pytorch_model"
-    ),
-    "text_encoder": Component("transformers", r"\w+", "config.json", "model", required=False),
-    "tokenizer": Component("transformers", r"\w+", "tokenizer_config.json", required=False),
+    "prompt_embedding": Component(r"component|qartsr_pipeline\.prompt_embedding", "PromptEmbedding", *_MODEL),
 }
-SETTINGS = {"timestep": 0, "scale": 1}  # name -> smallest value
+
+
+class Pipeline(NamedTuple):
+    """What the folder of one of our pipeline classes holds.
+
+    Attributes:
+        module: where the class is defined.
+        settings: numbers in model_index.json: name -> smallest value.
+    """
+
+    module: str
+    components: dict[str, Component]
+    settings: dict[str, int]
+
+
+PIPELINES = {
+    PIPELINE_CLASS: Pipeline(
+        "qartsr_pipeline.pipeline_qartsr",
+        {
+            "unet": Component("diffusers", "UNet2DConditionModel", *_MODEL),
+            "vae": Component("diffusers", "AutoencoderKL", *_MODEL),
+            **_SHARED,
+            "text_encoder": Component("transformers", r"\w+", "config.json", "model", required=False),
+            "tokenizer": Component("transformers", r"\w+", "tokenizer_config.json", required=False),
+        },
+        {"timestep": 0, "scale": 1},
+    ),
+    VIDEO_PIPELINE_CLASS: Pipeline(
+        "qartsr_pipeline.pipeline_lsgquant",
+        {
+            "transformer": Component("diffusers", "WanTransformer3DModel", *_MODEL),
+            "vae": Component("diffusers", "AutoencoderKLWan", *_MODEL),
+            **_SHARED,
+        },
+        {"timestep": 1, "scale": 1, "tile_size": 1, "frames_per_chunk": 1},
+    ),
+}
+# every component of any pipeline; those of one name have files of the same names
+COMPONENTS = {name: part for pipeline in PIPELINES.values() for name, part in pipeline.components.items()}
+_CALLED = {"unet": "the UNet", "transformer": "the transformer"}
 _LARGEST_NUMBER = 1_000_000  # of a configuration. No model of this kind has so many channels, tokens or timesteps
 _LONGEST_LIST = 10_000  # entries; trained_betas has one for each timestep, overrides at most one for each layer
 _MOST_LAYERS = 100  # in one block, or in a text encoder
@@ -62,7 +97,7 @@ _FOREIGN = {
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:
-    """Checks that a local checkpoint folder is complete and undamaged, so that QArtSRPipeline can load it.
+    """Checks that a local checkpoint folder is complete and undamaged, so that the pipeline it names can load it.
 
     The order is: structure, configuration, weight files, checksums. Full-precision folders pass, too (see `is_quantized`).
 
@@ -75,11 +110,12 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
 
 
 def check_files(
-    folder: str | os.PathLike, variant: str | None = None, given: Collection[str] = ()
+    folder: str | os.PathLike, variant: str | None = None, given: Collection[str] = (), wanted: str | None = None
 ) -> dict[str, dict[str, StoredTensor]]:
     """As `check_checkpoint`, without the sums.
 
     Args:
+        wanted: the pipeline class that the folder must be of; None for any of ours.
         variant: as in diffusers' `from_pretrained`: the infix of the weight files to read, where a component has it.
         given: components and settings that the caller has and that are not read from the folder.
 
@@ -87,20 +123,22 @@ def check_files(
         The stored tensors of every component that is read, from the headers of its weight files.
     """
     folder = Path(folder)
-    index = read_model_index(folder)
-    names = [name for name in _components(index, folder) if name not in given]
+    index = read_model_index(folder, wanted)
+    class_name = named_class(index) or ""
+    names = [name for name in _components(index, folder, class_name) if name not in given]
     stored = {}
     for name in names:
-        _check_component(folder, name)
+        _check_component(folder, name, class_name)
         stem = COMPONENTS[name].stem
         if stem is not None:
             stored[name] = stored_tensors(folder, name, stem, variant)
-    _check_settings(index, folder, given)
+    _check_settings(index, folder, given, class_name)
     for name, config in quantization_configs(folder).items():
         if name in names:
             _check_quantization(config, f"{name}/config.json in {folder}")
-    if not {"unet", "timestep"} & set(given):
-        _check_folded_timestep(index, folder)
+    for name in {"unet", "transformer"} & set(names):
+        if "timestep" not in given:
+            _check_folded_timestep(index, folder, name)
     return stored
 
 
@@ -119,8 +157,12 @@ def quantization_configs(folder: str | os.PathLike) -> dict[str, dict[str, Any]]
     return configs
 
 
-def read_model_index(folder: Path) -> dict[str, Any]:
-    """The content of model_index.json; raises CheckpointError unless `folder` exists and names our pipeline's class."""
+def read_model_index(folder: Path, wanted: str | None = None) -> dict[str, Any]:
+    """The content of model_index.json.
+
+    Raises:
+        CheckpointError: `folder` does not exist, or names another pipeline class than `wanted`, or, for None, than ours.
+    """
     if not folder.exists():
         raise CheckpointError(
             f"There is no folder {folder}. Give the path of a checkpoint folder, or a Hub id such as owner/name."
@@ -132,10 +174,13 @@ def read_model_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(_why_not_a_checkpoint(folder))
     index = read_json(folder / "model_index.json")
     found = named_class(index)
-    if found != PIPELINE_CLASS:
+    if found not in ([wanted] if wanted else PIPELINES):
+        expected = wanted or " or ".join(PIPELINES)
+        other = {PIPELINE_CLASS: "an image model", VIDEO_PIPELINE_CLASS: "a video model"}.get(str(found))
+        way_out = f"It is {other}: load" if other else "Load"
         raise CheckpointError(
-            f"{folder} is a checkpoint of {found or 'an unnamed pipeline'}, not of {PIPELINE_CLASS}, so its parts do not fit."
-            f" Load it with the pipeline it names, or give a QArtSR checkpoint."
+            f"{folder} is a checkpoint of {found or 'an unnamed pipeline'}, not of {expected}, so its parts do not fit."
+            f" {way_out} it with the pipeline it names, or give a {'QArtSR' if not other else expected} checkpoint."
         )
     return index
 
@@ -161,17 +206,18 @@ def _why_not_a_checkpoint(folder: Path) -> str:
     return f"{message} Give the folder that `save_pretrained` wrote, or a Hub id such as owner/name."
 
 
-def _components(index: dict[str, Any], folder: Path) -> list[str]:
+def _components(index: dict[str, Any], folder: Path, class_name: str) -> list[str]:
     """The components that model_index.json lists, after a check of what it says about each."""
     label = f"model_index.json in {folder}"
+    components, settings = PIPELINES[class_name].components, PIPELINES[class_name].settings
     named = []
     for name, entry in index.items():
-        if name.startswith("_") or name in SETTINGS:
+        if name.startswith("_") or name in settings:
             continue
-        component = COMPONENTS.get(name)
+        component = components.get(name)
         if component is None:
             raise CheckpointError(
-                f"{label} lists {name[:80]!r}, which this release of {PIPELINE_CLASS} does not know, so images would differ."
+                f"{label} lists {name[:80]!r}, which this release of {class_name} does not know, so images would differ."
                 f" Upgrade"
                 f" with `pip install --upgrade qartsr`, or remove the entry if it was added by hand."
             )
@@ -181,19 +227,19 @@ def _components(index: dict[str, Any], folder: Path) -> list[str]:
             raise CheckpointError(f"{label} says {str(entry)[:80]} of {name}, not a pair [library, class]: {INCOMPLETE}")
         if not re.fullmatch(component.library, entry[0]) or not re.fullmatch(component.class_name, entry[1]):
             raise CheckpointError(
-                f"{label} says that {name} is a {entry[1][:80]} of {entry[0][:80]!r}, which {PIPELINE_CLASS} cannot use."
+                f"{label} says that {name} is a {entry[1][:80]} of {entry[0][:80]!r}, which {class_name} cannot use."
                 f" Download or"
                 f" save the checkpoint again, whole, or pass a component of your own: from_pretrained(.., {name}=..)."
             )
         named.append(name)
-    for name, component in COMPONENTS.items():
+    for name, component in components.items():
         if component.required and name not in named:
-            raise CheckpointError(f"{label} lists no {name}, which {PIPELINE_CLASS} needs: {INCOMPLETE}")
+            raise CheckpointError(f"{label} lists no {name}, which {class_name} needs: {INCOMPLETE}")
     return named
 
 
-def _check_settings(index: dict[str, Any], folder: Path, given: Collection[str]) -> None:
-    for name, smallest in SETTINGS.items():
+def _check_settings(index: dict[str, Any], folder: Path, given: Collection[str], class_name: str) -> None:
+    for name, smallest in PIPELINES[class_name].settings.items():
         if name in given:
             continue
         if name not in index:
@@ -210,20 +256,21 @@ def _check_settings(index: dict[str, Any], folder: Path, given: Collection[str])
             )
 
 
-def _check_folded_timestep(index: dict[str, Any], folder: Path) -> None:
-    config = quantization_configs(folder).get("unet", {})
+def _check_folded_timestep(index: dict[str, Any], folder: Path, name: str) -> None:
+    config = quantization_configs(folder).get(name, {})
     folding = config.get("folding")
     if isinstance(folding, dict) and folding.get("timestep") != index["timestep"]:
         raise CheckpointError(
             f"model_index.json in {folder} has the timestep {index['timestep']}, but the constants of timestep"
-            f" {str(folding.get('timestep'))[:80]} are folded into the UNet (quantization_config in unet/config.json): the"
+            f" {str(folding.get('timestep'))[:80]} are folded into {_CALLED[name]} (quantization_config in {name}/config.json): the"
             f" two do not"
             f" belong together, and images would be wrong. {RENEW}"
         )
 
 
-def _check_component(folder: Path, name: str) -> None:
-    component, config = folder / name, COMPONENTS[name].config
+def _check_component(folder: Path, name: str, class_name: str) -> None:
+    component, expected = folder / name, PIPELINES[class_name].components[name]
+    config = expected.config
     if not component.is_dir():
         raise CheckpointError(f"{folder} lacks the component folder {name}/: {INCOMPLETE}")
     label = f"{name}/{config} in {folder}"
@@ -241,9 +288,9 @@ def _check_component(folder: Path, name: str) -> None:
         return
     check_numbers(content, label)
     found = content.get("_class_name")
-    if name != "text_encoder" and (not isinstance(found, str) or not re.fullmatch(COMPONENTS[name].class_name, found)):
+    if name != "text_encoder" and (not isinstance(found, str) or not re.fullmatch(expected.class_name, found)):
         raise CheckpointError(
-            f"{label} describes a {str(found)[:80]!r}, which is no {name} of {PIPELINE_CLASS}: it is of another model, or"
+            f"{label} describes a {str(found)[:80]!r}, which is no {name} of {class_name}: it is of another model, or"
             f" damaged. {RENEW}"
         )
 

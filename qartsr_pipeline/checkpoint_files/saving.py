@@ -30,17 +30,16 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from safetensors import SafetensorError
 
-from qartsr_pipeline.checkpoint_files.checking import COMPONENTS
+from qartsr_pipeline.checkpoint_files.checking import COMPONENTS, PIPELINE_CLASS, PIPELINES
 from qartsr_pipeline.checkpoint_files.integrity import CHECKSUMS_NAME, write_checksums
 from qartsr_pipeline.checkpoint_files.structure import check_structure
 
-CLASS_NAME = "QArtSRPipeline"
 MODULE_NAME = "pipeline"
-MODULE_TEXT = f'''"""Lets diffusers find the pipeline's class; needs the package: pip install qartsr."""
+MODULE_TEXT = '''"""Lets diffusers find the pipeline's class; needs the package: pip install qartsr."""
 
-from qartsr_pipeline.pipeline_qartsr import {CLASS_NAME}
+from {module} import {class_name}
 
-__all__ = ["{CLASS_NAME}"]
+__all__ = ["{class_name}"]
 '''
 
 COMPONENT = "prompt_embedding"
@@ -56,12 +55,13 @@ _MARK = ".qartsr-saving-"  # begins the name of a folder that is being written
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 
 
-def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = None) -> None:
+def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = None, class_name: str = PIPELINE_CLASS) -> None:
     """Saves a pipeline into `folder`, which is created, or whose earlier checkpoint is replaced; its other files stay.
 
     Args:
         save: diffusers' `save_pretrained`, called with the path of a new folder.
         variant: infix of the weight files. None: weights of every earlier save are removed.
+        class_name: that the folder names.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -86,7 +86,7 @@ def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = 
         temporary = place / f"{_MARK}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
             save(str(temporary))
-            write_entry_point(temporary)
+            write_entry_point(temporary, class_name)
             forget_origin(temporary)
             write_checksums(temporary)
             check_structure(temporary, variant)
@@ -159,11 +159,12 @@ def _replace(folder: Path, new: Path, old_weights: list[Path]) -> None:
         (folder / file).unlink(missing_ok=True)
 
 
-def write_entry_point(folder: Path) -> None:
+def write_entry_point(folder: Path, class_name: str = PIPELINE_CLASS) -> None:
     """Writes the modules into a saved pipeline's folder and names them in model_index.json."""
-    (folder / f"{MODULE_NAME}.py").write_text(MODULE_TEXT, encoding="utf-8")
+    text = MODULE_TEXT.format(module=PIPELINES[class_name].module, class_name=class_name)
+    (folder / f"{MODULE_NAME}.py").write_text(text, encoding="utf-8")
     (folder / COMPONENT / f"{COMPONENT_MODULE_NAME}.py").write_text(COMPONENT_MODULE_TEXT, encoding="utf-8")
-    named = {"_class_name": [MODULE_NAME, CLASS_NAME], COMPONENT: [COMPONENT_MODULE_NAME, COMPONENT_CLASS[1]]}
+    named = {"_class_name": [MODULE_NAME, class_name], COMPONENT: [COMPONENT_MODULE_NAME, COMPONENT_CLASS[1]]}
     _write(folder / "model_index.json", {**_read(folder / "model_index.json"), **named})
 
 

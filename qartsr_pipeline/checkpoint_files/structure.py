@@ -21,7 +21,15 @@ import torch
 import transformers
 from torch import nn
 
-from qartsr_pipeline.checkpoint_files.checking import COMPONENTS, SETTINGS, check_files, quantization_configs, read_model_index
+from qartsr_pipeline.checkpoint_files.checking import (
+    COMPONENTS,
+    PIPELINES,
+    VIDEO_PIPELINE_CLASS,
+    check_files,
+    named_class,
+    quantization_configs,
+    read_model_index,
+)
 from qartsr_pipeline.checkpoint_files.integrity import RENEW, CheckpointError, check_checksums, read_json
 from qartsr_pipeline.checkpoint_files.weight_files import StoredTensor
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
@@ -29,20 +37,23 @@ from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.diffusers_quantizer import QArtSRConfig, QArtSRQuantizer
 
 _MODELS: dict[str, type[nn.Module]] = {
-    "unet": diffusers.UNet2DConditionModel,
-    "vae": diffusers.AutoencoderKL,
-    "prompt_embedding": PromptEmbedding,
+    "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    "AutoencoderKL": diffusers.AutoencoderKL,
+    "WanTransformer3DModel": diffusers.WanTransformer3DModel,
+    "AutoencoderKLWan": diffusers.AutoencoderKLWan,
+    "PromptEmbedding": PromptEmbedding,
 }
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}  # of quantized layers, which are stored exactly
 _OTHER_FORMATS = ("use_flashpack", "use_onnx")
 
 
-def check_loadable(folder: Path, kwargs: dict[str, Any]) -> None:
+def check_loadable(folder: Path, kwargs: dict[str, Any], class_name: str) -> None:
     """Checks a folder, and the arguments with which it is to be loaded, and sets those that keep diffusers from opening pickles.
 
     Args:
         kwargs: of `from_pretrained`; changed in place.
+        class_name: of the pipeline that is to load it.
 
     Raises:
         CheckpointError: the folder is not complete, damaged, or its parts do not belong together.
@@ -62,14 +73,15 @@ def check_loadable(folder: Path, kwargs: dict[str, Any]) -> None:
             f"`variant` must be a word such as 'fp16', or None, but is {variant!r}. Leave it out for the usual weights."
         )
     kwargs["use_safetensors"] = True
-    given = [name for name in (*COMPONENTS, *SETTINGS) if name in kwargs]
-    check_structure(folder, variant, given)
+    pipeline = PIPELINES[class_name]
+    given = [name for name in (*pipeline.components, *pipeline.settings) if name in kwargs]
+    check_structure(folder, variant, given, class_name)
     check_checksums(folder)
 
 
-def check_structure(folder: Path, variant: str | None = None, given: Collection[str] = ()) -> None:
+def check_structure(folder: Path, variant: str | None = None, given: Collection[str] = (), wanted: str | None = None) -> None:
     """Checks everything but the sums; arguments as in `checking.check_files`. Raises CheckpointError."""
-    for name, tensors in check_files(folder, variant, given).items():
+    for name, tensors in check_files(folder, variant, given, wanted).items():
         _check_model(folder, name, tensors)
     if "scheduler" not in given:
         _check_scheduler(folder)
@@ -133,7 +145,7 @@ def _expected_tensors(name: str, class_name: str, config: str, quantization: str
             kind = getattr(transformers, class_name)
             model = kind(kind.config_class.from_dict(settings))
         else:
-            model = _built(_MODELS[name], settings)
+            model = _built(_MODELS[class_name], settings)
         if quantized is not None and name != "text_encoder":
             quantization_config = QArtSRConfig.from_dict(quantized)
             assert isinstance(quantization_config, QArtSRConfig)  # a tuple only where unused keys are asked for
@@ -197,10 +209,14 @@ def _without_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_scheduler(folder: Path) -> None:
     name = COMPONENTS["scheduler"].config
-    config, class_name = read_json(folder / "scheduler" / name), read_model_index(folder)["scheduler"][1]
+    index = read_model_index(folder)
+    config, class_name = read_json(folder / "scheduler" / name), index["scheduler"][1]
     label = f"scheduler/{name} in {folder}"
     try:
-        alphas = _built(getattr(diffusers, class_name), config).alphas_cumprod
+        scheduler = _built(getattr(diffusers, class_name), config)
+        if named_class(index) == VIDEO_PIPELINE_CLASS:
+            return  # its sigma is timestep / num_train_timesteps, which the pipeline itself checks
+        alphas = scheduler.alphas_cumprod
         finite = bool(torch.isfinite(alphas).all()) and bool(((alphas >= 0) & (alphas <= 1)).all())
     except Exception as error:
         raise CheckpointError(

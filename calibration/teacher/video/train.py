@@ -239,7 +239,9 @@ def main(argv: list[str] | None = None) -> None:
             parser.exit(1, f"\n{parser.prog}: error: {error}. A saved state is continued with --resume and other --phases\n")
     if not finished:
         parser.exit(130, f"\nstopped; saved at {trainer.place} in {trainer.state_path}. Continue with: {how}\n")
-    print(f"finished: {trainer.state_path}; write the model with: python -m calibration.teacher.video.export {trainer.state_path} FOLDER")
+    print(
+        f"finished: {trainer.state_path}; write the model with: python -m calibration.teacher.video.export {trainer.state_path} FOLDER"
+    )
 
 
 if __name__ == "__main__":
