@@ -24,7 +24,7 @@ class CheckpointPipeline(MovablePipeline):
     """A pipeline of checkpoint folders.
 
     Attributes:
-        checkpoint_class: the class that its folders name, one of `checkpoint_files.checking.PIPELINES`, which says what is in them.
+        checkpoint_class: the class that its folders name; `checkpoint_files.checking.PIPELINES` says what is in them.
     """
 
     checkpoint_class: str

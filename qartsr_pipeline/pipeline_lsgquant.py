@@ -40,7 +40,7 @@ class LSGQuantVideoPipelineOutput(BaseOutput):
     """Output of `LSGQuantVideoPipeline`.
 
     Args:
-        frames: the enlarged clip as a batch of one, in the form that `output_type` asks for; see `LSGQuantVideoPipeline.__call__`.
+        frames: the enlarged clip as a batch of one, in the form that `output_type` asks for; see the call.
     """
 
     frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
@@ -157,8 +157,8 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
         A frame comes out once the chunk that it is in has gone in. At a cut everything begins anew. To stop, close the generator.
 
         Args:
-            frames: anything to iterate over: numpy arrays (H, W, C) of uint8, uint16 or float in [0, 1], torch tensors (C, H, W) of
-                the same, or PIL images, grey or colour, all of one size.
+            frames: anything to iterate over: numpy arrays (H, W, C) of uint8, uint16 or float in [0, 1], torch tensors
+                (C, H, W) of the same, or PIL images, grey or colour, all of one size.
             upscale: enlargement, above 0 and up to 16. The network works at its own scale; another one is resampled.
             frames_per_chunk: how many frames the transformer sees at once, at least 1; rounded up to whole latents. None: the
                 model's own.
@@ -173,7 +173,7 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             float32 arrays (round(H * upscale), round(W * upscale), 3) in [0, 1].
 
         Raises:
-            TypeError, ValueError: an argument or a frame is not as described; the message names it. For frames when they are read.
+            TypeError, ValueError: an argument is not as described, or a frame, once it is read; the message names it.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
         for frame in self._stream(checked_frames(frames), upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix):
@@ -232,8 +232,8 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
         overlap = _whole("chunk_overlap", chunk_overlap, frames // 4, 0)
         if overlap > frames // 2:
             raise ValueError(
-                f"`chunk_overlap` must be at most half of `frames_per_chunk` ({frames // 2}), but is {overlap}: a frame is blended"
-                " from two chunks at most."
+                f"`chunk_overlap` must be at most half of `frames_per_chunk` ({frames // 2}), but is {overlap}: a frame is"
+                " blended from two chunks at most."
             )
         multiple, scale, factor = self.multiple, self.config["scale"], temporal_factor(self.vae)
         tile = _whole("tile_size", tile_size, self.config["tile_size"], MINIMUM_TILE) // multiple * multiple
@@ -300,12 +300,12 @@ def check_video_components(
     if not isinstance(scale, int) or scale < 1:
         raise ValueError(f"`scale` must be an integer from 1, but is {scale!r}.")
     if scheduler is not None:
-        config = scheduler.config
+        config: Any = scheduler.config  # type: ignore[attr-defined] # schedulers are configurable, too
         flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
         if not flow:
             raise ValueError(
-                f"`scheduler` is a {type(scheduler).__name__} of prediction_type {config.get('prediction_type')!r}; one step of WAN"
-                " needs a flow-matching one such as FlowMatchEulerDiscreteScheduler."
+                f"`scheduler` is a {type(scheduler).__name__} of prediction_type {config.get('prediction_type')!r}; one step of"
+                " WAN needs a flow-matching one such as FlowMatchEulerDiscreteScheduler."
             )
         count = config["num_train_timesteps"]
         if not isinstance(timestep, int) or not 0 < timestep < count:

@@ -262,8 +262,8 @@ def _check_folded_timestep(index: dict[str, Any], folder: Path, name: str) -> No
     if isinstance(folding, dict) and folding.get("timestep") != index["timestep"]:
         raise CheckpointError(
             f"model_index.json in {folder} has the timestep {index['timestep']}, but the constants of timestep"
-            f" {str(folding.get('timestep'))[:80]} are folded into {_CALLED[name]} (quantization_config in {name}/config.json): the"
-            f" two do not"
+            f" {str(folding.get('timestep'))[:80]} are folded into {_CALLED[name]} (quantization_config in {name}/config.json):"
+            f" the two do not"
             f" belong together, and images would be wrong. {RENEW}"
         )
 

@@ -1,7 +1,7 @@
 """Gives the frames of a clip the colours of the input: one correction for the whole clip, not one for each frame.
 
-A correction made for each frame by itself would change from frame to frame, which is seen as flicker. Here it is the mean over all
-frames so far of what aligns a frame's mean and contrast with those of its enlarged input (AdaIN). So it settles, whatever the
+A correction made for each frame by itself would change from frame to frame, which is seen as flicker. Here it is the mean over
+all frames so far of what aligns a frame's mean and contrast with those of its enlarged input (AdaIN). So it settles, whatever the
 frames show. It begins anew at a cut.
 """
 
@@ -38,6 +38,6 @@ class ClipColor:
 
 def _moments(frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of every channel, (1, 3, 1, 1) each."""
-    size = [max(1, side // REDUCTION) for side in frame.shape[-2:]]
-    small = F.adaptive_avg_pool2d(frame, size)
+    height, width = (max(1, side // REDUCTION) for side in frame.shape[-2:])
+    small = F.adaptive_avg_pool2d(frame, (height, width))
     return small.mean((-2, -1), keepdim=True), small.std((-2, -1), keepdim=True, unbiased=False)

@@ -70,8 +70,8 @@ def checked_frames(frames: Iterable[object]) -> Iterator[torch.Tensor]:
             size = image.height, image.width
         elif size != (image.height, image.width):
             raise ValueError(
-                f"`{name}` has {image.width} x {image.height} pixels, but the frames before have {size[1]} x {size[0]}: all frames"
-                " of a clip must have one size."
+                f"`{name}` has {image.width} x {image.height} pixels, but the frames before have {size[1]} x {size[0]}: all"
+                " frames of a clip must have one size."
             )
         yield image.rgb
     if size is None:
@@ -113,5 +113,5 @@ def scenes(frames: Iterator[torch.Tensor]) -> Iterator[Scene]:
 
 def thumbnail(frame: torch.Tensor) -> torch.Tensor:
     """Luma of (1, 3, H, W), averaged to at most `THUMBNAIL` pixels a side."""
-    size = [min(THUMBNAIL, side) for side in frame.shape[-2:]]
-    return torch.nn.functional.adaptive_avg_pool2d(frame.mean(1, keepdim=True), size)
+    height, width = (min(THUMBNAIL, side) for side in frame.shape[-2:])
+    return torch.nn.functional.adaptive_avg_pool2d(frame.mean(1, keepdim=True), (height, width))

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.data.pairs import MARGIN, Pair, TrainingSet, choose_held_out, degraded_pair
 from qartsr_pipeline.calibration.data.fingerprint import photographs_record
+from qartsr_pipeline.calibration.data.pairs import MARGIN, Pair, TrainingSet, choose_held_out, degraded_pair
 from qartsr_pipeline.calibration.data.patches import ImagePatches, as_tensor, list_photographs, read_photograph
 
 FASTEST = 4.0  # pixels a frame

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d, patchify, unpatchify
-from diffusers.models.transformers.transformer_wan import WanAttention
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import nn
 
 TIMESTEP = 400  # sigma 0.4; DOVE's is 399
@@ -94,24 +94,21 @@ def cosine_transform() -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def start_as_block_transform(vae: AutoencoderKLWan) -> None:
     """Makes encoder and decoder the `cosine_transform`, in place."""
-    for module in vae.modules():
+    for name, module in vae.named_modules():
         if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
             module.weight[:, :, :-1] = 0
-            module.weight[:, :, -1] *= math.sqrt(3)  # the layer was initialised for three frames
-            nn.init.zeros_(module.bias)
+            module.weight[:, :, -1] *= 0 if name.endswith("conv2") else math.sqrt(3)  # initialised for three frames
+            _bias(module).zero_()
         elif isinstance(module, WanAttentionBlock):
-            nn.init.zeros_(module.proj.weight)
-            nn.init.zeros_(module.proj.bias)
-    for name, module in vae.named_modules():
-        if name.endswith("conv2"):
-            nn.init.zeros_(module.weight)
+            module.proj.weight.zero_()
+            _bias(module.proj).zero_()
     encode, decode = cosine_transform()
     _carry(vae.encoder.conv_in, encode)
     _read(vae.encoder.conv_out, torch.eye(LATENTS), outputs=LATENTS)
-    vae.encoder.conv_out.bias[LATENTS:] = -8  # a narrow posterior
+    _bias(vae.encoder.conv_out)[LATENTS:] = -8  # a narrow posterior
     for convolution in (vae.quant_conv, vae.post_quant_conv):
         nn.init.dirac_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+        _bias(convolution).zero_()
     _carry(vae.decoder.conv_in, torch.eye(LATENTS))
     _read(vae.decoder.conv_out, decode, outputs=len(decode))
 
@@ -124,7 +121,7 @@ def _carry(convolution: WanCausalConv3d, matrix: torch.Tensor) -> None:
     convolution.weight[count : 2 * count, :, -1, 1, 1] = -CARRIED * matrix
     convolution.weight[2 * count + ANCHORS :] *= 0.3
     strength = math.sqrt(convolution.out_channels / ANCHORS)  # the norm of all channels is then about sqrt(channels)
-    convolution.bias[2 * count : 2 * count + ANCHORS] = strength
+    _bias(convolution)[2 * count : 2 * count + ANCHORS] = strength
 
 
 def _read(convolution: WanCausalConv3d, matrix: torch.Tensor, outputs: int) -> None:
@@ -138,18 +135,25 @@ def _read(convolution: WanCausalConv3d, matrix: torch.Tensor, outputs: int) -> N
 @torch.no_grad()
 def start_as_identity(transformer: WanTransformer3DModel) -> None:
     """v = 0, so z_H = z_L; and every block starts as a plain one: no shift, no scale, gates of 1."""
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
-    nn.init.zeros_(transformer.condition_embedder.time_proj.weight)
-    nn.init.zeros_(transformer.condition_embedder.time_proj.bias)
-    nn.init.zeros_(transformer.scale_shift_table)
-    nn.init.normal_(transformer.patch_embedding.bias)  # dominates the first norm, which then keeps differences of contrast
-    for block in transformer.blocks:
-        nn.init.zeros_(block.scale_shift_table)
+    for layer in (transformer.proj_out, transformer.condition_embedder.time_proj):
+        layer.weight.zero_()
+        _bias(layer).zero_()
+    transformer.scale_shift_table.zero_()
+    _bias(transformer.patch_embedding).normal_()  # dominates the first norm, which then keeps differences of contrast
+    for block in _blocks(transformer):
+        block.scale_shift_table.zero_()
         block.scale_shift_table[:, 2] = 1
         block.scale_shift_table[:, 5] = 1
-        for linear in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2]):
-            linear.weight *= 1 / math.sqrt(len(transformer.blocks))
+        for name in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2"):
+            block.get_parameter(f"{name}.weight").mul_(1 / math.sqrt(len(transformer.blocks)))
+
+
+def _blocks(transformer: WanTransformer3DModel) -> list[WanTransformerBlock]:
+    return [block for block in transformer.blocks if isinstance(block, WanTransformerBlock)]
+
+
+def _bias(layer: nn.Module) -> torch.Tensor:
+    return layer.get_parameter("bias")
 
 
 class VideoModel(nn.Module):
@@ -171,12 +175,12 @@ class VideoModel(nn.Module):
         super().__init__()
         self.vae, self.transformer, self.timestep = vae, transformer, timestep
         self.register_buffer("prompt_embeds", prompt_embeds)
-        self.register_buffer("latents_mean", torch.zeros(vae.config.z_dim))
-        self.register_buffer("latents_std", torch.ones(vae.config.z_dim))
+        self.register_buffer("latents_mean", torch.zeros(vae.config["z_dim"]))
+        self.register_buffer("latents_std", torch.ones(vae.config["z_dim"]))
         self.sigma = timestep / FlowMatchEulerDiscreteScheduler().config.num_train_timesteps
-        for block in transformer.blocks:
+        for block in _blocks(transformer):
             for attention in (block.attn1, block.attn2):
-                attention.set_processor(PlainAttention())
+                attention.set_processor(PlainAttention())  # type: ignore[arg-type] # any callable
         for module in vae.modules():
             if isinstance(module, WanCausalConv3d):
                 module.forward = partial(_convolve, module)  # type: ignore[method-assign]
@@ -190,7 +194,7 @@ class VideoModel(nn.Module):
 
     def encode(self, clip: torch.Tensor) -> torch.Tensor:
         """Clip -> latents, every frame by itself."""
-        x = patchify(_frames(clip), self.vae.config.patch_size)
+        x = patchify(_frames(clip), self.vae.config["patch_size"])
         mean = self.vae.quant_conv(self.vae.encoder(x)).chunk(2, dim=1)[0]
         return (_clip(mean, clip.shape[0]) - self._mean) / self._std
 
@@ -198,7 +202,7 @@ class VideoModel(nn.Module):
         """Latents -> clip; with ``temporal`` False the decoder's convolutions see one frame only, which costs a third."""
         z = latents * self._std + self._mean
         x = self.vae.decoder(self.vae.post_quant_conv(z if temporal else _frames(z)))
-        clip = unpatchify(x, self.vae.config.patch_size)
+        clip = unpatchify(x, self.vae.config["patch_size"])
         return clip if temporal else _clip(clip, latents.shape[0])
 
     def step(self, latents: torch.Tensor) -> torch.Tensor:
@@ -261,7 +265,7 @@ def _convolve(module: WanCausalConv3d, x: torch.Tensor, cache_x: torch.Tensor | 
     """A lone frame needs the last temporal tap only: the rest would meet padding."""
     if cache_x is not None or x.shape[2] > 1:
         return WanCausalConv3d.forward(module, x, cache_x)
-    padding = (module._padding[2], module._padding[0])
+    padding = [int(module._padding[2]), int(module._padding[0])]
     return F.conv2d(x[:, :, 0], module.weight[:, :, -1], module.bias, padding=padding)[:, :, None]
 
 

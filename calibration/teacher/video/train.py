@@ -11,8 +11,8 @@ Four phases, each with its own steps and learning rate (`retraining.settings.Pha
    convolutions still see one frame each, which costs a third.
 4. ``joint``: everything trains, and the decoder's convolutions see the frames before.
 
-Latents are normalised when the phase ``latent`` begins. Everything is a function of the seed and of the step number: a stopped run
-continues as if it had not been stopped.
+Latents are normalised when the phase ``latent`` begins. Everything is a function of the seed and of the step number: a stopped
+run continues as if it had not been stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,12 +49,14 @@ class VideoTrainer(Trainer):
     frames: int = 5
 
     def _trained_modules(self, phase: Phase) -> list[torch.nn.Module]:
-        return {
-            "images": [self.model.vae],
-            "latent": [self.model.transformer],
-            "pixel": [self.model.transformer, self.model.vae.decoder],
-            "joint": [self.model.transformer, self.model.vae],
-        }[phase.name]
+        vae, transformer = self.model.vae, self.model.transformer
+        modules: dict[str, list[torch.nn.Module]] = {
+            "images": [vae],
+            "latent": [transformer],
+            "pixel": [transformer, vae.decoder],
+            "joint": [transformer, vae],
+        }
+        return modules[phase.name]
 
     def _new_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
         if phase.name == "latent" and self.step == 0:
@@ -239,9 +240,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.exit(1, f"\n{parser.prog}: error: {error}. A saved state is continued with --resume and other --phases\n")
     if not finished:
         parser.exit(130, f"\nstopped; saved at {trainer.place} in {trainer.state_path}. Continue with: {how}\n")
-    print(
-        f"finished: {trainer.state_path}; write the model with: python -m calibration.teacher.video.export {trainer.state_path} FOLDER"
-    )
+    export = f"python -m calibration.teacher.video.export {trainer.state_path} FOLDER"
+    print(f"finished: {trainer.state_path}; write the model with: {export}")
 
 
 if __name__ == "__main__":
