@@ -167,7 +167,7 @@ def refine(network: VideoNetwork, latents: torch.Tensor, grid: TileGrid) -> torc
 def _in_tiles(
     clip: torch.Tensor, grid: TileGrid, stages: Sequence[Callable[[torch.Tensor], torch.Tensor]], before: int, after: int
 ) -> torch.Tensor:
-    """Runs each tile through its stage. An element of the input spans ``before`` pixels of the grid, one of the result ``after``."""
+    """Each tile through its stage. An element of the input spans ``before`` pixels of the grid, one of the result ``after``."""
     if len(grid) == 1:
         return stages[0](clip).to("cpu", torch.float32)
     canvas: torch.Tensor | None = None

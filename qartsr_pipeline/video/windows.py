@@ -15,8 +15,8 @@ def refined_in_windows(
     """The refined stream: as many latents as come in, in order; at most one window of them is held.
 
     Windows begin every ``length - overlap`` latents. Where two meet, one fades into the next along a raised cosine over the
-    middle half of the overlap. The last window ends with the clip, so it overlaps further, which is context only. A clip no longer than
-    ``length`` is one window.
+    middle half of the overlap. The last window ends with the clip, so it overlaps further, which is context only. A clip no
+    longer than ``length`` is one window.
 
     Args:
         latents: float tensors (1, C, f, h, w) of any f each.

@@ -9,7 +9,8 @@ transformer has to predict what a bicubic enlargement lacks: the high coefficien
 Three properties of the classes are used for that:
 
 * silu(x) - silu(-x) = x, so a value that a SiLU must not change is carried by two channels, as x and as -x;
-* a root-mean-square norm is nearly constant where some channels are large constants ("anchors");
+* a root-mean-square norm is nearly constant where some channels are large constants ("anchors"), which no layer reads: behind the
+  norm they are multiplied by zero. Their gradients are masked, or the brightness of the whole frame would change in every step;
 * residual branches that end in zeros do nothing at first, as do temporal taps of zero: a causal convolution then sees one frame.
 
 The attention in the middle of encoder and decoder is off: its output projection is zero and is not trained. Over a whole image it
@@ -24,14 +25,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d, WanRMS_norm, patchify, unpatchify
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import nn
 
 TIMESTEP = 400  # sigma 0.4; DOVE's is 399
 BLOCK = 4  # side of a block of pixels, and the enlargement
 LATENTS = 24
-ANCHORS = 16  # constant channels
+ANCHORS = 8  # constant channels, the last ones of every tensor that is normalized
 CARRIED = 0.25  # latents are carried through the norm at this size, small beside the anchors
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 BLUE, RED = 0.564, 0.713  # of its colour differences
@@ -95,10 +96,17 @@ def cosine_transform() -> tuple[torch.Tensor, torch.Tensor]:
 def start_as_block_transform(vae: AutoencoderKLWan) -> None:
     """Makes encoder and decoder the `cosine_transform`, in place."""
     for name, module in vae.named_modules():
+        last = name.rpartition(".")[2]
         if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
             module.weight[:, :, :-1] = 0
-            module.weight[:, :, -1] *= 0 if name.endswith("conv2") else math.sqrt(3)  # initialised for three frames
+            module.weight[:, :, -1] *= 0 if last == "conv2" else math.sqrt(3)  # initialised for three frames
             _bias(module).zero_()
+            if last != "conv_in":
+                module.weight[:, -ANCHORS:] = 0
+            if last != "conv_out":
+                _anchor(module, strength=0 if last == "conv2" else math.sqrt(module.out_channels / ANCHORS))
+        elif isinstance(module, WanRMS_norm):
+            module.gamma[-ANCHORS:] = 0
         elif isinstance(module, WanAttentionBlock):
             module.proj.weight.zero_()
             _bias(module.proj).zero_()
@@ -113,15 +121,23 @@ def start_as_block_transform(vae: AutoencoderKLWan) -> None:
     _read(vae.decoder.conv_out, decode, outputs=len(decode))
 
 
+def _anchor(convolution: WanCausalConv3d, strength: float) -> None:
+    """The last channels become constants that training does not change; the norm of all channels is then about sqrt(channels)."""
+    convolution.weight[-ANCHORS:] = 0
+    _bias(convolution)[-ANCHORS:] = strength
+    for parameter in (convolution.weight, _bias(convolution)):
+        mask = torch.ones_like(parameter)
+        mask[-ANCHORS:] = 0
+        parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
+
+
 def _carry(convolution: WanCausalConv3d, matrix: torch.Tensor) -> None:
-    """The first channels become +- the matrix' products, the next constants; what is left keeps its random weights."""
+    """The first channels become +- the matrix' products; but for the anchors, what is left keeps its random weights."""
     count = len(matrix)
-    convolution.weight[: 2 * count + ANCHORS] = 0
+    convolution.weight[: 2 * count] = 0
     convolution.weight[:count, :, -1, 1, 1] = CARRIED * matrix
     convolution.weight[count : 2 * count, :, -1, 1, 1] = -CARRIED * matrix
-    convolution.weight[2 * count + ANCHORS :] *= 0.3
-    strength = math.sqrt(convolution.out_channels / ANCHORS)  # the norm of all channels is then about sqrt(channels)
-    _bias(convolution)[2 * count : 2 * count + ANCHORS] = strength
+    convolution.weight[2 * count :] *= 0.3
 
 
 def _read(convolution: WanCausalConv3d, matrix: torch.Tensor, outputs: int) -> None:
@@ -139,7 +155,7 @@ def start_as_identity(transformer: WanTransformer3DModel) -> None:
         layer.weight.zero_()
         _bias(layer).zero_()
     transformer.scale_shift_table.zero_()
-    _bias(transformer.patch_embedding).normal_()  # dominates the first norm, which then keeps differences of contrast
+    _bias(transformer.patch_embedding).normal_(std=0.5)  # so that the norms keep differences of contrast
     for block in _blocks(transformer):
         block.scale_shift_table.zero_()
         block.scale_shift_table[:, 2] = 1
