@@ -115,9 +115,9 @@ def test_a_still_clip_stays_nearly_still(without_memory):
 
 
 def test_tiles_of_the_autoencoder_have_their_own_caches(pipeline):
-    video = clip(9, 40, 40)
+    video = clip(5, 20, 40)
     whole = pipeline(video, output_type="np", tile_size=1024).frames
-    tiled = pipeline(video, output_type="np", tile_size=128).frames
+    tiled = pipeline(video, output_type="np", tile_size=96).frames
     assert np.abs(whole - tiled).mean() < 0.01
 
 
@@ -128,12 +128,14 @@ def test_at_a_cut_everything_begins_anew(pipeline):
     assert np.allclose(both[6:], pipeline(second, output_type="np").frames[0], atol=1e-6)
 
 
-def test_colours_are_those_of_the_input(pipeline):
-    video = clip(8)
+def test_colours_are_those_of_the_input():
+    pipeline, video = build_tiny_video_pipeline(), clip(6)
+    with torch.no_grad():  # a network whose frames have little contrast, so that nothing is clipped to [0, 1]
+        pipeline.vae.decoder.conv_out.weight.mul_(0.1)
     made = pipeline(video, output_type="np").frames[0]
     own = pipeline(video, output_type="np", color_fix=None).frames[0]
     wanted = video.mean((0, 1, 2))
-    assert np.abs(made.mean((0, 1, 2)) - wanted).max() < 0.02 < np.abs(own.mean((0, 1, 2)) - wanted).max()
+    assert np.abs(made.mean((0, 1, 2)) - wanted).max() < 0.03 < np.abs(own.mean((0, 1, 2)) - wanted).max()
 
 
 def test_saved_and_loaded(pipeline, tmp_path):
