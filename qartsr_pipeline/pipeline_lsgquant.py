@@ -18,8 +18,7 @@ from qartsr_pipeline.checkpoint_files.checking import VIDEO_PIPELINE_CLASS
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.image.conversion import ImageTensors, to_pil
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.image.tile_size import choose_tile_size, free_memory
-from qartsr_pipeline.image.tiles import tile_grid
+from qartsr_pipeline.image.tiles import choose_tile_size, free_memory, tile_grid
 from qartsr_pipeline.input_checks import check_upscale
 from qartsr_pipeline.memory import NotEnoughMemory, free_main_memory
 from qartsr_pipeline.one_step_video import ClipPlan, VideoNetwork, upscaled_frames

@@ -25,7 +25,7 @@ from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, 
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.trainer import load_state
 
-PATHS = ("start", "backbone", "alex", "distilled")  # arguments of which the record keeps the last part
+PATHS = ("start", "clips", "backbone", "alex", "distilled")  # arguments of which the record keeps the last part
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, 
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import nn
 
+from qartsr_pipeline import LSGQuantVideoPipeline
+from qartsr_pipeline.prompt_embedding import PromptEmbedding
+
 TIMESTEP = 400  # sigma 0.4; DOVE's is 399
 BLOCK = 4  # side of a block of pixels, and the enlargement
 LATENTS = 24
@@ -232,6 +235,25 @@ class VideoModel(nn.Module):
     def forward(self, clip: torch.Tensor) -> torch.Tensor:
         """Low-resolution clip enlarged to the final size -> high-resolution clip."""
         return self.decode(self.step(self.encode(clip)))
+
+    def to_pipeline(self, dtype: torch.dtype, tile_size: int, frames_per_chunk: int) -> LSGQuantVideoPipeline:
+        """A pipeline with copies of the weights in ``dtype``, on the CPU."""
+        normalisation = {name: getattr(self, name).tolist() for name in ("latents_mean", "latents_std")}
+        vae = AutoencoderKLWan.from_config(dict(self.vae.config) | normalisation)
+        transformer = WanTransformer3DModel.from_config(self.transformer.config)
+        for new, own in ((vae, self.vae), (transformer, self.transformer)):
+            new.load_state_dict(own.state_dict())
+            nn.Module.to(new.eval().requires_grad_(False), dtype)  # diffusers' own `to` warns about layers kept in float32
+        return LSGQuantVideoPipeline(
+            transformer=transformer,
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            prompt_embedding=PromptEmbedding.from_tensor(self.prompt_embeds.cpu().to(dtype)),
+            timestep=self.timestep,
+            scale=BLOCK,
+            tile_size=tile_size,
+            frames_per_chunk=frames_per_chunk,
+        )
 
     @property
     def _mean(self) -> torch.Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qartsr_pipeline.calibration.run_folder import SavingError, remedy
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.convert.model_card import PIPELINE_TAG, code_text, license_of, markdown_text, yaml_text
-from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
 CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced
@@ -26,7 +26,7 @@ def check_target(folder: Path) -> None:
 
 
 def save_pipeline(
-    pipeline: QArtSRPipeline, folder: str | Path, record_name: str, record: dict[str, Any], card: str | None = None
+    pipeline: CheckpointPipeline, folder: str | Path, record_name: str, record: dict[str, Any], card: str | None = None
 ) -> dict[str, int]:
     """Saves the pipeline and, as ``record_name``, the record.
 
