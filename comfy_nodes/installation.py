@@ -9,15 +9,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository, also when this folder is linked somewhere else
-REQUIREMENTS = ROOT / "requirements.txt"
+REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
 PACKAGE = "qartsr_pipeline"
 
 
 def what_is_missing() -> str | None:
     """One line that names what is missing or too old and the command that installs it; None if nothing is."""
-    if not REQUIREMENTS.is_file():  # this folder alone was copied
-        if importlib.util.find_spec(PACKAGE):
-            return None
+    if not (ROOT / PACKAGE).is_dir() and importlib.util.find_spec(PACKAGE) is None:  # this folder alone was copied
         return f"the package qartsr is missing. Run: {sys.executable} -m pip install qartsr"
     found = []
     for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():

@@ -21,6 +21,7 @@ from torch import nn
 
 from qartsr_pipeline.kernels import PreparedWeights
 from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.versions import PortablePipeline
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # a part of the standard library from Python 3.11 on
@@ -104,7 +105,7 @@ def check_group_offload(pipeline: MovablePipeline, offload_type: str, folder: st
         )
 
 
-class MovablePipeline(DiffusionPipeline):
+class MovablePipeline(PortablePipeline):
     """Moving, casting and offloading as in diffusers, for pipelines with quantized components.
 
     Attributes:
@@ -141,7 +142,7 @@ class MovablePipeline(DiffusionPipeline):
     ) -> None:
         """As in diffusers, with `offload_type` by name; ValueError for what cannot work here, see `check_group_offload`."""
         check_group_offload(self, offload_type, kwargs.get("offload_to_disk_path"), kwargs.get("use_stream", False))
-        super().enable_group_offload(onload_device, *args, offload_type=offload_type, **kwargs)  # type: ignore[misc]
+        super().enable_group_offload(onload_device, *args, offload_type=offload_type, **kwargs)
         keep_prepared(self, False)
 
     def remove_all_hooks(self) -> None:

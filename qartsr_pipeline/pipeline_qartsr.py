@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -13,7 +13,6 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline.calls import Calls, TileReporter, access_to, alone_where_needed
 from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS
@@ -27,6 +26,9 @@ from qartsr_pipeline.memory import Enlargement, check_memory
 from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_network, upscale_image
 from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
 from qartsr_pipeline.prompt_embedding import PromptEmbedding, check_prompt, embed_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,16 @@ Checkpoints that carry CLIP's text encoder as well, as Stable Diffusion 2.1 and 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qartsr_pipeline.quantization.fold import FoldedConstant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class PromptEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers defines config_name twice

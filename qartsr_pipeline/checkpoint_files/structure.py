@@ -13,12 +13,12 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from torch import nn
 
 from qartsr_pipeline.checkpoint_files.checking import (
@@ -35,6 +35,7 @@ from qartsr_pipeline.checkpoint_files.weight_files import StoredTensor
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.diffusers_quantizer import QArtSRConfig, QArtSRQuantizer
+from qartsr_pipeline.versions import import_transformers
 
 _MODELS: dict[str, type[nn.Module]] = {
     "UNet2DConditionModel": diffusers.UNet2DConditionModel,
@@ -109,6 +110,10 @@ def _check_model(folder: Path, name: str, tensors: dict[str, StoredTensor]) -> N
     quantization = quantization_configs(folder).get(name)
     if name == "text_encoder" and quantization is not None:
         return  # what the method stores is known to its own library only
+    if name == "text_encoder":
+        import_transformers(
+            f"{name} in {folder}", "Or load the folder with text_encoder=None, tokenizer=None: its stored prompt is used then."
+        )
     try:
         expected = _expected_tensors(name, class_name, json.dumps(config, sort_keys=True), json.dumps(quantization))
     except Exception as error:  # whatever the libraries' constructors raise for the values of a configuration
@@ -142,7 +147,7 @@ def _expected_tensors(name: str, class_name: str, config: str, quantization: str
     settings, quantized = json.loads(config), json.loads(quantization)
     with torch.device("meta"):
         if name == "text_encoder":
-            kind = getattr(transformers, class_name)
+            kind = getattr(import_module("transformers"), class_name)
             model = kind(kind.config_class.from_dict(settings))
         else:
             model = _built(_MODELS[class_name], settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from qartsr_pipeline.cli.arguments import add_debug
@@ -60,10 +61,12 @@ def run_diffusers(options: argparse.Namespace) -> int:
 def _hide_progress_bars() -> None:
     """Switches off the bars that diffusers and transformers show while they load parts."""
     import diffusers.utils.logging
-    import transformers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    if find_spec("transformers"):
+        import transformers.utils.logging
+
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _print_step(step: str) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.schedulers import DDPMScheduler
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, quantization_configs
 from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, check_numbers, named_class
@@ -17,6 +16,10 @@ from qartsr_pipeline.checkpoint_files.integrity import read_json
 from qartsr_pipeline.checkpoint_files.weight_files import stored_tensors
 from qartsr_pipeline.convert.model_card import license_of
 from qartsr_pipeline.prompt_embedding import embed_prompt
+from qartsr_pipeline.versions import dtype_argument, import_transformers
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 
 @dataclass
@@ -71,7 +74,7 @@ _DOWNLOAD_AGAIN = "Download the base again, whole."
 # Settings of a UNet that needs more than a latent, a timestep and a prompt.
 _OTHER_CONDITIONING = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
 
-Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, "CLIPTextModel")
 
 
 def read_diffusers_folder(folder: Path, prompt_embeds: torch.Tensor | None = None) -> Base:
@@ -140,9 +143,12 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
     ):  # without them transformers makes an empty one
         if name not in tables:
             raise CheckpointError(f"{folder} lacks tokenizer/{name}. Download the base again, whole.")
-    text_encoder = _read_model(CLIPTextModel, folder, "text_encoder", "model")
+    transformers = import_transformers(
+        f"text_encoder in {folder}", "Or leave text_encoder and tokenizer out of the folder, and give --prompt-embedding."
+    )
+    text_encoder = _read_model(transformers.CLIPTextModel, folder, "text_encoder", "model")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"tokenizer in {folder} cannot be read ({reason}). Download the base again, whole.") from error
@@ -159,7 +165,11 @@ def _read_model(kind: type[Model], folder: Path, part: str, stem: str) -> Model:
     stored_tensors(folder, part, stem)
     try:
         loaded = kind.from_pretrained(
-            folder / part, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder / part,
+            **dtype_argument(kind, torch.float32),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # besides the usual ones, what the libraries' checks of configurations raise
         reason = " ".join(str(error).split())[:300]
@@ -168,7 +178,7 @@ def _read_model(kind: type[Model], folder: Path, part: str, stem: str) -> Model:
     missing = sorted(map(str, report["missing_keys"]))
     if missing:
         raise CheckpointError(f"{part} in {folder} lacks {len(missing)} tensors, such as {missing[0]}. Download the base again.")
-    surplus = sorted(map(str, report["unexpected_keys"])) if kind is not CLIPTextModel else []  # CLIP's have known leftovers
+    surplus = sorted(map(str, report["unexpected_keys"])) if part != "text_encoder" else []  # CLIP's have known leftovers
     if surplus:
         raise CheckpointError(
             f"{part} in {folder} has {len(surplus)} tensors that its config.json has no place for, such as {surplus[0]}: the two"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -20,15 +20,18 @@ from diffusers.loaders.single_file_utils import (
 )
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from qartsr_pipeline.checkpoint_files import CheckpointError
 from qartsr_pipeline.checkpoint_files.weight_files import check_safetensors
 from qartsr_pipeline.convert import stable_diffusion_2_1 as sd21
 from qartsr_pipeline.convert.diffusers_folder import Base, read_scheduler
 from qartsr_pipeline.prompt_embedding import embed_tokens
+from qartsr_pipeline.versions import import_transformers
 
-Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, "CLIPTextModel")
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 
 
@@ -102,7 +105,8 @@ def _text_encoder(path: Path, tensors: dict[str, torch.Tensor], structure: Struc
             f"{path} holds no text encoder ({TEXT_PREFIX}..), which computes the empty prompt's embedding. Give the embedding"
             f" with --prompt-embedding."
         )
-    model = CLIPTextModel(CLIPTextConfig(**structure.text_encoder))
+    transformers = import_transformers(f"The text encoder in {path}", "Or give the prompt's embedding with --prompt-embedding.")
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**structure.text_encoder))
     translated = convert_open_clip_checkpoint(model, tensors, TEXT_PREFIX)
     names = model.state_dict().keys()
     # Releases of transformers before 5.6 have one more level of names.

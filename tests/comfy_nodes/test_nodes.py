@@ -297,14 +297,14 @@ def test_a_missing_dependency_gives_one_line_with_the_command(comfy, monkeypatch
     def version(name):
         if name == "diffusers":
             raise importlib.metadata.PackageNotFoundError
-        return "4.57.1" if name == "transformers" else real(name)
+        return "0.33.4" if name == "huggingface-hub" else real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     with caplog.at_level(logging.WARNING):
         listed = asyncio.run(asyncio.run(comfy_nodes.comfy_entrypoint()).get_node_list())
     assert listed == [] and len(caplog.records) == 1
     message = caplog.records[0].getMessage()
-    assert "diffusers is missing, transformers 4.57.1 is older than 5.0.0" in message
+    assert "huggingface-hub 0.33.4 is older than 0.34.0, diffusers is missing" in message
     assert re.search(r"-m pip install -r \".*requirements.txt\"$", message) and "\n" not in message
 
 
@@ -337,5 +337,14 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_requirements_are_those_of_the_package_without_torch():
     command = [sys.executable, str(ROOT / "tools" / "minimum_requirements.py")]
     declared = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    listed = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
+    lines = (ROOT / "comfy_nodes" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    listed = [line for line in lines if not line.startswith("#")]
     assert {line.lower() for line in listed} == {line.replace("==", ">=") for line in declared if not line.startswith("torch==")}
+    # pip goes through them in order and keeps what is installed; diffusers' newest release would ask for others.
+    assert listed[-1].startswith("diffusers>=") and not any(re.search(r"<|~=|==", line) for line in listed)
+
+
+def test_managers_that_install_line_by_line_install_all_requirements_together():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
+    assert lines == ["-rcomfy_nodes/requirements.txt"], "one argument of pip, relative to the repository and to this file"
