@@ -18,11 +18,24 @@ DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
 
 class QArtSRNetwork(nn.Module):
-    """The pipeline's networks as one plain module. ComfyUI sets attributes on a managed module; diffusers' models refuse that."""
+    """The pipeline's networks as one plain module. ComfyUI sets attributes on a managed module; diffusers' models refuse that.
+
+    It keeps the dtypes that it was loaded with: scales of quantized layers, once rounded to 16 bits, would spoil every image.
+    """
 
     def __init__(self, pipeline: Any):
         super().__init__()
         self.unet, self.vae, self.prompt_embedding = pipeline.unet, pipeline.vae, pipeline.prompt_embedding
+
+    def to(self, *args: Any, **kwargs: Any) -> QArtSRNetwork:
+        """Moves to a device; a dtype is ignored."""
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        return self if device is None else super().to(device)
+
+    def float(self) -> QArtSRNetwork:
+        return self
+
+    half = bfloat16 = double = float
 
 
 @dataclass
@@ -72,9 +85,15 @@ class ManagedModel:
 class UpscaleModel:
     """A loaded model as an UPSCALE_MODEL connection has it, for core's Upscale Image (using Model) and nodes built on it.
 
-    Those nodes cut tiles themselves and blend them, call it on each, and use nothing of it but what is defined here. On a GPU it
-    has not been run.
+    Those nodes cut tiles themselves, call it on each, and blend them. What they use of it differs: older versions of core `model`
+    and `to`, newer ones `patcher`, others what else an upscale model of the library spandrel has. On a GPU it has not been run.
+
+    Attributes:
+        input_channels, output_channels, supports_half, supports_bfloat16: as spandrel has them; images come as float32.
     """
+
+    input_channels = output_channels = 3
+    supports_half = supports_bfloat16 = False
 
     def __init__(self, managed: ManagedModel):
         self.managed = managed
@@ -85,13 +104,38 @@ class UpscaleModel:
         return self.managed.patcher.model
 
     @property
+    def patcher(self) -> Any:
+        """ComfyUI's handle on the networks."""
+        return self.managed.patcher
+
+    @property
     def scale(self) -> int:
         return self.managed.pipeline.config.scale
 
-    def to(self, device: torch.device | str) -> UpscaleModel:
-        """Has ComfyUI bring the networks to its device. It takes them back when it needs the memory, so `cpu` does nothing."""
-        if torch.device(device).type == self.managed.device.type:
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are now."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images that it takes."""
+        return torch.float32
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> UpscaleModel:
+        """Has ComfyUI bring the networks to its device. It takes them back when it needs the memory, so `cpu` does nothing; nor
+        does a dtype.
+        """
+        if isinstance(device, (str, torch.device)) and torch.device(device).type == self.managed.device.type:
             self.managed.bring_to_device()
+        return self
+
+    def cpu(self) -> UpscaleModel:
+        """As `to("cpu")`."""
+        return self.to("cpu")
+
+    def eval(self) -> UpscaleModel:
+        """It is never trained."""
         return self
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
@@ -103,6 +147,7 @@ class UpscaleModel:
             InterruptProcessingException: cancelled by the user.
         """
         channels = image[:, :3].expand(-1, 3, -1, -1).float().cpu().clamp(0, 1)
+        self.managed.bring_to_device()  # not every node calls `to`
         with self.managed.kernels(), interruptible(self.model):
             enlarged = self.managed.pipeline(channels, upscale=self.scale, output_type="pt").images
         return enlarged.to(image)

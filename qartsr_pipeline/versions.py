@@ -1,7 +1,7 @@
-"""What differs between the releases of diffusers and transformers that this package works with, and what is done without the latter.
+"""What differs between the releases of diffusers and transformers that this package works with.
 
-Environments are shared: another package may keep transformers, and with it huggingface-hub and diffusers, at an older release. Only
-a text encoder needs transformers, so nothing imports it before there is one.
+Environments are shared: another package may keep transformers, and with it huggingface-hub and diffusers, at an older release.
+Only a text encoder needs transformers, so nothing imports it before there is one.
 
 | release | what changed |
 | :-- | :-- |

@@ -92,6 +92,13 @@ def test_nodes_of_others_take_the_model(nodes, comfy, tiny_folder):
         torch.equal(upscale_model(grey), upscale_model(torch.cat([rgb, clear], 1)))
         and upscale_model(grey.half()).dtype == torch.half
     )
+    # newer versions of core, and nodes of others
+    assert upscale_model.patcher is loaded.patcher and upscale_model.device == upscale_model.patcher.load_device
+    assert upscale_model.cpu() is upscale_model.eval() is upscale_model.to(dtype=torch.half) is upscale_model
+    assert not upscale_model.supports_half and upscale_model.input_channels == upscale_model.output_channels == 3
+    dtypes = [tensor.dtype for tensor in upscale_model.model.state_dict().values()]
+    upscale_model.model.to(torch.device("cpu"), torch.half).half()  # would round the scales of quantized layers
+    assert dtypes == [tensor.dtype for tensor in upscale_model.model.state_dict().values()]
     comfy.cancel_at = comfy.looked
     with pytest.raises(Exception) as raised:
         upscale_model(rgb)
@@ -339,9 +346,12 @@ def test_requirements_are_those_of_the_package_without_torch():
     declared = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     lines = (ROOT / "comfy_nodes" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = [line for line in lines if not line.startswith("#")]
-    assert {line.lower() for line in listed} == {line.replace("==", ">=") for line in declared if not line.startswith("torch==")}
-    # pip goes through them in order and keeps what is installed; diffusers' newest release would ask for others.
-    assert listed[-1].startswith("diffusers>=") and not any(re.search(r"<|~=|==", line) for line in listed)
+    # pip goes through them in order and keeps what is installed where that is possible; diffusers' newest release asks for others.
+    assert listed[0] == "transformers" and listed[-1].startswith("diffusers>=")
+    assert not any(re.search(r"<|~=|==", line) for line in listed)
+    assert {line.lower() for line in listed[1:]} == {
+        line.replace("==", ">=") for line in declared if not line.startswith("torch==")
+    }
 
 
 def test_managers_that_install_line_by_line_install_all_requirements_together():

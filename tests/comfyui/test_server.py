@@ -76,6 +76,54 @@ def test_cancel_stops_within_a_tile_and_the_next_run_works(server):
     assert "execution_success" in messages(server.run(upscale_graph(scale=3.0)))
 
 
+def core_graph(model="tiny-w4a4", picture="qartsr_batch/left.png", **more):
+    """Load Image, Load Model, core's upscale node, Save Image; `more` are further nodes, of which "image" replaces Load Image."""
+    image = ["image", 0] if "image" in more else ["1", 0]
+    graph = {name: node for name, node in upscale_graph(picture, model).items() if name != "3"}
+    graph["3"] = {"class_type": "ImageUpscaleWithModel", "inputs": {"upscale_model": ["2", 1], "image": image}}
+    return graph | more
+
+
+@pytest.mark.parametrize("model", sorted(shipped_checkpoints()))
+def test_cores_node_enlarges_with_each_model_as_ours_does(server, model):
+    ours = upscale_graph(model=model)
+    ours["4"]["inputs"]["images"] = ["5", 0]
+    graph = core_graph(model) | {"5": ours["3"], "6": ours["4"]}
+    entry = server.run(graph)
+    assert "execution_success" in messages(entry), entry["status"]
+    results = [np.asarray(Image.open(path), dtype=float) for path in saved(server, entry)]
+    assert len(results) == 2 and np.abs(results[0] - results[1]).max() <= 1
+
+
+def test_cores_node_takes_batches_with_alpha_and_cuts_tiles(server):
+    wide = {"image": ["1", 0], "upscale_method": "bicubic", "width": 640, "height": 64, "crop": "disabled"}
+    more = {
+        "wide": {"class_type": "ImageScale", "inputs": wide},
+        "clear": {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 640, "height": 64}},
+        "alpha": {"class_type": "JoinImageWithAlpha", "inputs": {"image": ["wide", 0], "alpha": ["clear", 0]}},
+        "image": {"class_type": "RepeatImageBatch", "inputs": {"image": ["alpha", 0], "amount": 2}},
+    }
+    entry = server.run(core_graph("photo-w4a4", **more))
+    assert "execution_success" in messages(entry), entry["status"]
+    first, second = (np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in saved(server, entry))
+    assert first.shape == (256, 2560, 3) and np.array_equal(first, second)
+    small = first.reshape(64, 4, 640, 4, 3).mean((1, 3))
+    with Image.open(INPUTS / "qartsr_batch" / "left.png") as picture:
+        original = np.asarray(picture.convert("RGB").resize((640, 64), Image.Resampling.BICUBIC), dtype=float)
+    assert np.abs(small - original).mean() < 4
+
+
+def test_cores_node_can_be_cancelled_and_its_model_unloaded(server):
+    prompt = server.start(core_graph("tiny-fp", "qartsr_rider.png"))
+    server.wait(lambda: server.get("/queue")["queue_running"], 30)
+    server.post("/interrupt", {})
+    assert "execution_interrupted" in messages(server.finish(prompt))
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert "execution_success" in messages(server.run(core_graph("tiny-fp")))
+    server.post("/free", {"unload_models": True})
+    assert "execution_success" in messages(server.run(core_graph("tiny-fp", "qartsr_batch/right.png")))
+
+
 def test_bad_input_is_explained_on_the_node_and_the_next_run_works(server):
     folder = server.base / "models" / "qartsr" / "mine"
     shutil.copytree(shipped_checkpoints()["tiny-fp"], folder)
