@@ -346,7 +346,7 @@ def test_requirements_are_those_of_the_package_without_torch():
     declared = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     lines = (ROOT / "comfy_nodes" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = [line for line in lines if not line.startswith("#")]
-    # pip goes through them in order and keeps what is installed where that is possible; diffusers' newest release asks for others.
+    # pip goes through them in order and keeps what is installed where it can; diffusers' newest release asks for others.
     assert listed[0] == "transformers" and listed[-1].startswith("diffusers>=")
     assert not any(re.search(r"<|~=|==", line) for line in listed)
     assert {line.lower() for line in listed[1:]} == {
