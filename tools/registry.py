@@ -3,7 +3,7 @@
     python tools/registry.py REPOSITORY TAG PUBLISHER
 
 REPOSITORY is the address of the repository on GitHub, TAG the tag that is published, such as v0.2.0, and PUBLISHER the
-publisher's id in the registry. pyproject.toml is changed in place; .github/workflows/publish.yml runs this, and does not commit it.
+publisher's id in the registry. pyproject.toml is changed in place: .github/workflows/publish.yml runs this, and commits nothing.
 Rules: https://docs.comfy.org/registry/specifications
 """
 
