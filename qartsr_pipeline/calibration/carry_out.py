@@ -148,6 +148,7 @@ def _deploy(job: Job, calibrated: Calibrated, record: dict[str, Any]) -> None:
     for component, model in family_of(job.pipeline).models(job.pipeline).items():
         freeze(model, calibrated.schemes[component])
     order = job.order
+    record["accounting"] = family_of(job.pipeline).account(job.pipeline).to_dict()
     if order.keeps_output:
         card = model_card(record, job.source or order.output, hub_id=hub_id_of(order))
         save_pipeline(job.pipeline, order.output / MODEL, RECORD_NAME, record, card)

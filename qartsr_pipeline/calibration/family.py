@@ -34,6 +34,7 @@ from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
 from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual, picture_loss, relative_l2
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.quantization.accounting import Accounting, account
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
 from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.scheme import Folding
@@ -114,6 +115,10 @@ class Family(ABC):
     @abstractmethod
     def report(self, run: FinishedRun, folder: Path) -> RunReport:
         """Measures a finished run against full precision and writes its report."""
+
+    @abstractmethod
+    def account(self, pipeline: Any) -> Accounting:
+        """What a pipeline costs, as it would be saved."""
 
     def models(self, pipeline: Any) -> dict[str, nn.Module]:
         """Component -> model."""
@@ -231,6 +236,9 @@ class ImageFamily(Family):
 
     def report(self, run: FinishedRun, folder: Path) -> RunReport:
         return make_report(run, folder)
+
+    def account(self, pipeline: QArtSRPipeline) -> Accounting:
+        return account(pipeline.unet, pipeline.vae)
 
 
 FAMILIES: dict[type[DiffusionPipeline], Family] = {QArtSRPipeline: ImageFamily()}

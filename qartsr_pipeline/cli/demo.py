@@ -67,7 +67,7 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     degraded = as_pixels(real_degradation(as_tensor(original), SCALE, np.random.default_rng(0)))
     print(f"sample: {SAMPLE.name}, {_size(original)} (credits: {SAMPLE.parent / 'CREDITS.md'}), reduced to {_size(degraded)}")
     print(f"model: {fetch(model)}, compared with {fetch(full_precision)}, on the CPU in float32")
-    print(f"kernels: {kernels(describe(fetch(model), 'cpu'))}")
+    print(f"kernels: {kernels(describe(fetch(model), 'cpu').components)}")
     real, real_numbers = _compare(pipelines, original, degraded, folder, "_real")
     clean, numbers = _compare(pipelines, original, _bicubic(original, 1 / SCALE), folder, "")
     page = comparison_page(f"{SAMPLE.name}, enlarged {SCALE} times", [real, clean], f"{Path(model).name}, on the CPU in float32.")

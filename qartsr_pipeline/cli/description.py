@@ -1,4 +1,4 @@
-"""Reports on the components of a checkpoint folder, for `qartsr info` and `qartsr demo`."""
+"""Reports on a checkpoint folder and its components, for `qartsr info` and `qartsr demo`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from safetensors import safe_open
 
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.quantization.accounting import Accounting, account
 from qartsr_pipeline.quantization.report import ComponentReport, describe_model
 
 
-def describe(folder: Path, device: str | None = None) -> list[ComponentReport]:
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint folder consists of, and what its UNet and VAE cost together."""
+
+    components: list[ComponentReport]
+    accounting: Accounting
+
+
+def describe(folder: Path, device: str | None = None) -> Description:
     """Loads a checkpoint folder and reports on each of its components that holds weights. Sizes are those of the stored files.
 
     Args:
@@ -27,7 +36,9 @@ def describe(folder: Path, device: str | None = None) -> list[ComponentReport]:
     device = device or choose_device("auto")[0]
     pipeline = load_quietly(folder)
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    return [_as_stored(describe_model(name, model, device), folder / name) for name, model in models.items()]
+    components = [_as_stored(describe_model(name, model, device), folder / name) for name, model in models.items()]
+    files = [component.packed_bytes for component in components if component.name in ("unet", "vae")]
+    return Description(components, account(pipeline.unet, pipeline.vae, files))
 
 
 def _as_stored(report: ComponentReport, folder: Path) -> ComponentReport:

@@ -32,9 +32,11 @@ def run(options: argparse.Namespace) -> int:
     from qartsr_pipeline.cli.description import describe, kernels
     from qartsr_pipeline.kernels import list_backends
 
-    components = describe(folder)
+    description = describe(folder)
+    components = description.components
     if options.json:
         content = {"folder": str(folder), "label": label_of(folder), "quantized": is_quantized(folder)}
+        content["accounting"] = description.accounting.to_dict()
         content["components"] = [dataclasses.asdict(component) for component in components]
         print(json.dumps(content, indent=2))
         return 0
@@ -42,6 +44,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{folder.name}: {label_of(folder)}\n")
     titles = ["component", "class", "bits", "parameters", "size", "as fp16", "ratio", "prepared", "kernels"]
     print(_table(titles, (_row(component, kernels([component])) for component in components)))
+    bits, multiplications = description.accounting.sentences()
+    print(f"\nbits a weight: {bits}")
+    print(f"multiplications: {multiplications}")
     if options.layers:
         for component in components:
             if component.layers:

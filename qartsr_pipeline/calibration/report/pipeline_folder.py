@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from qartsr_pipeline.calibration.run_folder import SavingError, remedy
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.convert.model_card import PIPELINE_TAG, code_text, license_of, markdown_text, yaml_text
+from qartsr_pipeline.quantization.accounting import Accounting
 
 TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
 CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced
@@ -96,6 +97,10 @@ def model_card(record: dict[str, Any], source: Path, hub_id: str | None) -> str:
     images = f"{data['count']} photographs" if "count" in data else "procedural images"
     base = f"base_model: {yaml_text(hub_id)}\n" if hub_id else ""
     trained = f"{recipe['steps']} steps, seed {record['seed']}, " if recipe["stages"] else ""
+    costs = ""
+    if "accounting" in record:
+        stored, computed = Accounting.from_dict(record["accounting"]).sentences()
+        costs = f"\nBits a weight of the UNet's and VAE's files: {stored}. Multiplications: {computed}.\n"
     name, made = markdown_text(record["model"]), f"{markdown_text(recipe['method'])} ({markdown_text(recipe['source'])})"
     return f"""---
 license: {yaml_text(license_of(source / "README.md") or "other")}
@@ -114,7 +119,7 @@ from qartsr_pipeline import QArtSRPipeline
 pipeline = QArtSRPipeline.from_pretrained("FOLDER")
 pipeline(image).images[0]
 ```
-
+{costs}
 Recipe {made}, {trained}on {images}. `quantization.json` has the whole record: recipe, versions, data,
 losses, every layer's error. The licence is that of the full-precision model.
 """

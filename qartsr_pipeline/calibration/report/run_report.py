@@ -18,6 +18,7 @@ from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.report.report import ReportData, write_report
 from qartsr_pipeline.calibration.training.progress import Calibrated
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.quantization.accounting import Accounting
 
 SHOWN = 4  # images that are shown; all are measured
 
@@ -104,6 +105,14 @@ def _enlarged(image: torch.Tensor, scale: int) -> torch.Tensor:
     return image.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
+def _costs(record: dict[str, Any]) -> dict[str, str]:
+    """Bits a weight and multiplications; nothing for what exists in simulation only."""
+    if "accounting" not in record:
+        return {}
+    bits, multiplications = Accounting.from_dict(record["accounting"]).sentences()
+    return {"bits a weight": bits, "multiplications": multiplications}
+
+
 def _facts(run: FinishedRun) -> dict[str, str]:
     """What was run, as lines of text; those that do not apply are empty."""
     record, data = run.record, without_files(run.data)
@@ -112,6 +121,7 @@ def _facts(run: FinishedRun) -> dict[str, str]:
         "method": f"{run.recipe.method} ({run.recipe.source})",
         "our reading": run.recipe.reading,
         "bits": run.bits,
+        **_costs(record),
         "steps": str(sum(map(len, run.calibrated.losses.values()))),
         "calibration data": ", ".join(f"{name} {value}" for name, value in data.items()) + f"; {run.degradation}",
         "perceptual loss": record["perceptual"] or "none",
