@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.result import Result, markdown
-from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds, quantize_groups
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.scheme import LayerScheme

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from qartsr_pipeline.calibration.recipe import Recipe, Stage
+from qartsr_pipeline.calibration.recipe import Budget, Recipe, Stage
 from qartsr_pipeline.calibration.recipe_files import load_recipe
 
 METHODS = ("maxmin", "lsq", "q_dm", "efficientdm", "passionsr", "svdquant", "qartsr")
@@ -46,10 +46,12 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
     "qartsr-forward": ("forward order", partial(_per_module, change=lambda stage: replace(stage, order="forward"))),
     "qartsr-joint": ("joint instead of per module", partial(_per_module, change=_jointly)),
     "qartsr-no-et": ("no ET", _only_per_module),
-    "qartsr-one-rank": ("rank 8 everywhere", lambda recipe: _with_layer(recipe, branch_rank=8, branch_budget=0)),
-    "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0, branch_budget=0, branch_fit=False)),
+    "qartsr-one-rank": ("rank 8 everywhere", lambda recipe: replace(_with_layer(recipe, branch_rank=8), budget=Budget())),
+    "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0, branch_fit=False)),
     "qartsr-no-smoothing": ("no smoothing", partial(_without, part="smoothing", smoothing="none")),
-    "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0)),
+    "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0, rounding="nearest")),
+    "qartsr-nearest": ("weights rounded one by one", lambda recipe: _with_layer(recipe, rounding="nearest")),
+    "qartsr-no-fit": ("branch not fitted", lambda recipe: _with_layer(recipe, branch_fit=False)),
 }
 # A published rank is another thing where layers have 16 to 96 channels: each of the two also with what the other has.
 SAME_BUDGET, SAME_RANK = "svdquant-same-budget", "qartsr-same-rank"
@@ -82,11 +84,13 @@ def make_method(name: str, steps: int) -> Method:
         label, change = ABLATIONS[name]
         kind, recipe = "ablation", change(load_recipe(MAIN))
     elif name in (SAME_BUDGET, SAME_RANK):
-        kind, recipe, other = "method", load_recipe("svdquant"), load_recipe(MAIN)
+        kind, svdquant, main = "method", load_recipe("svdquant"), load_recipe(MAIN)
         if name == SAME_RANK:
-            recipe, other = other, recipe
-        label = f"{recipe.method}, ranks of {other.method}"
-        recipe = _with_layer(recipe, branch_rank=other.layer.branch_rank, branch_budget=other.layer.branch_budget)
+            label, rank = f"{main.method}, ranks of {svdquant.method}", svdquant.layer.branch_rank
+            recipe = replace(_with_layer(main, branch_rank=rank), budget=Budget())
+        else:
+            label, share = f"{svdquant.method}, branches as dear as those of {main.method}", main.budget.branch or 0.0
+            recipe = _with_layer(svdquant, branch_rank=main.layer.branch_rank, branch_budget=share)
     else:
         kind, recipe = "method", load_recipe(name)
         label = recipe.method

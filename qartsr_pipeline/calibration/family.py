@@ -34,7 +34,7 @@ from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
 from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual, picture_loss, relative_l2
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
-from qartsr_pipeline.quantization.accounting import Accounting, account
+from qartsr_pipeline.quantization.accounting import Accounting, Work, account, work_of
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
 from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.scheme import Folding
@@ -115,6 +115,10 @@ class Family(ABC):
     @abstractmethod
     def report(self, run: FinishedRun, folder: Path) -> RunReport:
         """Measures a finished run against full precision and writes its report."""
+
+    @abstractmethod
+    def work(self, pipeline: Any) -> Work:
+        """What the pipeline does for one image, whatever its bits."""
 
     @abstractmethod
     def account(self, pipeline: Any) -> Accounting:
@@ -236,6 +240,9 @@ class ImageFamily(Family):
 
     def report(self, run: FinishedRun, folder: Path) -> RunReport:
         return make_report(run, folder)
+
+    def work(self, pipeline: QArtSRPipeline) -> Work:
+        return work_of(pipeline.unet, pipeline.vae)
 
     def account(self, pipeline: QArtSRPipeline) -> Accounting:
         return account(pipeline.unet, pipeline.vae)

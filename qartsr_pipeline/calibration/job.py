@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, PERCEPTUAL_NAMES, Order, RunArguments
+from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, PERCEPTUAL_NAMES, Order, RunArguments, recipe_names
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, photographs_record, recorded_files
@@ -37,7 +37,7 @@ from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
 from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, make_folder, remove_left_over
 from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.timestep import at_timestep, search_of
-from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
+from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, started_from
 from qartsr_pipeline.calibration.training.engine import check_start
 from qartsr_pipeline.calibration.training.losses import Perceptual, choose_perceptual
 from qartsr_pipeline.calibration.training.progress import Progress
@@ -99,7 +99,7 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
         Stopped: retraining at another timestep was stopped.
     """
     arguments = order.arguments
-    recipe, bits = recipe_of(arguments), parse_bits(arguments.bits)
+    recipe, bits = recorded_recipe(order) or recipe_of(arguments), parse_bits(arguments.bits)
     check_quantizes(bits)
     _check_choices(arguments)
     wanted = (arguments.perceptual, arguments.perceptual_weights)
@@ -141,6 +141,16 @@ def recipe_of(arguments: RunArguments) -> Recipe:
     recipe = Recipe.from_dict(arguments.recipe) if isinstance(arguments.recipe, dict) else load_recipe(arguments.recipe)
     changes = [] if arguments.steps is None else [f"steps={arguments.steps}"]
     return with_values(recipe, [*changes, *arguments.set])
+
+
+def recorded_recipe(order: Order) -> Recipe | None:
+    """The recipe that a run to be continued has begun with, where the arguments name one that comes with the package: it may have
+    been another one then. None where there is no state yet.
+    """
+    state, name = order.output / STATE_NAME, order.arguments.recipe
+    if not order.continues or not state.is_file() or not isinstance(name, str) or name not in recipe_names():
+        return None
+    return Recipe.from_dict(started_from(state)["recipe"])
 
 
 def start_of(start: str) -> Path:

@@ -68,7 +68,7 @@ def _value(text: str) -> Any:
 
 def _assign(node: Any, keys: list[str], value: Any) -> None:
     """Sets ``node[keys[0]][keys[1]]..``; raises KeyError, IndexError, TypeError or ValueError where there is no such place."""
-    if keys[0] in ("keep", "branch_ranks") and len(keys) > 1:
+    if keys[0] in ("keep", "branch_ranks", "rates") and len(keys) > 1:
         node[keys[0]][".".join(keys[1:])] = value  # layer patterns hold dots
         return
     key = int(keys[0]) if isinstance(node, list) else keys[0]

@@ -12,16 +12,17 @@ from safetensors import safe_open
 
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, account
 from qartsr_pipeline.quantization.report import ComponentReport, describe_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a checkpoint folder consists of, and what its UNet and VAE cost together."""
+    """What a checkpoint folder consists of, and what its UNet and VAE cost together; None for models of videos."""
 
     components: list[ComponentReport]
-    accounting: Accounting
+    accounting: Accounting | None
 
 
 def describe(folder: Path, device: str | None = None) -> Description:
@@ -37,6 +38,8 @@ def describe(folder: Path, device: str | None = None) -> Description:
     pipeline = load_quietly(folder)
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     components = [_as_stored(describe_model(name, model, device), folder / name) for name, model in models.items()]
+    if not isinstance(pipeline, QArtSRPipeline):
+        return Description(components, None)
     files = [component.packed_bytes for component in components if component.name in ("unet", "vae")]
     return Description(components, account(pipeline.unet, pipeline.vae, files))
 

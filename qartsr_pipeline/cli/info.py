@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     components = description.components
     if options.json:
         content = {"folder": str(folder), "label": label_of(folder), "quantized": is_quantized(folder)}
-        content["accounting"] = description.accounting.to_dict()
+        content["accounting"] = description.accounting and description.accounting.to_dict()
         content["components"] = [dataclasses.asdict(component) for component in components]
         print(json.dumps(content, indent=2))
         return 0
@@ -44,9 +44,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{folder.name}: {label_of(folder)}\n")
     titles = ["component", "class", "bits", "parameters", "size", "as fp16", "ratio", "prepared", "kernels"]
     print(_table(titles, (_row(component, kernels([component])) for component in components)))
-    bits, multiplications = description.accounting.sentences()
-    print(f"\nbits a weight: {bits}")
-    print(f"multiplications: {multiplications}")
+    if description.accounting is not None:
+        bits, multiplications = description.accounting.sentences()
+        print(f"\nbits a weight: {bits}\nmultiplications: {multiplications}")
     if options.layers:
         for component in components:
             if component.layers:

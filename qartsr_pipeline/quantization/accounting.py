@@ -28,16 +28,20 @@ ST_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
 Layer = nn.Linear | nn.Conv2d | DeployedLayer
 
 
-def stored_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of the safetensors file that holds these tensors, its header included; in one file, without further metadata."""
+def stored_bytes(tensors: Mapping[str, torch.Tensor], behind: int = 0) -> int:
+    """Bytes of the safetensors file that holds these tensors, its header included; in one file, without further metadata.
+
+    Args:
+        behind: as many bytes of other tensors lie before them, which are not counted; offsets in the header are longer then.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    end = behind
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype = ST_DTYPES.get(tensor.dtype, str(tensor.dtype))
         entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     header = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-header // 8) * 8 + end
+    return 8 + -(-header // 8) * 8 + end - behind
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,21 @@ class Positions:
     def branch_multiplications(self, outputs: int, inputs: int, taps: int) -> int:
         """Of a branch beside a layer of this shape, for each rank."""
         return self.inputs * inputs + self.outputs * outputs * taps
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the full-precision network consists of and does for one image, whatever the bits.
+
+    Attributes:
+        parameters: of the UNet and the VAE before anything was folded.
+        layers: "component.layer" -> its positions and number of weights, for every layer that runs.
+        products: multiplications of attention, queries by keys and weights by values.
+    """
+
+    parameters: int
+    layers: dict[str, tuple[Positions, int]]
+    products: int
 
 
 @dataclass(frozen=True)
@@ -151,11 +170,10 @@ def account(unet: UNet2DConditionModel, vae: AutoencoderKL, files: Iterable[int]
         files: sizes of their weight files in bytes; none for those that saving them would write.
     """
     models: dict[str, nn.Module] = {"unet": unet, "vae": vae}
-    twins = {name: unquantized_twin(model) for name, model in models.items()}
+    work = work_of(unet, vae)
     deployed = {f"{c}.{n}": m for c, model in models.items() for n, m in model.named_modules() if isinstance(m, DeployedLayer)}
-    positions, products = run_on_meta(twins["unet"], twins["vae"], set(_folded(unet)))
-    counts: Counter[str] = Counter({FLOAT: products})
-    for name, (position, weights) in positions.items():
+    counts: Counter[str] = Counter({FLOAT: work.products})
+    for name, (position, weights) in work.layers.items():
         layer = deployed.get(name)
         counts[kind_of(layer) if layer is not None else FLOAT] += position.multiplications(weights)
         if layer is not None and layer.spec.rank:
@@ -165,13 +183,21 @@ def account(unet: UNet2DConditionModel, vae: AutoencoderKL, files: Iterable[int]
     coded = [layer for layer in deployed.values() if layer.spec.weight_bits < 16]
     return Accounting(
         stated=stated_bits(unet, vae),
-        parameters=sum(p.numel() for twin in twins.values() for p in twin.parameters()),
+        parameters=work.parameters,
         stored=sum(files) or sum(stored_bytes(model.state_dict()) for model in models.values()),
         codes=sum(layer.weight_packed.numel() for layer in coded),
         branches=sum(2 * (m.branch_up.numel() + m.branch_down.numel()) for m in deployed.values() if m.spec.rank),
         code_weights=sum(layer.spec.out_channels * layer.spec.in_channels * layer.spec.taps for layer in coded),
         multiplications={kind: count for kind, count in counts.items() if count},
     )
+
+
+def work_of(unet: UNet2DConditionModel, vae: AutoencoderKL) -> Work:
+    """Of a UNet, folded or not, and a VAE, quantized or not."""
+    twins = {"unet": unquantized_twin(unet), "vae": unquantized_twin(vae)}
+    folded = {f"unet.{name}" for name, module in unet.named_modules() if isinstance(module, FoldedConstant)}
+    layers, products = run_on_meta(twins["unet"], twins["vae"], folded)
+    return Work(sum(p.numel() for twin in twins.values() for p in twin.parameters()), layers, products)
 
 
 def kind_of(layer: DeployedLayer) -> str:
@@ -184,10 +210,6 @@ def stated_bits(*models: nn.Module) -> str | None:
     """The bits that a pipeline is called by: those of the layers without an override, in the first model that is quantized."""
     schemes = [scheme for scheme in map(attached_scheme, models) if scheme is not None]
     return f"w{schemes[0].default.weight_bits}a{schemes[0].default.activation_bits}" if schemes else None
-
-
-def _folded(unet: nn.Module) -> Iterable[str]:
-    return (f"unet.{name}" for name, module in unet.named_modules() if isinstance(module, FoldedConstant))
 
 
 def unquantized_twin(model: nn.Module) -> nn.Module:

@@ -27,8 +27,9 @@ SMALL = [
     *(f"stages.{i}.{key}" for i in (0, 1) for key in ("patch=32", "batch=2")),
     "layer.smoothing=ones",  # the search for smoothing and bounds has tests of its own, and takes seconds
     "layer.bounds=minmax",
+    "layer.rounding=nearest",
     "layer.branch_rank=2",
-    "layer.branch_budget=0",
+    *(f"budget.{limit}=null" for limit in ("extra_bits", "branch", "wider")),
     "layer.adapter_rank=2",
 ]
 

@@ -22,8 +22,8 @@ from calibration.comparison.methods import Cell, make_method, method_names
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import file_digests
 from qartsr_pipeline.calibration.family import family_of
-from qartsr_pipeline.calibration.recipe import Layer
 from qartsr_pipeline.calibration.recipe_files import load_recipe
+from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.progress import Calibrated
@@ -237,7 +237,7 @@ def test_each_ablation_leaves_out_one_thing():
     for part, layer in (("branch", "branch_rank"), ("adapter", "adapter_rank"), ("smoothing", "smoothing")):
         changed = recipe[f"qartsr-no-{part}"]
         assert getattr(changed.layer, layer) in (0, "none") and all(part not in s.train for s in changed.stages)
-        kept = {name: getattr(main.layer, name) for name in (layer, "branch_budget", "branch_fit")}
+        kept = {name: getattr(main.layer, name) for name in (layer, "branch_fit", "rounding")}
         assert replace(changed.layer, **kept) == main.layer
 
 
@@ -247,8 +247,8 @@ def test_passionsr_is_also_measured_at_the_bits_of_its_publication():
         "maxmin-w4a4-seed0", "passionsr-w4a4-seed0", "passionsr-w8a8-seed0",
     ]  # fmt: skip
     assert len(compare.first_cells(both, ["w8a8"])) == 2
-    same, main = make_method(methods.SAME_BUDGET, 6).recipe.layer, load_recipe("qartsr").layer
-    assert (same.branch_rank, same.branch_budget) == (main.branch_rank, main.branch_budget) and main.branch_budget > 0
+    same, main = make_method(methods.SAME_BUDGET, 6).recipe.layer, load_recipe("qartsr")
+    assert (same.branch_rank, same.branch_budget) == (main.layer.branch_rank, main.budget.branch) and same.branch_budget > 0
     assert make_method("maxmin", 6).recipe.steps == 0 and make_method("lsq", 6).recipe.steps == 6
     assert all(make_method(name, 6).name == name for name in method_names())
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import BITS, fake_quantize
-from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error, smoothing_factor
-from qartsr_pipeline.calibration.start.observers import SquaredErrors, observe
+from qartsr_pipeline.calibration.start.observers import InputSample, SquaredErrors, observe
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers, prepare
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
@@ -43,12 +43,12 @@ def initialised(
     prepare(model, scheme, settings.adapter_rank, layer_kinds(settings, step))
     estimated = initialise(calibrating_layers(model), samples, Initialisation.of(settings))["0"]
     layer = model[0]
-    assert estimated == pytest.approx(relative_output_error(layer, samples["0"].rows), rel=1e-4)
+    assert estimated == pytest.approx(relative_output_error(layer, samples["0"]), rel=1e-4)
     bias = layer.bias.view(1, -1, *[1] * (2 * convolution))
     with torch.no_grad():
         error = float((layer(x) - wanted).square().sum() / (wanted - bias).square().sum())
     if not convolution:  # positions are sampled, not neighbourhoods: of a convolution it is an estimate
-        assert relative_output_error(layer, x) == pytest.approx(error, rel=1e-3)
+        assert relative_output_error(layer, InputSample([x.flatten(0, -2)])) == pytest.approx(error, rel=1e-3)
     layer.requires_grad_(False)
     return layer, error
 

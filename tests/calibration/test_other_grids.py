@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.calibration.start.other_grids import hadamard, layer_kinds, quantize_groups
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear
 from qartsr_pipeline.quantization.freeze import freeze_layer

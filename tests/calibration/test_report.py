@@ -27,12 +27,13 @@ HEADINGS = {
     "pictures": "Images",
     "losses": "Losses",
     "module_losses": "Modules",
+    "curve": "Budget",
     "layer_errors": "Error of each layer",
     "bounds": "Bounds",
     "sweep": "Timesteps",
 }
 pytestmark = pytest.mark.usefixtures("plots")
-PLOTS = {"losses.png", "modules.png", "layers.png", "bounds.png", "timesteps.png"}
+PLOTS = {"losses.png", "modules.png", "layers.png", "budget.png", "bounds.png", "timesteps.png"}
 
 
 def everything(name: str = "layer") -> dict:
@@ -45,6 +46,7 @@ def everything(name: str = "layer") -> dict:
         "pictures": [{name: random.integers(0, 255, (60, 70, 3), np.uint8), "original": np.zeros((60, 70, 3), np.uint8)}],
         "losses": {name: [0.5, float("nan"), 0.25, 0.0, 0.125], "one step": [0.1], "none": []},
         "module_losses": [(name, 0.5, 0.25), ("other", 0.0, 1e-3)],
+        "curve": [(4.2, 10.0), (4.5, 3.0), (4.9, 2.5)],
         "layer_errors": {name: 0.0123, "exact": 0.0, "broken": float("inf")},
         "bounds": {name: histogram},
         "sweep": [{"timestep": 100, name: 1.5, "chosen": True}, {"timestep": 999, name: None, "chosen": False}],

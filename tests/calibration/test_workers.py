@@ -16,7 +16,7 @@ from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from tiny_models import build_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = "images=2 image_size=32 cached_batches=2 layer.branch_rank=2 layer.branch_budget=0.1 layer.adapter_rank=2".split()
+SMALL = "images=2 image_size=32 cached_batches=2 layer.branch_rank=4 budget.branch=0.1 layer.adapter_rank=2".split()
 BATCHES = [f"stages.{number}.{setting}" for number in (0, 1) for setting in ("patch=16", "batch=2", "lr=0.0003")]
 
 

@@ -17,10 +17,11 @@ STEPS = 4
 SMALL = ["images=2", "image_size=64", "cached_batches=1"]
 SMALL_LAYERS = [
     "layer.branch_rank=2",
-    "layer.branch_budget=0",
+    "budget={}",
     "layer.adapter_rank=2",
     "layer.smoothing=ones",
     "layer.bounds=minmax",
+    "layer.rounding=nearest",
 ]
 
 

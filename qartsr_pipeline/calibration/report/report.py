@@ -29,6 +29,7 @@ class ReportData:
         facts: what was run: recipe, bits, data, perceptual loss, seconds, hardware, versions.
         losses: stage -> loss of each step.
         module_losses: (module, loss before, loss after its training), as they were trained.
+        curve: bits a weight and predicted error of the image, from the smallest assignment of bits and ranks to the chosen one.
         layer_errors: layer -> relative squared error of its output.
         bounds: layer -> {"counts": n numbers, "edges": n + 1, "lower": .., "upper": ..}: its input's histogram and bounds.
         sweep: rows of the timestep sweep, each with "timestep" and numbers; "chosen": true marks one.
@@ -40,6 +41,7 @@ class ReportData:
     facts: dict[str, str] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
     module_losses: list[tuple[str, float, float]] = field(default_factory=list)
+    curve: list[tuple[float, float]] = field(default_factory=list)
     layer_errors: dict[str, float] = field(default_factory=dict)
     bounds: Mapping[str, Histogram] = field(default_factory=dict)
     sweep: list[dict[str, Any]] | None = None
@@ -65,6 +67,7 @@ def write_report(folder: str | Path, data: ReportData) -> Path:
         *_pictures(data, page),
         _losses(data, page),
         _modules(data, page),
+        _curve(data, page),
         _layers(data, page),
         _bounds(data, page),
         _sweep(data, page),
@@ -171,6 +174,15 @@ def _modules(data: ReportData, page: Page) -> str:
         "modules.png", lambda: plots.plot_module_losses(data.module_losses), "Loss of each module around its training."
     )
     return _section("Modules", plot, _details("Modules as a table", _table(rows, ["module", "before", "after"])))
+
+
+def _curve(data: ReportData, page: Page) -> str:
+    if not data.curve:
+        return ""
+    description = "Predicted error of the image over bits a weight, as bits and ranks were given to layers; orange: chosen."
+    plot = page.plot("budget.png", lambda: plots.plot_curve(data.curve), description)
+    rows = [[f"{bits:.3f}", _number(error)] for bits, error in data.curve]
+    return _section("Budget", plot, _details("As a table", _table(rows, ["bits a weight", "predicted squared error"])))
 
 
 def _layers(data: ReportData, page: Page) -> str:

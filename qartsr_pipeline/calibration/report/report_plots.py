@@ -86,6 +86,22 @@ def worst_layers(errors: dict[str, float], count: int) -> list[str]:
     return sorted(errors, key=lambda name: -errors[name] if math.isfinite(errors[name]) else -math.inf)[:count]
 
 
+def plot_curve(curve: list[tuple[float, float]]) -> bytes:
+    """Predicted error of the image over bits a weight; the last point is the assignment that was chosen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    bits, errors = np.array([point[0] for point in curve]), _positive([point[1] for point in curve])
+    axes.plot(bits, errors, color=BLUE, linewidth=1.4, marker="." if len(curve) < 40 else None)
+    axes.plot(bits[-1:], errors[-1:], color=ORANGE, marker="o")
+    _log_if_possible(axes, "y", errors)
+    axes.set_xlabel("bits a weight")
+    axes.set_ylabel("predicted squared error")
+    axes.tick_params(which="both", labelsize=8)
+    return png_of(figure)
+
+
 def plot_bounds(bounds: Mapping[str, Histogram], errors: dict[str, float]) -> bytes:
     """Histograms of layer inputs with the learned bounds, for the `MOST_BOUNDS` layers with the largest error.
 

@@ -74,6 +74,7 @@ def make_report(run: FinishedRun, folder: Path) -> RunReport:
         facts={name: fact for name, fact in _facts(run).items() if fact},
         losses=calibrated.losses,
         module_losses=[(turn["module"], turn["first"], turn["last"]) for turn in calibrated.turns],
+        curve=calibrated.curve,
         layer_errors=calibrated.layer_errors,
         bounds=calibrated.histograms,
         sweep=run.sweep,

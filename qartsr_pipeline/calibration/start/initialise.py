@@ -24,11 +24,11 @@ from functools import partial
 
 import torch
 
-from qartsr_pipeline.arithmetic.affine import fake_quantize
-from qartsr_pipeline.calibration.recipe import BOUNDS, OFFSETS, Layer
+from qartsr_pipeline.calibration.recipe_layers import BOUNDS, OFFSETS, Layer
 from qartsr_pipeline.calibration.start.branches import branch_from_weight, fit_branch, left_by_quantization, unfolded
-from qartsr_pipeline.calibration.start.observers import SHRINK, InputSample, input_bounds
+from qartsr_pipeline.calibration.start.observers import InputSample, input_bounds, row_bounds
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, Rotated
+from qartsr_pipeline.calibration.start.rounding import relative_patch_error, round_together
 from qartsr_pipeline.calibration.training.losses import total
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress, follow
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
@@ -48,6 +48,7 @@ class Initialisation:
             to leave phi at 1 everywhere.
         branch_rounds: of refinement, at most.
         branch_fit: whether branches are fitted to the outputs (`branches.fit_branch`), where that lowers the error.
+        rounding: "nearest", or "patches" for `rounding.round_together`, where that lowers the error.
         offset: "none" or "zero" to leave it alone, "mean" of the inputs, or "centre" of their extremes.
     """
 
@@ -57,6 +58,7 @@ class Initialisation:
     offset: str = "none"
     branch_rounds: int = 0
     branch_fit: bool = False
+    rounding: str = "nearest"
 
     def __post_init__(self):
         if self.bounds not in BOUNDS:
@@ -70,7 +72,7 @@ class Initialisation:
     def of(cls, layer: Layer) -> Initialisation:
         """What a recipe says of its layers."""
         smoothing = {"none": (), "ones": (None,), "search": SEARCHED}[layer.smoothing]
-        return cls(layer.bounds, layer.percentile, smoothing, layer.offset, layer.branch_rounds, layer.branch_fit)
+        return cls(layer.bounds, layer.percentile, smoothing, layer.offset, layer.branch_rounds, layer.branch_fit, layer.rounding)
 
 
 def _has(layer: CalibratingMixin, parameter: str) -> bool:
@@ -144,16 +146,10 @@ def _weight_bounds(layer: CalibratingMixin, energy: torch.Tensor, options: Initi
     if not _has(layer, "weight_lower") or options.bounds != "mse":
         return
     weight = layer.residual_weight()
-    rows = weight.flatten(1)
     importance = energy.view(1, -1, *[1] * (weight.dim() - 2)).expand_as(weight).flatten(1)
-    lower, upper = layer.weight_lower.clone(), layer.weight_upper.clone()
-    least = torch.full_like(lower, float("inf"))
-    for factor in SHRINK:
-        quantized = fake_quantize(rows, (lower * factor)[:, None], (upper * factor)[:, None], bits, symmetric=bits == 8)
-        error = ((quantized - rows).square() * importance).sum(1)
-        better = error < least
-        least = torch.where(better, error, least)
-        layer.weight_lower[better], layer.weight_upper[better] = lower[better] * factor, upper[better] * factor
+    lower, upper = row_bounds(weight.flatten(1), importance, bits)
+    layer.weight_lower.copy_(lower)
+    layer.weight_upper.copy_(upper)
 
 
 @dataclass(frozen=True)
@@ -244,8 +240,13 @@ def _output_power(layer: CalibratingMixin, rows: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def relative_output_error(layer: CalibratingMixin, rows: torch.Tensor) -> float:
-    """|y_q - y|^2 / |y|^2 of the layer's output, without bias, on a sample (positions, C) of its input."""
+def relative_output_error(layer: CalibratingMixin, sample: InputSample) -> float:
+    """|y_q - y|^2 / |y|^2 of the layer's output, without bias, on a sample of its input; of all taps together where it has
+    windows, as if their inputs were independent where not.
+    """
+    rows = sample.rows
+    if sample.windows:
+        return relative_patch_error(layer, sample.together)
     offset = getattr(layer, "input_offset", None)
     error = _output_error(layer, rows if offset is None else rows - offset)
     return error / max(_output_power(layer, rows), 1e-12)
@@ -278,6 +279,12 @@ def initialise(
         error = scores[best] if best == len(scores) - 1 else _set_for(group, inputs, candidates[best], options)
         if options.branch_rounds:
             error = sum(_refine_branch(layer, inputs, options) for layer in group)
+        if options.rounding == "patches":
+            for name, layer in zip(names, group, strict=True):
+                if _has(layer, "weight_lower"):
+                    round_together(layer, samples[name].together)
+                errors[name] = relative_output_error(layer, samples[name])
+            continue
         power = sum(_output_power(layer, sample.rows) for layer in group)
         errors.update(dict.fromkeys(names, error / max(power, 1e-12)))
     return errors

@@ -11,9 +11,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from qartsr_pipeline.arithmetic.affine import affine_parameters, code_range
+from qartsr_pipeline.arithmetic.affine import affine_parameters, code_range, fake_quantize
 
 SHRINK = tuple(1 - 0.05 * i for i in range(15))  # of the extremes, 1.0 down to 0.3
+OUTPUTS, WINDOWS = 8, 16  # side of a window's output, and windows of one call
+MOST_VALUES = 2**20  # in the windows of one call: less of them where there are many channels
 Batch = TypeVar("Batch")
 
 
@@ -28,10 +30,12 @@ class InputSample:
 
     Attributes:
         vectors: list of (positions, C) float32: the input at random positions, all channels.
+        windows: list of (n, C, side, side) of a convolution's input at random places; empty for other layers.
         lower, upper: (C,) extremes over everything that was seen.
     """
 
     vectors: list[torch.Tensor] = field(default_factory=list)
+    windows: list[torch.Tensor] = field(default_factory=list)
     lower: torch.Tensor | None = None
     upper: torch.Tensor | None = None
 
@@ -43,6 +47,28 @@ class InputSample:
         self.upper = upper if self.upper is None else torch.maximum(self.upper, upper)
         chosen = torch.randperm(len(rows), generator=generator)[:positions]
         self.vectors.append(rows[chosen.to(rows.device)].clone())
+
+    def add_windows(self, x: torch.Tensor, layer: nn.Conv2d, generator: torch.Generator) -> None:
+        """Takes in windows of (B, C, H, W) in which the layer has up to `OUTPUTS` x `OUTPUTS` outputs; none of a smaller map."""
+        sides = [(OUTPUTS - 1) * stride + kernel for stride, kernel in zip(layer.stride, layer.kernel_size, strict=True)]
+        height, width = (min(side, size) for side, size in zip(sides, x.shape[2:], strict=True))
+        if height < layer.kernel_size[0] or width < layer.kernel_size[1]:
+            return
+        count = max(1, min(WINDOWS, MOST_VALUES // (x.shape[1] * height * width)))
+        places = torch.stack(
+            [
+                torch.randint(size, (count,), generator=generator)
+                for size in (len(x), x.shape[2] - height + 1, x.shape[3] - width + 1)
+            ],
+            1,
+        )
+        cut = [x[image, :, top : top + height, left : left + width] for image, top, left in places.tolist()]
+        self.windows.append(torch.stack(cut).detach().float())
+
+    @property
+    def together(self) -> torch.Tensor:
+        """What shows the inputs of all taps together: windows (n, C, h, w) of a convolution, rows of other layers."""
+        return torch.cat(self.windows) if self.windows else self.rows
 
     @property
     def extremes(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +82,25 @@ class InputSample:
         return torch.cat(self.vectors)
 
 
+def row_bounds(rows: torch.Tensor, importance: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds of every row of a weight (N, K), (N,) each: its shrunken extremes of least squared error.
+
+    Args:
+        importance: (N, K), how much an error at each place weighs.
+    """
+    extremes = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    lower, upper = extremes[0].clone(), extremes[1].clone()
+    least = torch.full_like(lower, float("inf"))
+    for factor in SHRINK:
+        low, high = extremes[0] * factor, extremes[1] * factor
+        quantized = fake_quantize(rows, low[:, None], high[:, None], bits, symmetric=bits == 8)
+        error = ((quantized - rows).square() * importance).sum(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        lower[better], upper[better] = low[better], high[better]
+    return lower, upper
+
+
 @torch.no_grad()
 def observe(
     layers: Mapping[str, nn.Module],
@@ -63,21 +108,28 @@ def observe(
     batches: Iterable[Batch],
     positions: int = 256,
     seed: int = 0,
+    windows: bool = False,
 ) -> dict[str, InputSample]:
     """Runs ``run(batch)`` for every batch and samples the input of each of the layers.
 
     Args:
         layers: qualified name -> layer.
         positions: how many positions are kept per call and layer.
+        windows: whether windows of the inputs of convolutions with several taps are kept, too.
 
     Raises:
         ValueError: if a layer is never called, or sees a value that is not finite; the message names it.
     """
     samples = {name: InputSample() for name in layers}
-    generator = torch.Generator().manual_seed(seed)
+    generator, of_windows = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+
+    def watch(name: str, module: nn.Module, x: torch.Tensor) -> None:
+        samples[name].add(x, positions, generator)
+        if windows and isinstance(module, nn.Conv2d) and module.weight[0, 0].numel() > 1:
+            samples[name].add_windows(x, module, of_windows)
 
     def hook_for(name: str) -> Callable:
-        return lambda module, inputs: samples[name].add(inputs[0], positions, generator)
+        return lambda module, inputs: watch(name, module, inputs[0])
 
     handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
     try:

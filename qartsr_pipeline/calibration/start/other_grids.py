@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import SMALLEST_SCALE, centred_codes, code_range, round_straight_through
-from qartsr_pipeline.calibration.recipe import Layer
+from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
 

@@ -44,7 +44,7 @@ class RankedLayer:
 
 
 @dataclass(frozen=True)
-class Budget:
+class RankBudget:
     """What all branches may cost, and how layers are quantized to find out what a branch is worth.
 
     Attributes:
@@ -124,7 +124,7 @@ def sensitivities(
 
 
 @torch.no_grad()
-def errors_by_rank(ranked: RankedLayer, weights: torch.Tensor, budget: Budget) -> dict[int, float]:
+def errors_by_rank(ranked: RankedLayer, weights: torch.Tensor, budget: RankBudget) -> dict[int, float]:
     """Rank -> what the layer's error adds to the image's, for rank 0 and those of `RANKS` up to the scheme's.
 
     Args:
@@ -135,12 +135,12 @@ def errors_by_rank(ranked: RankedLayer, weights: torch.Tensor, budget: Budget) -
     rows = sample.rows
     plain, widest = (kind.from_layer(layer, replace(scheme, rank=rank)) for rank in (0, scheme.rank_for(layer)))
     initialise({"layer": plain}, {"layer": sample}, options)
-    _set_inputs(widest, plain, sample)
+    copy_inputs(widest, plain, sample)
     set_branch(widest, rows, options)
     candidates = [plain, widest]
     for rank in (rank for rank in RANKS if rank < scheme.rank_for(layer)):
         candidate = kind.from_layer(layer, replace(scheme, rank=rank))
-        _set_inputs(candidate, plain, sample)
+        copy_inputs(candidate, plain, sample)
         candidate.branch_up.copy_(widest.branch_up[:, :rank])
         candidate.branch_down.copy_(widest.branch_down[:rank])
         weight_bounds(candidate, rows, options)
@@ -149,7 +149,7 @@ def errors_by_rank(ranked: RankedLayer, weights: torch.Tensor, budget: Budget) -
     return {candidate.layer_scheme.rank: float(errors.sum()) / len(rows) for candidate, errors in scores}
 
 
-def _set_inputs(layer: CalibratingMixin, other: CalibratingMixin, sample: InputSample) -> None:
+def copy_inputs(layer: CalibratingMixin, other: CalibratingMixin, sample: InputSample) -> None:
     """Smoothing and input bounds as those of another layer around the same weight."""
     for name in other._parameters:
         if name.startswith(("log_smooth", "input_")):
@@ -182,17 +182,11 @@ def choose(errors: dict[str, dict[int, float]], costs: dict[str, int], budget: f
 
 def ranks_within_budget(
     layers: dict[str, RankedLayer],
-    run: Callable[[torch.Tensor], torch.Tensor],
-    batches: Iterable[torch.Tensor],
-    budget: Budget,
+    reach: dict[str, Sensitivity],
+    budget: RankBudget,
     progress: Progress = SILENT,
 ) -> dict[str, int]:
-    """The rank of every layer of a full-precision network.
-
-    Args:
-        run, batches: see `sensitivities`.
-    """
-    reach = sensitivities({name: ranked.layer for name, ranked in layers.items()}, run, batches)
+    """The rank of every layer of a full-precision network, given the layers' sensitivities."""
     errors = {
         name: errors_by_rank(ranked, reach[name].weights, budget)
         for name, ranked in follow(progress, layers.items(), "choose ranks")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from qartsr_pipeline.calibration.family import family_of
-from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
+from qartsr_pipeline.calibration.recipe import Budget, Recipe, RecipeError, parse_bits
+from qartsr_pipeline.calibration.start.budget import Assignment, Limits, assign, choices_of, errors_of_ways
 from qartsr_pipeline.calibration.start.observers import InputSample, observe
-from qartsr_pipeline.calibration.start.ranks import Budget, RankedLayer, ranks_within_budget
+from qartsr_pipeline.calibration.start.ranks import RankBudget, RankedLayer, Sensitivity, ranks_within_budget, sensitivities
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.progress import follow
+from qartsr_pipeline.quantization.accounting import Work, stored_bytes
 from qartsr_pipeline.quantization.calibrating import Kinds
+from qartsr_pipeline.quantization.deployed import deployed_like
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers
 
 Schemes = dict[str, QuantizationScheme]  # by component
@@ -33,14 +39,17 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
     Layers that the recipe keeps at more bits have no low-rank branch. Where ranks are under a budget, `give_ranks` gives them.
 
     Raises:
+        RecipeError: a pattern of `keep` contradicts those before it.
         ValueError: the pipeline is quantized already, or there is no quantizer of so many bits.
     """
     family = family_of(pipeline)
     models = family.models(pipeline)
     if any(getattr(model, "is_quantized", False) for model in models.values()):  # set by diffusers when it loads such a model
         raise ValueError("the model is quantized already; quantize the full-precision model that it was made from")
-    default = LayerScheme(*bits, 0 if recipe.layer.branch_budget else recipe.layer.branch_rank)
+    chosen = recipe.layer.branch_budget or recipe.budget.is_set
+    default = LayerScheme(*bits, 0 if chosen else recipe.layer.branch_rank)
     folding = family.fold(pipeline)
+    _check_keep(family.kept(recipe), models)
     schemes = {}
     for component, model in models.items():
         kept: dict[str, LayerScheme | None] = {}
@@ -57,6 +66,20 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
     return schemes
 
 
+def _check_keep(kept: Mapping[str, str], models: dict[str, nn.Module]) -> None:
+    """Raises RecipeError where a pattern asks for bits that none of its layers gets: patterns before it ask for others."""
+    every = QuantizationScheme(LayerScheme())
+    names = [f"{component}.{name}" for component, model in models.items() for name in quantizable_layers(model, every)]
+    for pattern, bits in kept.items():
+        firsts = {next(p for p in kept if fnmatchcase(n, p)) for n in names if fnmatchcase(n, pattern)}
+        others = [first for first in firsts if kept[first] != bits]
+        if others and pattern not in firsts:
+            raise RecipeError(
+                f"keep.{pattern} is {bits}, but the patterns before it decide on all its layers, such as keep.{others[0]}:"
+                f" {kept[others[0]]}. The first match wins: put it first, or leave one of them out"
+            )
+
+
 def observe_full_precision(context: CalibrationContext, schemes: Schemes) -> Samples:
     """A sample of every layer's input over the recipe's calibration images; the pipeline is still full precision."""
     family, pipeline = context.family, context.pipeline
@@ -67,32 +90,103 @@ def observe_full_precision(context: CalibrationContext, schemes: Schemes) -> Sam
     }
     batches = family.observed_batches(context.patches, context.recipe, context.degradation, context.seed)
     followed = follow(context.progress, batches, "observe")
-    return observe(layers, lambda batch: family.observe(pipeline, batch), followed)
+    return observe(
+        layers, lambda batch: family.observe(pipeline, batch), followed, windows=context.recipe.layer.rounding == "patches"
+    )
 
 
 def give_ranks(context: CalibrationContext, schemes: Schemes, kinds: Kinds, samples: Samples) -> Schemes:
     """The schemes with a rank for every layer, within the recipe's budget; the pipeline is still full precision."""
-    family, pipeline, recipe = context.family, context.pipeline, context.recipe
-    models = family.models(pipeline)
-    layers = {
+    layers, reach = _free_layers(context, schemes, samples), _sensitivities(context, schemes, samples)
+    budget = RankBudget(context.recipe.layer.branch_budget, kinds, context.recipe.layer.bounds)
+    ranks = ranks_within_budget(layers, reach, budget, context.progress)
+    free = next(iter(schemes.values())).default
+    return _with(schemes, {name: replace(free, rank=rank) for name, rank in ranks.items()})
+
+
+def give_bits(context: CalibrationContext, schemes: Schemes, kinds: Kinds, samples: Samples) -> tuple[Schemes, Assignment]:
+    """The schemes with bits and a rank for every layer, within the recipe's budget; the pipeline is still full precision.
+
+    Raises:
+        RecipeError: no assignment meets the budget; the message says the smallest one.
+    """
+    recipe, family = context.recipe, context.family
+    layers, reach = _free_layers(context, schemes, samples), _sensitivities(context, schemes, samples)
+    work = family.work(context.pipeline)
+    choices = {}
+    for name, ranked in follow(context.progress, layers.items(), "choose bits"):
+        kind = kinds[isinstance(ranked.layer, nn.Conv2d)]
+        errors = errors_of_ways(ranked, reach[name].weights, kind, recipe.layer)
+        choices[name] = choices_of(name, ranked, errors, work, context.bits)
+    rest, total = _rest(context, schemes, layers, work)
+    least = rest + sum(rows[0].size for rows in choices.values())
+    size, (branch, wider) = _size_limit(recipe.budget, least, work.parameters), (recipe.budget.branch, recipe.budget.wider)
+    if least > size:
+        raise RecipeError(
+            f"budget.bits is {recipe.budget.bits:g}, and the smallest assignment has {8 * least / work.parameters:.2f} bits a"
+            f" weight, with all layers at w{context.bits[0]} and no branches: allow at least that, or choose fewer bits"
+        )
+    shares = (math.inf if share is None else share * total for share in (branch, wider))
+    assignment = assign(choices, Limits(size - rest, *shares))
+    curve = [(8 * (size + rest) / work.parameters, error) for size, error in assignment.curve]
+    return _with(schemes, assignment.schemes), replace(assignment, size=assignment.size + rest, curve=curve)
+
+
+def _size_limit(budget: Budget, least: int, parameters: int) -> float:
+    """Bytes of the weight files at most."""
+    if budget.extra_bits is not None:
+        return least + budget.extra_bits * parameters / 8
+    return math.inf if budget.bits is None else budget.bits * parameters / 8
+
+
+def _rest(context: CalibrationContext, schemes: Schemes, layers: dict[str, RankedLayer], work: Work) -> tuple[int, int]:
+    """Bytes of everything that is not free to choose, and the multiplications of all quantized layers."""
+    size, total = 0, 0
+    for component, model in context.family.models(context.pipeline).items():
+        tensors = dict(model.state_dict())
+        for name, (layer, scheme) in quantizable_layers(model, schemes[component]).items():
+            positions, weights = work.layers[f"{component}.{name}"]
+            total += positions.multiplications(weights)
+            for part in ("weight", "bias"):
+                tensors.pop(f"{name}.{part}", None)
+            if f"{component}.{name}" not in layers:
+                buffers = deployed_like(layer, scheme, "meta").named_buffers()
+                tensors |= {f"{name}.{buffer}": tensor for buffer, tensor in buffers}
+        size += stored_bytes(tensors, behind=work.parameters)
+    return size, total
+
+
+def _free_layers(context: CalibrationContext, schemes: Schemes, samples: Samples) -> dict[str, RankedLayer]:
+    """The layers of which the recipe says neither bits nor rank, with the highest rank that they may get."""
+    recipe = context.recipe
+    return {
         f"{component}.{name}": RankedLayer(layer, replace(scheme, rank=recipe.layer.branch_rank), samples[f"{component}.{name}"])
-        for component, model in models.items()
+        for component, model in context.family.models(context.pipeline).items()
         for name, (layer, scheme) in quantizable_layers(model, schemes[component]).items()
         if scheme == schemes[component].default and given_rank(recipe, f"{component}.{name}") is None
     }
-    for model in models.values():
+
+
+def _sensitivities(context: CalibrationContext, schemes: Schemes, samples: Samples) -> dict[str, Sensitivity]:
+    """Of those layers, on a few small images."""
+    family, pipeline = context.family, context.pipeline
+    for model in family.models(pipeline).values():
         model.requires_grad_(False)
-    side = min(recipe.image_size, SENSITIVITY_SIDE)
+    side = min(context.recipe.image_size, SENSITIVITY_SIDE)
     generators = (np.random.default_rng([context.seed, index]) for index in range(SENSITIVITY_BATCHES))
     batches = (
         family.training_batch(context.patches, SENSITIVITY_COUNT, side, context.degradation, rng).to(context.device)
         for rng in generators
     )
-    budget = Budget(recipe.layer.branch_budget, kinds, recipe.layer.bounds)
-    ranks = ranks_within_budget(layers, lambda batch: family.run(pipeline, batch).image, batches, budget, context.progress)
-    given = {component: dict(schemes[component].overrides) for component in models}
-    for name, rank in ranks.items():
+    layers = {name: ranked.layer for name, ranked in _free_layers(context, schemes, samples).items()}
+    return sensitivities(layers, lambda batch: family.run(pipeline, batch).image, batches)
+
+
+def _with(schemes: Schemes, chosen: dict[str, LayerScheme]) -> Schemes:
+    """The schemes with another one for some layers, by "component.layer"."""
+    given = {component: dict(scheme.overrides) for component, scheme in schemes.items()}
+    for name, scheme in chosen.items():
         component, _, layer = name.partition(".")
-        if rank:
-            given[component][layer] = replace(schemes[component].default, rank=rank)
-    return {component: replace(schemes[component], overrides=given[component]) for component in models}
+        if scheme != schemes[component].default:
+            given[component][layer] = scheme
+    return {component: replace(schemes[component], overrides=given[component]) for component in schemes}

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from qartsr_pipeline.calibration.data.patches import Patches
 from qartsr_pipeline.calibration.family import Family, family_of
-from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.recipe import Recipe, RecipeError
 from qartsr_pipeline.calibration.saving import load_tensors, save_tensors
 from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
@@ -103,7 +103,8 @@ def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
         ValueError: damaged, of another kind, or of a run with another recipe, bits, seed, data or model.
     """
     state = _read(path)
-    different = [name for name, value in identity.items() if state["identity"].get(name) != value]
+    there = state["identity"] | {"recipe": _with_all_keys(state["identity"].get("recipe"))}
+    different = [name for name, value in identity.items() if there.get(name) != value]
     if different:
         raise ValueError(
             f"{path} is of a run with other {', '.join(different)}, or of another version: repeat that run's arguments to"
@@ -113,6 +114,14 @@ def load_calibration(path: Path, layers: dict[str, CalibratingMixin], identity: 
     for name, tensor in state["parameters"].items():
         own[name].copy_(tensor)
     return state
+
+
+def _with_all_keys(recipe: Any) -> Any:
+    """A recorded recipe with the keys that recipes have got since, at the values that mean what was done before."""
+    try:
+        return Recipe.from_dict(recipe).to_dict()
+    except RecipeError:
+        return recipe
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error
 from qartsr_pipeline.calibration.start.observers import InputSample
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
-from qartsr_pipeline.calibration.start.schemes import fold_and_make_schemes, give_ranks, observe_full_precision
+from qartsr_pipeline.calibration.start.schemes import fold_and_make_schemes, give_bits, give_ranks, observe_full_precision
 from qartsr_pipeline.calibration.start.warm_start import record_of_folder, start_from_folder
 from qartsr_pipeline.calibration.training.blocks import recomputed
 from qartsr_pipeline.calibration.training.calibration_state import (
@@ -83,10 +83,14 @@ def begin(context: CalibrationContext, state: StateFile = NO_STATE, start: Path 
     kinds = layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
     if recipe.layer.branch_budget:
         schemes = workers.of_first(lambda: give_ranks(context, schemes, kinds, samples))
+    curve: list[tuple[float, float]] = []
+    if recipe.budget.is_set:
+        schemes, assignment = workers.of_first(lambda: give_bits(context, schemes, kinds, samples))
+        curve = assignment.curve
     torch.manual_seed(context.seed)  # adapters start from random numbers
     for component, model in context.family.models(pipeline).items():
         prepare(model, schemes[component], recipe.layer.adapter_rank, kinds)
-    run = Run(Training(context, Calibrated(schemes), replace(state, identity=identity)), samples)
+    run = Run(Training(context, Calibrated(schemes, curve=curve), replace(state, identity=identity)), samples)
     if workers.of_first(lambda: state.exists):
         run.training.restore()
     else:
@@ -142,9 +146,7 @@ class Run:
         except Stopped:
             result.stopped = True
             return result
-        result.layer_errors = {
-            name: relative_output_error(layer, self.samples[name].rows) for name, layer in training.layers.items()
-        }
+        result.layer_errors = {name: relative_output_error(layer, self.samples[name]) for name, layer in training.layers.items()}
         result.histograms = histograms(training.layers, self.samples)
         result.weights, result.start = context.family.digest(context.pipeline), training.state.identity["start"]
         if result.weights != training.state.identity["weights"]:
@@ -190,7 +192,7 @@ class Run:
         training.context = replace(training.context, recipe=recipe)
         identity = training.state.identity | {"recipe": recipe.to_dict()}
         training.state = replace(training.state, path=state, identity=identity)
-        training.result = Calibrated(training.result.schemes, errors_before=training.result.errors_before)
+        training.result = replace(training.result, losses={}, turns=[], layer_errors={}, histograms={}, stopped=False)
         training.to_the_beginning()
         if training.context.workers.of_first(lambda: training.state.exists):
             training.restore()

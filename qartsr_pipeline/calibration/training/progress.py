@@ -101,6 +101,7 @@ class Calibrated:
         weights: SHA-256 of the original weights, the same before and after.
         start: what is recorded of the run that it started from.
         stopped: whether it was asked to stop before the end.
+        curve: bits a weight and predicted error of the assignments that led to the schemes, where there was a budget.
     """
 
     schemes: dict[str, QuantizationScheme]
@@ -112,6 +113,7 @@ class Calibrated:
     weights: str = ""
     start: dict[str, Any] | None = None
     stopped: bool = False
+    curve: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Stopped(Exception):

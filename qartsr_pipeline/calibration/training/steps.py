@@ -7,7 +7,7 @@ stopped, on the same machine with the same number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -34,6 +34,7 @@ PARAMETERS = {
     "bounds": ("weight_lower", "weight_upper", "input_lower", "input_upper"),
     "step": ("weight_log_step", "input_log_step"),
 }
+NO_RATES: Mapping[str, float] = {}
 LossOfStep = Callable[[int], torch.Tensor]
 WARM_UP = 10  # steps until the learning rate is the stage's
 
@@ -162,7 +163,7 @@ class Training:
             group
             for turn in fresh
             for block in turn.blocks
-            for group in parameter_groups(self._trained(block, stage), stage.train, known)
+            for group in parameter_groups(self._trained(block, stage), stage.train, known, stage.rates)
         ]
         if self.optimizer is None and not groups:
             return  # nothing of these modules is trained: the next one begins
@@ -257,11 +258,14 @@ def has_any(layer: CalibratingMixin, train: tuple[str, ...]) -> bool:
     return any(layer._parameters.get(name) is not None for kind in train for name in PARAMETERS[kind])
 
 
-def parameter_groups(layers: Iterable[CalibratingMixin], train: tuple[str, ...], known: set[int]) -> list[dict]:
+def parameter_groups(
+    layers: Iterable[CalibratingMixin], train: tuple[str, ...], known: set[int], rates: Mapping[str, float] = NO_RATES
+) -> list[dict]:
     """Optimizer groups, one a parameter, with the size of its step as "relative".
 
     Args:
         train: names as in `PARAMETERS`.
+        rates: factor of that size, by the names in ``train``; 1 where there is none.
         known: ids of parameters that are trained already, or shared with a layer before; extended by those found.
     """
     groups = []
@@ -273,7 +277,7 @@ def parameter_groups(layers: Iterable[CalibratingMixin], train: tuple[str, ...],
                     continue
                 known.add(id(parameter))
                 parameter.requires_grad_(True)
-                size = step_size(layer, name)
+                size = step_size(layer, name) * rates.get(kind, 1.0)
                 groups.append({"params": [parameter], "lr": size, "relative": size})
     return groups
 

@@ -1,0 +1,133 @@
+"""Rounding of a layer's weight so that the errors of its taps and channels make up for each other, on patches of its input.
+
+With X patches of the smoothed input, X^ the same after quantization, and M the weight that is left beside the branch, the codes Q
+are sought that minimise |X M^T - X^ Q^T|^2: first without rounding, by least squares,
+
+    W = M + (X^^T X^ + r I)^-1 X^^T (X - X^) M^T        r: a ridge that holds W to M where the patches say little
+
+which makes up for what is lost in the inputs, then column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and
+its error is made up for by the columns that are not rounded yet. The merged adapter becomes the difference to the original
+weight, so that training starts from there, as far as the adapter's rank goes. Nothing that is stored or run is larger for it.
+
+Patches hold all taps of a convolution together: neighbours in an image are nearly equal, so errors of taps can cancel.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qartsr_pipeline.arithmetic.affine import affine_parameters, code_range
+from qartsr_pipeline.calibration.start.branches import set_adapter
+from qartsr_pipeline.calibration.start.observers import row_bounds
+from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+
+RIDGE = 0.01  # of the mean square of the inputs
+COLUMNS = 64  # that are rounded before the others are brought up to date
+HELD_OUT = 4  # one patch in so many is kept to measure on
+
+
+def patches_of(layer: CalibratingMixin, inputs: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) windows of a convolution's input -> (patches, C kh kw), without padding; (positions, C) stays as it is."""
+    if inputs.dim() == 2:
+        return inputs
+    convolution = cast(nn.Conv2d, layer)
+    columns = F.unfold(inputs, cast(tuple[int, int], convolution.kernel_size), stride=cast(tuple[int, int], convolution.stride))
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+@torch.no_grad()
+def relative_patch_error(layer: CalibratingMixin, inputs: torch.Tensor) -> float:
+    """|y_q - y|^2 / |y|^2 of the layer's output, without bias, on patches of its input."""
+    over = layer.smooth.view(1, -1, 1, 1) if inputs.dim() == 4 else layer.smooth
+    smoothed = inputs * over
+    wanted = patches_of(layer, inputs) @ layer.weight.float().flatten(1).T
+    output = patches_of(layer, layer.quantized_input(inputs, over)) @ layer.qweight.flatten(1).T
+    if layer.has_branch:
+        branch = torch.einsum("nr...,rc->nc...", *layer.stored_branch())
+        output = output + patches_of(layer, smoothed) @ branch.flatten(1).T
+    return float((output - wanted).square().sum()) / max(float(wanted.square().sum()), 1e-12)
+
+
+class Patches:
+    """Inputs of a layer as it is set up: smoothed, and smoothed and quantized, of which some are held out.
+
+    Args:
+        inputs: (B, C, h, w) windows of a convolution's input, or (positions, C).
+    """
+
+    def __init__(self, layer: CalibratingMixin, inputs: torch.Tensor):
+        over = layer.smooth.view(1, -1, 1, 1) if inputs.dim() == 4 else layer.smooth
+        held = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == HELD_OUT - 1
+        full, quantized = inputs * over, layer.quantized_input(inputs, over)
+        self.full, self.quantized = patches_of(layer, full[~held]), patches_of(layer, quantized[~held])
+        self._held = patches_of(layer, full[held]), patches_of(layer, quantized[held])
+
+    def error(self, layer: CalibratingMixin, beside: torch.Tensor) -> float:
+        """Squared error of the layer's output on what is held out; ``beside``: M, (N, K)."""
+        full, quantized = self._held
+        return float((full @ beside.T - quantized @ layer.qweight.flatten(1).T).square().sum())
+
+
+@torch.no_grad()
+def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
+    """Sets the adapter, and the weight's bounds, of a layer that is set up otherwise; taken back unless the error falls.
+
+    Args:
+        layer: with an adapter, and fewer than 16 bits for its weight.
+        inputs: as for `Patches`.
+
+    Returns:
+        Whether it was kept.
+    """
+    patches = Patches(layer, inputs)
+    over_inputs = layer.smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
+    beside = layer.weight.float() / over_inputs
+    if layer.has_branch:
+        beside = beside - torch.einsum("nr...,rc->nc...", *layer.stored_branch())
+    shape, matrix = beside.shape, beside.flatten(1)
+    before = patches.error(layer, matrix)
+    names = ("adapter_up", "adapter_down", "weight_lower", "weight_upper")
+    kept = {name: layer.get_parameter(name).clone() for name in names}
+    hessian = patches.quantized.T @ patches.quantized
+    ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-12)
+    hessian.diagonal().add_(ridge)
+    wanted = patches.quantized.T @ ((patches.full - patches.quantized) @ matrix.T)
+    factor = torch.linalg.cholesky(hessian)
+    target = matrix + torch.cholesky_solve(wanted, factor).T
+    lower, upper = row_bounds(target, hessian.diagonal().expand_as(target), layer.layer_scheme.weight_bits)
+    layer.weight_lower.copy_(lower)
+    layer.weight_upper.copy_(upper)
+    rounded = _rounded(layer, target, torch.cholesky_inverse(factor))
+    set_adapter(layer, (rounded - matrix).view(shape) * over_inputs)
+    if patches.error(layer, matrix) < before:
+        return True
+    for name, value in kept.items():
+        layer.get_parameter(name).copy_(value)
+    return False
+
+
+def _rounded(layer: CalibratingMixin, target: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """(N, K) on the layer's grid, GPTQ's way; columns in the order of their inputs' energy, the largest first."""
+    bits = layer.layer_scheme.weight_bits
+    symmetric = bits == 8
+    scale, zero_point = affine_parameters(layer.weight_lower, layer.weight_upper, bits, symmetric=symmetric)
+    smallest, largest = code_range(bits, symmetric=symmetric)
+    low, high = smallest - zero_point, largest - zero_point
+    order = inverse.diagonal().argsort()
+    weight, chol = target[:, order].clone(), torch.linalg.cholesky(inverse[order][:, order], upper=True)
+    result = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], COLUMNS):
+        end = min(start + COLUMNS, weight.shape[1])
+        errors = torch.empty(weight.shape[0], end - start, device=weight.device)
+        for column in range(start, end):
+            codes = (weight[:, column] / scale).round().clamp(low, high)
+            result[:, column] = codes * scale
+            error = (weight[:, column] - result[:, column]) / chol[column, column]
+            weight[:, column + 1 : end] -= error[:, None] * chol[column, column + 1 : end]
+            errors[:, column - start] = error
+        weight[:, end:] -= errors @ chol[start:end, end:]
+    return result[:, order.argsort()]
