@@ -22,13 +22,16 @@ from qartsr_pipeline.calibration import job, recipe_files
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.cli.main import COMMANDS
 from qartsr_pipeline.cli.main import main as cli_main
-from tiny_models import build_tiny_pipeline
+from tiny_models import build_tiny_pipeline, build_tiny_video_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = sorted(ROOT.glob("qartsr_pipeline/checkpoints/*/README.md"))
 GUIDES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
 DOCUMENTS = [*GUIDES, *CARDS, *sorted(ROOT.glob("comfy_nodes/web/docs/*.md")), *sorted(ROOT.glob("benchmarks/results/*.md"))]
-RUN = ("README.md", "docs/getting-started.md", "docs/python.md", "docs/quantize-your-own-model.md", "docs/evaluation.md")
+RUN = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("getting-started", "python", "video", "quantize-your-own-model", "evaluation")),
+)
 # The recipe of the examples, for a model with a few thousand weights: the same stages, smaller images and ranks.
 SMALL = [
     "images=2",
@@ -59,6 +62,7 @@ def example_folder(tmp_path_factory):
     """What the examples expect to find in the working folder; a random model of a few thousand weights stands in for tiny-fp."""
     folder = tmp_path_factory.mktemp("examples")
     build_tiny_pipeline(seed=0).save_pretrained(folder / "tiny-fp")
+    build_tiny_video_pipeline(seed=0).save_pretrained(folder / "video-fp")
     for name, seed in {"photographs": 1, "other-photographs": 2}.items():
         (folder / name).mkdir()
         for index, image in enumerate(DeadLeaves().sample(2, 64, np.random.default_rng(seed))):
