@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,12 @@ class MovingClips:
             ValueError: no photograph is large enough.
         """
         return torch.cat([self._clip(size, rng) for _ in range(count)])
+
+    def of_length(self, frames: int) -> MovingClips:
+        """The same images as clips of another length."""
+        other = copy(self)
+        other.frames = frames
+        return other
 
     def _clip(self, size: int, rng: np.random.Generator) -> torch.Tensor:
         real = [clip for clip in self.clips if min(clip.shape[1:3]) >= size]
