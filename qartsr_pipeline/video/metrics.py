@@ -53,6 +53,5 @@ def clip_scores(frames: Iterable[np.ndarray], targets: Iterable[np.ndarray], bor
         before = error
     if not psnr:
         raise ValueError("There are no frames to measure.")
-    return ClipScores(
-        len(psnr), *(float(np.mean(values)) for values in (psnr, ssim)), float(np.mean(changes)) if changes else None
-    )
+    temporal = float(np.mean(changes)) if changes else None
+    return ClipScores(len(psnr), float(np.mean(psnr)), float(np.mean(ssim)), temporal)
