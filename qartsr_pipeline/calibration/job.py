@@ -36,7 +36,7 @@ from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
 from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
 from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, make_folder, remove_left_over
 from qartsr_pipeline.calibration.saving import write_whole
-from qartsr_pipeline.calibration.timestep import at_timestep, search_of
+from qartsr_pipeline.calibration.timestep import at_timestep, retraining_data, search_of
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, started_from
 from qartsr_pipeline.calibration.training.engine import check_start
 from qartsr_pipeline.calibration.training.losses import Perceptual, choose_perceptual
@@ -112,6 +112,7 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     patches, data = calibration_data(order)
     _check_unseen(order, evaluation, patches, data)
     _check_sizes(order, recipe, evaluation, patches)
+    to_retrain = None if arguments.timestep == "keep" else retraining_data(order)
     source = source_of(order)
     before: dict[str, str] = {}
     starts = [start.parent / "model" if start.is_file() else start] if start else []
@@ -122,10 +123,10 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
         start_folder(order, lock)
     device = workers.device or order.device or (default_device() if order.model is None else order.model.device)
     folder, model, sweep, retrained = source, order.model, None, None
-    if arguments.timestep != "keep":
+    if to_retrain:
         if kind:  # what it lacks is said before the model is retrained, not after
             perceptual_of(arguments, kind, model or load_pipeline(_folder(source)))
-        folder, sweep = at_timestep(order, device, progress)
+        folder, sweep = at_timestep(order, to_retrain, device, progress)
         model, retrained = None, json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
     pipeline = instance_of(model, device) if model else load_pipeline(_folder(folder)).to(device)
     full_precision = on_the_same_weights(pipeline)

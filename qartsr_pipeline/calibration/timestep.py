@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qartsr_pipeline.calibration.arguments import Order, RunArguments
-from qartsr_pipeline.calibration.data.pairs import TrainingData
+from qartsr_pipeline.calibration.data.pairs import TrainingData, TrainingSet
 from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.instances import check_not_offloaded
 from qartsr_pipeline.calibration.perceptual import Lpips
@@ -18,7 +18,7 @@ from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
 from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
 from qartsr_pipeline.calibration.saving import whole_folder
 from qartsr_pipeline.calibration.training.progress import Progress
-from qartsr_pipeline.calibration.trq import TRQ
+from qartsr_pipeline.calibration.trq import TRQ, check_patches
 
 
 def search_of(arguments: RunArguments) -> TimestepSearch:
@@ -40,16 +40,33 @@ def search_of(arguments: RunArguments) -> TimestepSearch:
     )
 
 
-def at_timestep(order: Order, device: str | torch.device, progress: Progress) -> tuple[Path, list[dict[str, Any]] | None]:
+def retraining_data(order: Order) -> TrainingSet:
+    """The images that the model is retrained on, after a check that they are large enough.
+
+    Raises:
+        ValueError: they are too small for a phase or for validation, or all of them are held out. ImageFileError: one cannot be
+            read.
+    """
+    arguments, search = order.arguments, search_of(order.arguments)
+    images = order.data if order.data is not None else arguments.data
+    data = TrainingData(images, 1.0 if images is None else 0.0, arguments.degradation, arguments.held_out).load()
+    check_patches(data.patches, (*(search.phases if arguments.timestep == "search" else ()), *search.full_phases))
+    return data
+
+
+def at_timestep(
+    order: Order, data: TrainingSet, device: str | torch.device, progress: Progress
+) -> tuple[Path, list[dict[str, Any]] | None]:
     """The full-precision pipeline folder, retrained at another timestep, and the search's rows if there was one.
+
+    Args:
+        data: from `retraining_data`.
 
     Raises:
         ValueError: none fits the rule of the search. Stopped: call it again to continue.
     """
     arguments, folder = order.arguments, order.output / "timestep"
     search = search_of(arguments)
-    images = order.data if order.data is not None else arguments.data
-    data = TrainingData(images, 1.0 if images is None else 0.0, arguments.degradation, arguments.held_out).load()
     distance, _, lpips = arguments.retraining_loss.partition("+")
     settings = Settings(seed=arguments.seed, every=250, degradation=arguments.degradation, loss=distance)
     perceptual = Lpips("vgg", arguments.perceptual_weights).to(device) if lpips else None

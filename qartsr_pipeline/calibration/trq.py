@@ -29,6 +29,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,10 +39,10 @@ import torch
 
 from qartsr_pipeline.calibration.data.fingerprint import versions, without_files
 from qartsr_pipeline.calibration.data.pairs import MARGIN, TrainingSet
-from qartsr_pipeline.calibration.data.patches import check_size
+from qartsr_pipeline.calibration.data.patches import Patches, check_size
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, check_target, save_pipeline
 from qartsr_pipeline.calibration.retraining.losses import image_quality, validate
-from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit, move_timestep
+from qartsr_pipeline.calibration.retraining.move_timestep import check_fit_size, latents_for_fit, move_timestep
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel, add_adapters, is_large, merge_adapters
 from qartsr_pipeline.calibration.retraining.report import write_sweep
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, Settings, TimestepSearch, check_made_with
@@ -112,6 +113,13 @@ def choose(candidates: list[Candidate], rule: Rule) -> Candidate:
     return min(good, key=lambda candidate: candidate.z_error)
 
 
+def check_patches(patches: Patches, phases: Iterable[Phase]) -> None:
+    """Raises ValueError unless images are large enough for all phases and for the fit before them: at once, not in an hour."""
+    check_fit_size(patches)
+    for phase in phases:
+        check_size(patches, phase.patch + 2 * MARGIN)
+
+
 @dataclass
 class TRQ:
     """Retrains and measures the candidates, picks one and retrains it in full.
@@ -137,11 +145,10 @@ class TRQ:
         """The whole stage; returns the full-precision pipeline folder at the chosen timestep.
 
         Raises:
-            ValueError: see `choose` and `sweep`. Stopped: call it again to continue.
+            ValueError: see `choose`, `sweep` and `check_patches`. Stopped: call it again to continue.
         """
         check_target(self.output / "model")
-        for phase in (*self.search.phases, *self.search.full_phases):
-            check_size(self.data.patches, phase.patch + 2 * MARGIN)
+        check_patches(self.data.patches, (*self.search.phases, *self.search.full_phases))
         _, chosen = self.sweep()
         start = self.output / f"t{chosen.timestep:03d}" / "model"
         return self.retrain(str(start), chosen.timestep, self.search.full_phases, self.output)

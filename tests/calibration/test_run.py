@@ -134,6 +134,30 @@ def test_bad_arguments_are_errors_of_one_line(tiny_folder, tmp_path, capsys, arg
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("phase", "side", "held_out", "said"),
+    [
+        ("pixel:2:1e-4:192:1", None, "1", "no image is at least 224 pixels"),
+        ("pixel:2:1e-4:32:1", 120, "1", "no image is at least 160 pixels"),  # which moving the model needs
+        ("pixel:2:1e-4:32:1", None, "4", "all 4 images are kept for validation"),
+    ],
+)
+@pytest.mark.parametrize("timestep", ["20", "search"])
+def test_images_too_small_for_retraining_are_named_before_anything_is_made(
+    photographs, tmp_path, capsys, timestep, phase, side, held_out, said
+):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for path in photographs.iterdir():
+        image = Image.open(path)
+        image.crop((0, 0, *(side or min(image.size),) * 2)).save(folder / path.name)
+    short = ["--phases", "latent:1:1e-4:32:1", "--full-phases", phase, "--held-out", held_out]
+    output = tmp_path / "run"
+    quantize("tiny-fp", "--output", output, "--data", folder, *TINY, "--timestep", timestep, *short, code=2)
+    assert said in capsys.readouterr().err
+    assert not output.exists(), "the corrected command would be refused"
+
+
 def test_a_command_that_failed_before_its_first_step_can_be_corrected(tiny_folder, small_picture, tmp_path, capsys):
     output = tmp_path / "run"
     quantize(str(tiny_folder), "--bits", "w16a16", "--output", str(output), *small_picture, *TINY, code=2)

@@ -29,13 +29,18 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from qartsr_pipeline.calibration.data.pairs import sample_pair
-from qartsr_pipeline.calibration.data.patches import Patches
+from qartsr_pipeline.calibration.data.pairs import MARGIN, sample_pair
+from qartsr_pipeline.calibration.data.patches import Patches, check_size
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 
 FIT_SIDE = 128  # pixels of the patches that the fit sees
 RIDGE = 1e-9  # of the fit, relative to the features' mean square
 LINEAR = (4.0, 0.5)  # mean and deviation at which SiLU is nearly linear
+
+
+def check_fit_size(patches: Patches) -> None:
+    """Raises ValueError if no image is large enough for `latents_for_fit`."""
+    check_size(patches, FIT_SIDE + 2 * MARGIN)
 
 
 def latents_for_fit(model: OneStepModel, patches: Patches, degradation: str = "bicubic", count: int = 16) -> list[torch.Tensor]:
