@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -80,8 +80,42 @@ def access_to(module: nn.Module) -> Access:
         return _of_modules.setdefault(module, Access())
 
 
+class Turn:
+    """A call's use of modules, alone; or of no modules, where it may share them.
+
+    Attributes:
+        held: False while `paused`, and after an interruption that ended the waiting at its end.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules, self.held = modules, False
+        self._stack = ExitStack()
+
+    def take(self) -> None:
+        """Waits until nobody else uses the modules."""
+        with ExitStack() as stack:
+            for module in self.modules:
+                stack.enter_context(access_to(module).alone())
+            self._stack, self.held = stack.pop_all(), True
+
+    def end(self) -> None:
+        self.held = False
+        self._stack.close()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context others may use the modules. For code of the user's: it may wait for another call, which waits for
+        this one.
+        """
+        self.end()
+        try:
+            yield
+        finally:
+            self.take()
+
+
 @contextmanager
-def alone_where_needed(modules: Iterable[nn.Module]) -> Iterator[None]:
+def alone_where_needed(modules: Iterable[nn.Module]) -> Iterator[Turn]:
     """Within this context nobody else uses these modules, if running changes one of them. All are taken, because offloaded ones
     make room for each other.
     """
@@ -90,11 +124,12 @@ def alone_where_needed(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module in modules:  # a call that ends takes the hooks of offloading off for a moment
             stack.enter_context(access_to(module).together())
         changed = any(is_changed_by_running(module) for module in modules)
-    with ExitStack() as stack:
-        if changed:
-            for module in modules:
-                stack.enter_context(access_to(module).alone())
-        yield
+    turn = Turn(modules if changed else ())
+    turn.take()
+    try:
+        yield turn
+    finally:
+        turn.end()
 
 
 def is_changed_by_running(module: nn.Module) -> bool:
@@ -162,10 +197,13 @@ class Calls:
 
 
 class TileReporter:
-    """Reports every finished tile of a call to the progress bar and to the user's callback."""
+    """Reports every finished tile of a call to the progress bar and to the user's callback.
 
-    def __init__(self, pipeline: DiffusionPipeline, call: Call, bar: tqdm, arguments: CallArguments):
-        self.pipeline, self.call, self.bar = pipeline, call, bar
+    While the callback runs, other threads may use the pipeline: it may call another one, whose callback calls this one.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, call: Call, bar: tqdm, arguments: CallArguments, turn: Turn):
+        self.pipeline, self.call, self.bar, self.turn = pipeline, call, bar, turn
         self.callback, self.names = arguments.callback_on_step_end, arguments.callback_on_step_end_tensor_inputs or ()
         self.step = 0
 
@@ -174,7 +212,8 @@ class TileReporter:
         self.call.tile = (tile, grid)
         if self.callback is not None:
             chosen = {name: tensors[name] for name in self.names if name in tensors}
-            returned = self.callback(self.pipeline, self.step, self.pipeline.config["timestep"], chosen)
+            with self.turn.paused():
+                returned = self.callback(self.pipeline, self.step, self.pipeline.config["timestep"], chosen)
             tensors = replaced_tensors(tensors, returned)
         self.step += 1
         self.bar.update()

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from qartsr_pipeline.calls import Calls, TileReporter, access_to, alone_where_needed
+from qartsr_pipeline.calls import Calls, TileReporter, Turn, access_to, alone_where_needed
 from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.image import tiles
@@ -205,20 +205,22 @@ class QArtSRPipeline(CheckpointPipeline):
             keep_hidden_colors=keep_hidden_colors,
         )
         check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
-        with alone_where_needed(part for part in self.components.values() if isinstance(part, torch.nn.Module)):
+        with alone_where_needed(part for part in self.components.values() if isinstance(part, torch.nn.Module)) as turn:
             try:
-                images = self._enlarged(to_images(image, keep_hidden_colors=arguments.keep_hidden_colors), arguments, prompt)
+                inputs = to_images(image, keep_hidden_colors=arguments.keep_hidden_colors)
+                images = self._enlarged(inputs, arguments, prompt, turn)
             finally:
-                self.maybe_free_model_hooks()
+                if turn.held:  # else another call has the pipeline, and does it at its own end
+                    self.maybe_free_model_hooks()
         return QArtSRPipelineOutput(images=images) if return_dict else (images,)
 
     def _enlarged(
-        self, inputs: list[ImageTensors], arguments: CallArguments, prompt: str | None
+        self, inputs: list[ImageTensors], arguments: CallArguments, prompt: str | None, turn: Turn
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor | list:
         plans = [self.plan(one, arguments.tile_size, arguments.tile_overlap) for one in inputs]
         check_memory([self._enlargement(one, plan, arguments) for one, plan in zip(inputs, plans, strict=True)])
         with self._calls.begin(sum(len(plan.grid) for plan in plans)) as call, self.progress_bar(total=call.steps) as bar:
-            on_tile = TileReporter(self, call, bar, arguments)
+            on_tile = TileReporter(self, call, bar, arguments, turn)
             settings = Settings(
                 self.config["scale"],
                 arguments.upscale,

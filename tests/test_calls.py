@@ -139,6 +139,42 @@ def test_an_image_that_a_callback_enlarges_has_nothing_of_the_outer_one(pipe):
     assert len(inner) > 1 and all(np.array_equal(one, enlarge(pipe, 2)) for one in inner)
 
 
+def test_offloaded_pipelines_may_call_each_other_in_callbacks():
+    """From two threads, each of which has one pipeline when it calls the other."""
+    pipes = [build_tiny_pipeline(seed=seed) for seed in (0, 1)]
+    alone = [enlarge(pipe, 0) for pipe in pipes]
+    for pipe in pipes:
+        pipe.enable_model_cpu_offload(device="cpu")
+    barrier = threading.Barrier(2)
+
+    def work(number):
+        own, other, inner = pipes[number], pipes[1 - number], []
+
+        def call_the_other(pipe, step, timestep, tensors):
+            if step == 0:
+                barrier.wait(30)
+            if step < 2:
+                inner.append(enlarge(other, 0))
+
+        images = own(scene(0), **KINDS[0], output_type="np", callback_on_step_end=call_the_other).images
+        return [images, *inner]
+
+    def all_of(number, results):
+        results[number] = work(number)
+
+    results: dict[int, list] = {}
+    threads = [threading.Thread(target=all_of, args=(number, results), daemon=True) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 2, "each waits for the other"
+    for number, (images, *inner) in results.items():
+        assert np.array_equal(images, alone[number]) and len(inner) == 2
+        assert all(np.array_equal(one, alone[1 - number]) for one in inner)
+    assert all(np.array_equal(enlarge(pipe, 0), before) for pipe, before in zip(pipes, alone, strict=True))
+
+
 def test_a_callback_that_fails_leaves_everything_as_it_was(pipe):
     before = state(pipe)
 

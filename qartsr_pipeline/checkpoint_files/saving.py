@@ -31,8 +31,9 @@ from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_
 from safetensors import SafetensorError
 
 from qartsr_pipeline.checkpoint_files.checking import COMPONENTS, PIPELINE_CLASS, PIPELINES
-from qartsr_pipeline.checkpoint_files.integrity import CHECKSUMS_NAME, write_checksums
+from qartsr_pipeline.checkpoint_files.integrity import CHECKSUMS_NAME, RENEW, CheckpointError, write_checksums
 from qartsr_pipeline.checkpoint_files.structure import check_structure
+from qartsr_pipeline.checkpoint_files.weight_files import INCOMPLETE
 
 MODULE_NAME = "pipeline"
 MODULE_TEXT = '''"""Lets diffusers find the pipeline's class; needs the package: pip install qartsr."""
@@ -67,6 +68,7 @@ def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = 
         NotADirectoryError: `folder` is a file.
         FileExistsError: `folder` holds weights of another variant, which would no longer belong to the configurations.
         OSError: no space or no permission; what was there before is unchanged.
+        CheckpointError: loading would refuse what was written, because the pipeline was changed; what was there is unchanged.
     """
     folder = folder.resolve()  # a link to a folder stays a link
     if os.path.lexists(folder) and not folder.is_dir():
@@ -89,7 +91,7 @@ def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = 
             write_entry_point(temporary, class_name)
             forget_origin(temporary)
             write_checksums(temporary)
-            check_structure(temporary, variant)
+            _check_written(temporary, folder, variant)
             if place == folder:
                 _replace(folder, temporary, old_weights)
             else:
@@ -102,6 +104,21 @@ def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = 
         raise OSError(
             f"{folder} could not be written ({error}). What was there is unchanged. Free some space or change the permissions, or"
             f" choose another place."
+        ) from error
+
+
+def _check_written(temporary: Path, folder: Path, variant: str | None) -> None:
+    """Raises CheckpointError if loading would refuse what was written: for the pipeline's user, who has no use for its name."""
+    try:
+        check_structure(temporary, variant)
+    except CheckpointError as error:
+        reason = str(error).replace(str(temporary), str(folder))
+        for download in (RENEW, INCOMPLETE):
+            reason = reason.replace(download, "").rstrip(" :,.")
+        raise CheckpointError(
+            f"The pipeline was not saved, because it could not be loaded again: {reason}. What was in {folder} is unchanged. A"
+            " component was changed after it was loaded: take adapters off it (`unload_lora_weights`, `delete_adapters`), undo"
+            " changes of its modules and its config, or load the pipeline anew, and save it then."
         ) from error
 
 

@@ -71,6 +71,30 @@ def test_a_save_that_fails_leaves_everything_as_it_was(tiny_pipeline, other, tmp
     assert over == folder.exists() and len(list(tmp_path.iterdir())) == over
 
 
+CHANGES = {
+    "a layer more": lambda pipe: setattr(pipe.vae, "adapter", torch.nn.Linear(2, 2)),
+    "a layer less": lambda pipe: delattr(pipe.vae, "post_quant_conv"),
+    "another layer": lambda pipe: setattr(pipe.unet, "conv_in", torch.nn.Conv2d(4, 2, 3)),
+    "a value of the configuration": lambda pipe: pipe.unet.register_to_config(cross_attention_dim=7),
+    "no timestep": lambda pipe: pipe.register_to_config(timestep=-1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("over", [True, False])
+def test_a_pipeline_that_could_not_be_loaded_again_is_not_saved(tiny_pipeline, other, tmp_path, over, change):
+    folder = tmp_path / "a"
+    if over:
+        tiny_pipeline.save_pretrained(folder)
+    CHANGES[change](other)
+    with pytest.raises(CheckpointError, match="was not saved, because it could not be loaded again: .* take adapters off") as told:
+        other.save_pretrained(folder)
+    assert str(folder) in str(told.value) and saving._MARK not in str(told.value) and "ownload" not in str(told.value)
+    assert [path.name for path in tmp_path.iterdir()] == (["a"] if over else [])
+    if over:
+        assert_loads_as(folder, tiny_pipeline)
+
+
 def test_a_file_that_cannot_be_replaced_leaves_the_earlier_checkpoint(tiny_folder, other, monkeypatch):
     """As on Windows, where a file that is open elsewhere cannot be."""
     (tiny_folder / "pipeline.py").unlink()

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -111,8 +110,10 @@ def work(numbers: list[int], seed: int, in_full: bool = False) -> int:
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         folder_cases.templates(Path(place))
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
         if taken:
+            import resource  # which Windows lacks
+
             resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, resource.RLIM_INFINITY))
         for number in numbers:
             kind = KINDS[number % len(KINDS)]
