@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qartsr_pipeline.cli.messages import UsageError
-from qartsr_pipeline.image_files import DEFAULT_QUALITY, READABLE_SUFFIXES, WRITABLE_FORMATS, list_images
+from qartsr_pipeline.image_files import DEFAULT_QUALITY, READABLE_SUFFIXES, WRITABLE_FORMATS, list_images, read_size
 
 FORMATS = ("png", "jpg", "webp", "tif", "same")
 
@@ -109,10 +109,13 @@ def sort_out(jobs: Sequence[Job], overwrite: bool) -> Plan:
     for job in jobs:
         try:
             _check_target(job, taken)
+            lost = f"{job.target} is another of the inputs, which would be lost. Give another output with -o."
+            if job.target.resolve() in sources:
+                raise UsageError(lost)
             if is_done(job, overwrite):
                 skipped += 1
-            elif job.replaces_input or job.target.resolve() in sources:
-                raise UsageError(f"{job.target} is another of the inputs, which would be lost. Give another output with -o.")
+            elif job.replaces_input:
+                raise UsageError(lost)
             else:
                 pending.append(job)
         except UsageError as error:
@@ -230,16 +233,29 @@ def _is_dir(path: str | Path) -> bool:
 
 
 def _apart_from_results(sources: list[_Source], options: OutputOptions) -> tuple[list[_Source], list[Path], set[Path]]:
-    """The sources without what runs with any factor wrote beside other sources; those results; and which of them were named."""
-    written = {(one.path.parent, one.path.stem, _suffix(one.path, options.format or "png").lower()) for one in sources}
+    """The sources without what runs with any factor wrote beside other sources; those results; and which of them were named.
+
+    A result has the name and the size of one. Where sizes cannot be read, what was named is taken for no result.
+    """
+    suffixes = {one: _suffix(one.path, options.format or "png").lower() for one in sources}
+    written = {(one.path.parent, one.path.stem, suffix): one.path for one, suffix in suffixes.items()}
     kept, results = [], []
     for source in sources:
-        match = re.fullmatch(r"(.+)_x\d+(\.\d+)?", source.path.stem, re.DOTALL)
-        if match and (source.path.parent, match[1], source.path.suffix.lower()) in written:
-            results.append(source)
-        else:
-            kept.append(source)
+        match = re.fullmatch(r"(.+)_x(\d+(?:\.\d+)?)", source.path.stem, re.DOTALL)
+        original = match and written.get((source.path.parent, match[1], source.path.suffix.lower()))
+        is_result = match and original and _is_enlargement(source.path, original, float(match[2]), unknown=not source.named)
+        (results if is_result else kept).append(source)
     return kept, [one.path for one in results], {one.path.resolve() for one in results if one.named}
+
+
+def _is_enlargement(path: Path, original: Path, factor: float, unknown: bool) -> bool:
+    """Whether an image has the size of another one's enlargement; `unknown` where their sizes cannot be read."""
+    sizes = read_size(path), read_size(original)
+    if None in sizes:
+        return unknown
+    sides, before = (sorted(size) for size in sizes if size)  # results are upright, their originals need not be
+    # sides are rounded, and names have six digits of the factor
+    return all(abs(side - max(1, factor * other)) <= 0.5 + 1e-5 * side for side, other in zip(sides, before, strict=True))
 
 
 def _is_folder(output: str) -> bool:

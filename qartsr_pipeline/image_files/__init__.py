@@ -5,7 +5,7 @@ The pipeline itself takes and returns images in memory. Nothing here imports tor
 
 from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError, Metadata
 from qartsr_pipeline.image_files.listing import list_images
-from qartsr_pipeline.image_files.reading import READABLE_SUFFIXES, read_image
+from qartsr_pipeline.image_files.reading import READABLE_SUFFIXES, read_image, read_size
 from qartsr_pipeline.image_files.writing import (
     DEFAULT_QUALITY,
     WRITABLE_FORMATS,
@@ -26,6 +26,7 @@ __all__ = [
     "list_images",
     "make_folder",
     "read_image",
+    "read_size",
     "write_image",
     "write_whole",
 ]

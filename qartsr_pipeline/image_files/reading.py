@@ -37,6 +37,8 @@ READABLE_SUFFIXES = (
     *((".avif",) if ".avif" in Image.registered_extensions() else ()),
     *HEIF_SUFFIXES,
 )
+# What Pillow reports broken content with.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError, OverflowError, struct.error)
 _IPTC, _CLIPPING_PATHS = 0x0404, range(0x07D0, 0x0BB7)  # Photoshop's numbers for what it stores in a file
 _TIFF_XMP, _TIFF_IPTC, _TIFF_ICC = 700, 33723, 34675
 # What a TIFF file's directory holds besides its structure and a description of the photograph, and must not go unmentioned.
@@ -87,13 +89,24 @@ def read_image(path: str | os.PathLike) -> ImageFile:
         raise ImageFileError(
             f"{path} is not an image, or in a form that Pillow {Image.__version__} does not read. {way}."
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError, OverflowError, struct.error) as error:
-        # Pillow reports broken content with any of these.
+    except _DAMAGE as error:
         if "unknown raw mode" in str(error):
             raise ImageFileError(
                 f"{path} stores its channels in a way that Pillow {Image.__version__} does not read. Convert it to PNG."
             ) from error
         raise ImageFileError(f"{path} is truncated or damaged ({error}). Copy or download it again.") from error
+
+
+def read_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """(height, width) as the file's header says, not turned upright; None where it cannot be read as an image."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            return image.height, image.width
+    except _DAMAGE:
+        return None
 
 
 def _looks_like_heif(path: Path) -> bool:

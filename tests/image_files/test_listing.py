@@ -59,8 +59,15 @@ def test_folders_within_folders_keep_their_places_and_results_are_not_searched(t
     assert set(planned([tmp_path])[0]) == {"a.png"}
 
 
+def draw(folder, **sides):
+    """Images by name, `p_x4_png=8` becomes p_x4.png of 8 x 12 pixels."""
+    for name, side in sides.items():
+        Image.new("L", (side, side * 3 // 2)).save(folder / ".".join(name.rsplit("_", 1)).replace("_5.", ".5."))
+
+
 def test_results_of_earlier_runs_are_left_out(tmp_path):
-    touch(tmp_path, "p.png", "p_x4.png", "q.png", "q_x2.5.png", "r.jpg", "r_x4.jpg", "r_x4.png", "s_x4.png")
+    draw(tmp_path, p_png=2, p_x4_png=8, q_png=2, q_x2_5_png=5, r_jpg=2, r_x4_jpg=8, r_x4_png=8, s_x4_png=8)
+    Image.new("L", (12, 8)).save(tmp_path / "p_x4.png")  # of an original that lies on its side
     for inputs in ([tmp_path], sorted(tmp_path.iterdir()), [tmp_path / "*.*"]):
         for upscale in (4.0, 2.0):
             found, left_out = planned(inputs, upscale=upscale)
@@ -75,6 +82,23 @@ def test_results_of_earlier_runs_are_left_out(tmp_path):
     assert sort_out(found, overwrite=False).skipped == 1
     found, _ = plan_jobs([str(tmp_path)], 4.0, OutputOptions())
     assert "p.png" in {job.source.name for job in sort_out(found, overwrite=True).pending}, "found in the folder, not named"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_photograph_with_the_name_of_a_result_is_enlarged_and_not_replaced(tmp_path, overwrite):
+    draw(tmp_path, p_png=2, p_x4_png=9, p_x2_png=2)
+    for inputs in ([tmp_path], sorted(tmp_path.iterdir()), [tmp_path / "*.png"]):
+        found, left_out = plan_jobs([str(one) for one in inputs], 4.0, OutputOptions())
+        assert {job.source.name for job in found} == {"p.png", "p_x4.png", "p_x2.png"} and not left_out
+        plan = sort_out(found, overwrite)
+        assert {job.source.name for job in plan.pending} == {"p_x4.png", "p_x2.png"} and not plan.skipped
+        assert "p_x4.png is another of the inputs, which would be lost" in plan.refusals[0]
+
+
+def test_what_cannot_be_read_is_left_out_of_folders_and_never_where_it_is_named(tmp_path):
+    touch(tmp_path, "p.png", "p_x4.png")
+    assert set(planned([tmp_path])[0]) == {"p.png"}
+    assert set(planned(sorted(tmp_path.iterdir()))[0]) == {"p.png", "p_x4.png"}, "so that it is called damaged"
 
 
 def test_patterns_that_the_shell_has_left(tmp_path):
