@@ -10,6 +10,7 @@ import numpy as np
 from qartsr_pipeline.image_files import exif, png
 from qartsr_pipeline.image_files.image_file import Metadata
 
+_PLAUSIBLE = (1, 65535)  # pixels per inch; all formats can hold these
 _SEGMENT = 65533  # bytes in one segment of a JPEG file
 _NAMES = {
     "icc_profile": "the colour profile",
@@ -41,8 +42,12 @@ def resized(metadata: Metadata, height: int, width: int) -> Metadata:
 
 def fitting(metadata: Metadata, format_name: str, holds: frozenset[str]) -> tuple[Metadata, list[str]]:
     """What of the metadata a format can hold, and the names of what it cannot."""
+    absurd = []
+    if metadata.resolution and not all(_PLAUSIBLE[0] <= value <= _PLAUSIBLE[1] for value in metadata.resolution):  # NaN is not
+        absurd = ["a resolution of {:g} x {:g} pixels per inch".format(*metadata.resolution)]
+        metadata = replace(metadata, resolution=None)
     dropped = {name for name in _NAMES if name not in holds and getattr(metadata, name) is not None}
-    lost = [_NAMES[name] for name in _NAMES if name in dropped]
+    lost = absurd + [_NAMES[name] for name in _NAMES if name in dropped]
     if "png_chunks" not in holds:
         dropped.add("png_chunks")
         lost += [f"the text {word!r}" for word in png.keywords(metadata.png_chunks)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from image_kinds import chunk, exif_block, png_file, short, text
 from PIL import Image, ImageCms
@@ -324,6 +324,33 @@ def test_metadata_too_large_for_jpeg_are_left_out_and_the_image_is_written(tmp_p
     source = ImageFile(np.zeros((2, 2, 3), np.uint8), Metadata(exif=large, xmp=bytes(70000)))
     (notice,) = write_image(tmp_path / "a.jpg", np.zeros((2, 2, 3)), source)
     assert "the EXIF data (more than" in notice and "the XMP data (more than" in notice and (tmp_path / "a.jpg").exists()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp"])
+@settings(deadline=None, max_examples=15, phases=[Phase.explicit, Phase.generate])
+@given(pair=st.tuples(*[st.floats(min_value=0, exclude_min=True) | st.just(float("nan"))] * 2))
+@example((float("inf"), 72.0))
+@example((2.0**32 * 2.54, 72.0))
+@example((65535.4, 1e-9))
+def test_any_resolution_is_kept_or_named(tmp_path_factory, suffix, pair):
+    path = tmp_path_factory.mktemp("resolution") / f"a.{suffix}"
+    said = " ".join(write_image(path, np.zeros((2, 2, 3)), ImageFile(np.zeros((1, 1, 3), np.uint8), Metadata(resolution=pair))))
+    kept = read_image(path).metadata.resolution
+    if kept is None or (suffix == "bmp" and said):  # BMP files always state one: 96
+        assert "a resolution of" in said and "pixels per inch" in said
+    else:
+        assert kept == pytest.approx(pair, rel=0.02, abs=0.5) and not said
+
+
+def test_a_file_with_an_absurd_resolution_is_enlarged(tmp_path):
+    ratio = struct.pack("<2I", 2**32 - 1, 1)  # pixels per centimetre
+    block = exif_block([short(0x0128, 3), (0x011A, 5, 1, ratio), (0x011B, 5, 1, ratio)])
+    (tmp_path / "a.png").write_bytes(png_file(np.full((2, 2, 3), 90), 8, 2, chunk(b"eXIf", block)))
+    source = read_image(tmp_path / "a.png")
+    for name in ("b.png", "b.jpg", "b.tif", "b.webp", "b.bmp"):
+        said = write_image(tmp_path / name, np.zeros((4, 4, 3)), source)
+        assert any("a resolution of 1.09092e+10 x 1.09092e+10 pixels per inch" in one for one in said), name
+        assert read_image(tmp_path / name).pixels.shape == (4, 4, 3)
 
 
 def test_ordinary_colour_chunks_are_no_loss(tmp_path):
