@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -128,9 +129,12 @@ class FolderLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is None:
             return
+        # The folder may have become unwritable meanwhile. That is said by what failed in it, and the lock ends all the same.
         if sys.platform != "win32":  # while it is held: nobody takes a file that is about to go, see `take`
-            self.path.unlink(missing_ok=True)
-        self._file.close()
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._file.close()
         self._file = None
 
     def take(self) -> FolderLock:
@@ -155,9 +159,10 @@ class FolderLock:
                 self._file = file
             else:  # who held it before has removed it since it was opened
                 file.close()
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        self._file.flush()
+        with suppress(OSError):  # the disk is full: others are told of "another process" then
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            self._file.flush()
         return self
 
     def _is_there(self, file: TextIO) -> bool:

@@ -31,6 +31,26 @@ def test_a_second_process_is_told_who_works_in_the_folder(tmp_path):
             pass
 
 
+def test_a_lock_ends_in_a_folder_that_became_unwritable(tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with pytest.raises(RuntimeError, match="what went wrong"), FolderLock(tmp_path).take() as lock:
+        monkeypatch.setattr(Path, "unlink", refused)
+        raise RuntimeError("what went wrong")
+    assert not lock.held
+    with FolderLock(tmp_path).take():
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_full_disk_does_not_keep_a_lock_from_being_taken(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with FolderLock(tmp_path).take() as lock:
+        assert lock.held
+    assert not lock.held
+
+
 def test_a_lock_that_its_holder_is_about_to_remove_is_not_taken(tmp_path, monkeypatch):
     """Between opening and locking it the file was removed, and another process has made and locked a new one."""
     holder, real = FolderLock(tmp_path), run_folder._lock
