@@ -20,7 +20,7 @@ import torch
 from benchmarks.result import Result, alone, markdown, peak_megabytes
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.report.report_plots import png_of
-from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.whole_files import write_whole
 
 WARM_UP = 128  # pixels a side of the images of calls that do not count, at most
 

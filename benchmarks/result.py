@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
-from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.whole_files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 

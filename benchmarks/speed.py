@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.contenders import CONTENDERS, WITHOUT_DATA
 from benchmarks.result import Result, forget_peak, peak_megabytes
 from qartsr_pipeline.calibration.report.report_plots import png_of
-from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.whole_files import write_whole
 
 PATIENCE = 10
 TITLES = {

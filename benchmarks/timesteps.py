@@ -21,8 +21,8 @@ from calibration.comparison.methods import Cell, make_method
 from calibration.comparison.setting import Comparison, Sources, prepare
 from calibration.comparison.table import COLOR_FIX
 from qartsr_pipeline.calibration.report.report_plots import png_of
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.progress import Stopped
+from qartsr_pipeline.whole_files import write_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

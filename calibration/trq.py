@@ -24,10 +24,10 @@ from qartsr_pipeline.calibration.retraining.settings import (
     Settings,
     TimestepSearch,
 )
-from qartsr_pipeline.calibration.run_folder import SavingError, make_folder
 from qartsr_pipeline.calibration.training.progress import Progress, Stopped
 from qartsr_pipeline.calibration.trq import TRQ
 from qartsr_pipeline.cli.training_bar import TrainingBar
+from qartsr_pipeline.whole_files import SavingError, make_folder
 
 PHASE = "NAME:STEPS:LR:PATCH:BATCH"
 ADAPTERS = {"auto": None, "all": False, "adapters": True}

@@ -16,11 +16,11 @@ from qartsr_pipeline.calibration.data.pairs import choose_held_out
 from qartsr_pipeline.calibration.data.patches import PhotographPatches, list_photographs
 from qartsr_pipeline.calibration.evaluation.metrics import load_metrics
 from qartsr_pipeline.calibration.family import family_of
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.whole_files import write_whole
 
 HELD_OUT = 8  # photographs that are not calibrated on: they choose the learning rate
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from calibration.comparison.learning_rate import SWEEP_STEPS
 from calibration.comparison.methods import MAIN
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.image.comparison_sheet import comparison_sheet
+from qartsr_pipeline.whole_files import write_whole
 
 TABLE_NAME, JSON_NAME = "comparison.md", "comparison.json"
 COLOR_FIX = "wavelet"  # the pipeline's default: what the tables are about; the JSON has both

@@ -23,10 +23,10 @@ from calibration.teacher import train as teacher
 from calibration.teacher.train import TeacherRun
 from qartsr_pipeline.calibration.retraining.settings import Rule, TimestepSearch, parse_phase
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, load_state
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.progress import Stopped
 from qartsr_pipeline.calibration.trq import RESULT_NAME, TRQ, Candidate, choose
 from qartsr_pipeline.cli.training_bar import TrainingBar
+from qartsr_pipeline.whole_files import write_whole
 
 PHASES = ("latent:300:1e-3:64:8", "pixel:100:5e-4:64:8")
 

@@ -46,9 +46,10 @@ from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, PHASES, Phase, Settings, parse_phase, phase_text
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
-from qartsr_pipeline.calibration.run_folder import FolderLock, SavingError, remove_left_over
+from qartsr_pipeline.calibration.run_folder import FolderLock, remove_left_over
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.cli.training_bar import TrainingBar
+from qartsr_pipeline.whole_files import SavingError
 
 DEFAULT_PHASES = ("autoencoder:4000:1e-3:96:8", "latent:4000:1e-3:128:8", "pixel:20000:5e-4:128:8")
 PHASES_HELP = f"default: {' '.join(DEFAULT_PHASES)}; with --start without the first"

@@ -23,8 +23,8 @@ from qartsr_pipeline.calibration.data.patches import (
     Patches,
     PhotographPatches,
     check_size,
-    find_equal,
     images_record,
+    is_among,
     list_photographs,
     read_photograph,
 )
@@ -34,8 +34,7 @@ from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bi
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_perceptual, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
 from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
-from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, make_folder, remove_left_over
-from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, remove_left_over
 from qartsr_pipeline.calibration.timestep import at_timestep, retraining_data, search_of
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, started_from
 from qartsr_pipeline.calibration.training.engine import check_start
@@ -45,6 +44,7 @@ from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.loading import default_device
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.whole_files import make_folder, write_whole
 
 MODEL, REPORT = "model", "report"  # folders of a run
 LEAST_MEASURED = 20  # pixels: windows of 11 for SSIM within a border of 4, in multiples of 4
@@ -110,8 +110,8 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     workers.check(recipe)
     _check_timestep(arguments, start, workers)
     patches, data = calibration_data(order)
-    _check_unseen(order, evaluation, patches, data)
-    _check_sizes(order, recipe, evaluation, patches)
+    _check_measured(order, evaluation, patches, data)
+    _check_sizes(recipe, patches)
     to_retrain = None if arguments.timestep == "keep" else retraining_data(order)
     source = source_of(order)
     before: dict[str, str] = {}
@@ -186,37 +186,39 @@ def _check_timestep(arguments: RunArguments, start: Path | None, workers: Worker
         raise ValueError("--timestep: one process retrains the model; give what it wrote, OUTPUT/timestep/model, to several")
 
 
-def _check_unseen(order: Order, evaluation: list[Path], patches: Patches, data: dict[str, Any]) -> None:
-    """Raises ValueError if an image to measure on is among those to calibrate on: by its file or, in memory, by its pixels."""
-    seen = overlap(evaluation, data.get("files", {}))
-    if seen:
-        raise ValueError(f"{seen[0]} is among the photographs to calibrate on: evaluate on others")
-    if not isinstance(patches, ImagePatches) or (order.data is None and order.evaluation is None):
-        return
-    names = evaluation if order.evaluation is None else [f"evaluation_data[{number}]" for number in range(len(order.evaluation))]
-    number = find_equal(map(read_photograph, evaluation), patches.images)
-    if number is not None:
-        raise ValueError(f"{names[number]} is among the images to calibrate on: evaluate on others")
-
-
-def _check_sizes(order: Order, recipe: Recipe, evaluation: list[Path], patches: Patches) -> None:
-    """Makes sure that images are large enough for every stage, and those to measure on readable and large enough, too.
+def _check_measured(order: Order, evaluation: list[Path], patches: Patches, data: dict[str, Any]) -> None:
+    """Makes sure that images to measure on are readable, large enough, and not among those to calibrate on: by their files or,
+    where images are in memory, by their pixels.
 
     Raises:
         ValueError: one is not, by name. ImageFileError: one cannot be read.
     """
+    seen = overlap(evaluation, data.get("files", {}))
+    if seen:
+        raise ValueError(f"{seen[0]} is among the photographs to calibrate on: evaluate on others")
+    in_memory = order.data is not None or order.evaluation is not None
+    calibrated_on = patches.images if in_memory and isinstance(patches, ImagePatches) else []
+    too_small = None
+    for number, path in enumerate(evaluation):
+        name, pixels = path if order.evaluation is None else f"evaluation_data[{number}]", read_photograph(path)
+        if is_among(pixels, calibrated_on):
+            raise ValueError(f"{name} is among the images to calibrate on: evaluate on others")
+        if min(pixels.shape[:2]) < LEAST_MEASURED and too_small is None:
+            too_small = name, pixels.shape[1], pixels.shape[0]
+    if too_small:
+        name, width, height = too_small
+        raise ValueError(
+            f"{name} has {width} x {height} pixels, and an image to measure on needs {LEAST_MEASURED} x {LEAST_MEASURED}:"
+            " leave it out, or give a larger one"
+        )
+
+
+def _check_sizes(recipe: Recipe, patches: Patches) -> None:
+    """Raises ValueError unless images are large enough for every stage."""
     check_size(patches, recipe.image_size)
     for stage in recipe.stages:
         if sum(recipe.steps_of(stage, 1)):
             check_size(patches, stage.patch + 2 * MARGIN)
-    for number, path in enumerate(evaluation):
-        height, width = read_photograph(path).shape[:2]
-        if min(height, width) < LEAST_MEASURED:
-            name = path if order.evaluation is None else f"evaluation_data[{number}]"
-            raise ValueError(
-                f"{name} has {width} x {height} pixels, and an image to measure on needs {LEAST_MEASURED} x {LEAST_MEASURED}:"
-                " leave it out, or give a larger one"
-            )
 
 
 def calibration_data(order: Order) -> tuple[Patches, dict[str, Any]]:

@@ -17,38 +17,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from qartsr_pipeline import whole_files
+from qartsr_pipeline.whole_files import FORBIDDEN, FULL, SavingError, remedy
+
 LOCK_NAME = ".lock"
 ACTIVATIONS = ".activations."  # temporary folders of `TensorStore` begin with this
 LEFT_OVER = re.compile(
-    r"\..+\.[0-9a-f]{8}\.tmp"  # of `write_whole`
-    r"|\.(model|given-[0-9a-f]{16})\.[0-9a-f]{8}(\.old)?"  # of `save_pipeline` and `whole_folder`
-    r"|\.activations\..+"
-    r"|(run\.json|state\.pt|history\.json)\.tmp"  # of earlier versions
+    whole_files.LEFT_OVER.pattern + r"|\.activations\..+"
+    # of earlier versions
+    r"|\.(model|given-[0-9a-f]{16})\.[0-9a-f]{8}(\.old)?"
+    r"|\..+\.[0-9a-f]{8}\.tmp|(run\.json|state\.pt|history\.json)\.tmp"
 )
-FULL, READ_ONLY, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS,), (errno.EACCES, errno.EPERM)
-
-
-class SavingError(OSError):
-    """A file or folder of a run could not be written. The message says why and what is kept.
-
-    A command that can continue a run adds how to continue it.
-    """
 
 
 class FolderInUseError(OSError):
     """Another process works in the folder."""
-
-
-def remedy(error: Exception) -> str:
-    """What to do about a file that could not be written, in a sentence."""
-    number, text = getattr(error, "errno", None), str(error)
-    if number in FULL or "No space left" in text or "os error 28" in text:  # libraries in Rust have errors without a number
-        return "The disk is full: free some space, or choose a folder on another disk."
-    if number in READ_ONLY:
-        return "The disk is read-only: choose a folder on another disk."
-    if number in FORBIDDEN:
-        return "Writing is not allowed there: change the permissions, or choose another folder."
-    return "Free some space, check the permissions, or choose another folder."
 
 
 def explained(error: OSError, folder: Path) -> OSError:
@@ -57,23 +40,9 @@ def explained(error: OSError, folder: Path) -> OSError:
         return error
     name = error.filename if isinstance(error.filename, (str, os.PathLike)) else None
     ours = name is not None and folder.absolute() in (Path(name).absolute(), *Path(name).absolute().parents)
-    if error.errno in (*FULL, *READ_ONLY) or (ours and error.errno in FORBIDDEN):
+    if error.errno in (*FULL, errno.EROFS) or (ours and error.errno in FORBIDDEN):
         return SavingError(f"{name or 'a temporary file'} cannot be written: {error.strerror}. {remedy(error)}")
     return error
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the folder and those above it where they are missing.
-
-    Raises:
-        SavingError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise SavingError(f"{folder} is a file, not a folder: choose another output folder") from error
-    except OSError as error:
-        raise SavingError(f"the folder {folder} cannot be made: {error.strerror}. {remedy(error)}") from error
 
 
 def check_free(folder: Path) -> None:

@@ -5,41 +5,16 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from qartsr_pipeline.calibration.run_folder import SavingError, make_folder, remedy
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes to a temporary name and renames: after a crash, or on a full disk, the file's old content is still there.
-
-    The temporary name is a new one each time, and of the form that `run_folder.LEFT_OVER` knows.
-
-    Raises:
-        SavingError: the disk is full, or the folder cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        kept = "The file that was saved before is untouched." if path.exists() else "Nothing was saved before."
-        raise SavingError(
-            f"{path} ({len(content) / 1e6:.0f} MB) cannot be written: {error.strerror or error}. {kept} {remedy(error)}"
-        ) from error
+from qartsr_pipeline.whole_files import SavingError, make_folder, remedy, temporary_folder, write_whole
 
 
 @contextmanager
@@ -49,7 +24,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         SavingError: the disk is full, or the parent folder cannot be written to; nothing is left then.
     """
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary = temporary_folder(target)
     try:
         make_folder(target.parent)
         yield temporary

@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import stat
-import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from qartsr_pipeline.whole_files import write_whole
 
 CHECKSUMS_NAME = "checksums.json"
 RENEW = "Download the checkpoint again, or copy the folder again from its source."
@@ -105,19 +106,11 @@ def _not_finite(constant: str) -> float:
 
 
 def write_checksums(folder: str | os.PathLike) -> Path:
-    """Writes `checksums.json`, {relative path: SHA-256}, for every file that loading `folder` reads; returns its path.
-
-    It is written under a temporary name and renamed, so a file that exists is complete.
-    """
+    """Writes `checksums.json`, {relative path: SHA-256}, for every file that loading `folder` reads; returns its path."""
     folder = Path(folder)
     sums = {path.relative_to(folder).as_posix(): _computed_sum(path) for path in sorted(_summed_files(folder))}
     target = folder / CHECKSUMS_NAME
-    temporary = folder / f".{CHECKSUMS_NAME}.{uuid.uuid4().hex[:8]}"
-    try:
-        temporary.write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, (json.dumps(sums, indent=2) + "\n").encode())
     return target
 
 

@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import psutil
 from diffusers import DiffusionPipeline
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from safetensors import SafetensorError
@@ -34,6 +31,7 @@ from qartsr_pipeline.checkpoint_files.checking import COMPONENTS, PIPELINE_CLASS
 from qartsr_pipeline.checkpoint_files.integrity import CHECKSUMS_NAME, RENEW, CheckpointError, write_checksums
 from qartsr_pipeline.checkpoint_files.structure import check_structure
 from qartsr_pipeline.checkpoint_files.weight_files import INCOMPLETE
+from qartsr_pipeline.whole_files import MARK, remove_left_over, temporary_folder
 
 MODULE_NAME = "pipeline"
 MODULE_TEXT = '''"""Lets diffusers find the pipeline's class; needs the package: pip install qartsr."""
@@ -52,7 +50,6 @@ from {COMPONENT_CLASS[0]} import {COMPONENT_CLASS[1]}
 
 __all__ = ["{COMPONENT_CLASS[1]}"]
 '''
-_MARK = ".qartsr-saving-"  # begins the name of a folder that is being written
 UPLOAD_ARGUMENTS = ("repo_id", "commit_message", "private", "token", "create_pr")
 
 
@@ -84,8 +81,8 @@ def save_whole(save: Callable[[str], None], folder: Path, variant: str | None = 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = _place_for_temporary(folder)
-        _remove_leftovers(place)
-        temporary = place / f"{_MARK}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        remove_left_over(place)
+        temporary = temporary_folder(place / folder.name)
         try:
             save(str(temporary))
             write_entry_point(temporary, class_name)
@@ -126,16 +123,8 @@ def _place_for_temporary(folder: Path) -> Path:
     """The parent of a folder that is new or empty, which can be renamed as a whole; else, or if need be, the folder itself."""
     if not folder.is_dir():
         return folder.parent
-    empty = all(path.name.startswith(_MARK) for path in folder.iterdir())
+    empty = all(path.name.startswith(MARK) for path in folder.iterdir())
     return folder.parent if empty and os.access(folder.parent, os.W_OK) and not os.path.ismount(folder) else folder
-
-
-def _remove_leftovers(place: Path) -> None:
-    """Removes what processes of this machine left in `place` that ended while they were saving."""
-    for path in place.glob(f"{_MARK}*"):
-        host, _, process = path.name.removeprefix(_MARK).rpartition("-")[0].rpartition("-")
-        if host == platform.node() and process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -151,7 +140,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _replace(folder: Path, new: Path, old_weights: list[Path]) -> None:
     """Moves the files of `new` into `folder` and removes old weights that were not replaced.
 
-    After an OSError the files that were there are moved back.
+    After an error or an interruption the files that were there are moved back.
     """
     files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
     files.sort(key=lambda file: file.name != CHECKSUMS_NAME)
@@ -167,7 +156,7 @@ def _replace(folder: Path, new: Path, old_weights: list[Path]) -> None:
             else:
                 way_back.append((folder / file, new / file))
             os.replace(new / file, folder / file)
-    except OSError:
+    except BaseException:  # Ctrl-C, too: `new` is about to be removed, and with it what was moved there
         for source, target in reversed(way_back):
             if os.path.lexists(source):
                 os.replace(source, target)

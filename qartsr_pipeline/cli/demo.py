@@ -19,7 +19,8 @@ from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, fetch, shipped_
 from qartsr_pipeline.cli.arguments import add_debug, add_model_option
 from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, comparison_page
 from qartsr_pipeline.image.comparison_sheet import comparison_sheet
-from qartsr_pipeline.image_files import ImageFile, check_writable, make_folder, read_image, write_image, write_whole
+from qartsr_pipeline.image_files import ImageFile, check_writable, read_image, write_image
+from qartsr_pipeline.whole_files import make_folder, write_whole
 
 if TYPE_CHECKING:
     from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
@@ -71,7 +72,7 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     real, real_numbers = _compare(pipelines, original, degraded, folder, "_real")
     clean, numbers = _compare(pipelines, original, _bicubic(original, 1 / SCALE), folder, "")
     page = comparison_page(f"{SAMPLE.name}, enlarged {SCALE} times", [real, clean], f"{Path(model).name}, on the CPU in float32.")
-    write_whole(folder / PAGE, lambda file: file.write(page))
+    write_whole(folder / PAGE, page)
     print(f"written: {folder / PAGE} (open it in a browser)")
     print(real_numbers, numbers, sep="\n")
     return 0

@@ -21,14 +21,14 @@ from qartsr_pipeline.calibration.evaluation.originals import HR_ONLY, ImagePair,
 from qartsr_pipeline.calibration.evaluation.peers import RealEsrgan, Upscaler, lanczos
 from qartsr_pipeline.calibration.evaluation.reported_results import reproduce
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, markdown
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.start.warm_start import record_of_folder
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.image.comparison_page import MOST_IMAGE_PIXELS, Comparison, NamedImage, comparison_page
 from qartsr_pipeline.image.comparison_sheet import comparison_sheet
-from qartsr_pipeline.image_files import ImageFile, make_folder, write_image
+from qartsr_pipeline.image_files import ImageFile, write_image
+from qartsr_pipeline.whole_files import make_folder, write_whole
 
 PAGE_NAME = "compare.html"
 PAGE_PIXELS = 24_000_000  # about 35 MB: 15 photographs of 512 x 512 in six versions

@@ -239,7 +239,8 @@ def _apart_from_results(sources: list[_Source], options: OutputOptions) -> tuple
     """
     suffixes = {one: _suffix(one.path, options.format or "png").lower() for one in sources}
     written = {(one.path.parent, one.path.stem, suffix): one.path for one, suffix in suffixes.items()}
-    kept, results = [], []
+    kept: list[_Source] = []
+    results: list[_Source] = []
     for source in sources:
         match = re.fullmatch(r"(.+)_x(\d+(?:\.\d+)?)", source.path.stem, re.DOTALL)
         original = match and written.get((source.path.parent, match[1], source.path.suffix.lower()))

@@ -33,10 +33,11 @@ from qartsr_pipeline.calibration.arguments import (
 )
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
-from qartsr_pipeline.calibration.run_folder import SavingError, check_free
+from qartsr_pipeline.calibration.run_folder import check_free
 from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.cli.training_bar import TrainingBar
+from qartsr_pipeline.whole_files import SavingError
 
 if TYPE_CHECKING:
     from qartsr_pipeline.calibration.training.progress import Step

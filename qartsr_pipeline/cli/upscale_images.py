@@ -16,10 +16,11 @@ from qartsr_pipeline.cli.jobs import Job, OutputOptions, is_done
 from qartsr_pipeline.cli.messages import Counts, image_bar, one_line, say
 from qartsr_pipeline.cli.processes import Processes
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.image_files import check_writable, make_folder, read_image, write_image
+from qartsr_pipeline.image_files import check_writable, read_image, write_image
 from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.report import kernel_summary
+from qartsr_pipeline.whole_files import make_folder
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from qartsr_pipeline.convert.osediff import SCALE, TIMESTEP, read_checkpoint, re
 from qartsr_pipeline.convert.single_file import read_single_file
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
+from qartsr_pipeline.whole_files import temporary_folder
 
 _OSEDIFF_ORIGIN = (
     "Converted from the weights of OSEDiff (arXiv 2406.08177): its adapters for {layers} layers of the UNet and {vae_layers} of"
@@ -189,7 +189,7 @@ def write_folder(pipeline: QArtSRPipeline, folder: Path, card: Card) -> int:
     folder = folder.resolve()  # a link to the folder stays a link
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_space(pipeline, folder)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    temporary = temporary_folder(folder)
     try:
         pipeline.save_pretrained(temporary)
         (temporary / "README.md").write_text(card.text(), encoding="utf-8")

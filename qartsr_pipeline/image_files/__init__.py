@@ -10,9 +10,7 @@ from qartsr_pipeline.image_files.writing import (
     DEFAULT_QUALITY,
     WRITABLE_FORMATS,
     check_writable,
-    make_folder,
     write_image,
-    write_whole,
 )
 
 __all__ = [
@@ -24,9 +22,7 @@ __all__ = [
     "Metadata",
     "check_writable",
     "list_images",
-    "make_folder",
     "read_image",
     "read_size",
     "write_image",
-    "write_whole",
 ]

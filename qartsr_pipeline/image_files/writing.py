@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import uuid
-from collections.abc import Callable
+import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -19,8 +16,7 @@ from qartsr_pipeline.image_files import png
 from qartsr_pipeline.image_files.image_file import ImageFile, ImageFileError, Metadata
 from qartsr_pipeline.image_files.metadata import fitting, pillow_arguments, resized
 from qartsr_pipeline.image_files.tiff import encode_tiff
-
-_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quotas
+from qartsr_pipeline.whole_files import SavingError, check_place, write_whole
 
 
 @dataclass(frozen=True)
@@ -58,17 +54,6 @@ WRITABLE_FORMATS = {
 }
 
 
-def make_folder(folder: str | os.PathLike) -> None:
-    """Creates the folder and those above it where missing; raises ImageFileError with the reason where that fails."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ImageFileError(
-            f"The folder {folder} cannot be created: {reason}. Choose another one, or check the names."
-        ) from error
-
-
 def check_writable(path: str | os.PathLike, height: int = 0, width: int = 0) -> None:
     """Checks, before the pixels exist, that the format is known and holds so many pixels, and that the folder takes files.
 
@@ -82,7 +67,10 @@ def check_writable(path: str | os.PathLike, height: int = 0, width: int = 0) -> 
             f"{path} would have {width} x {height} pixels, but {kind.name} holds at most {kind.largest_side} a side."
             " Write a .png or .tif."
         )
-    write_whole(path, lambda file: None, keep=False)
+    try:
+        check_place(path)
+    except SavingError as error:
+        raise ImageFileError(str(error)) from error
 
 
 def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, quality: int = DEFAULT_QUALITY) -> list[str]:
@@ -111,7 +99,12 @@ def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, 
     if lost:
         notices.append(f"{path.name}: {kind.name} cannot hold {', '.join(lost)}; left out. Write a .png to keep more.")
     options = dict(kind.options) | ({"quality": quality} if kind.lossy else {})
-    write_whole(path, lambda file: file.write(_encoded(pixels, kind, metadata, options)))
+    try:
+        write_whole(path, _encoded(pixels, kind, metadata, options))
+    except SavingError as error:
+        raise ImageFileError(str(error)) from error
+    except (ValueError, OSError, struct.error) as error:  # an encoder's refusal, such as EXIF beyond JPEG's 64 kB
+        raise ImageFileError(f"{path} cannot be written in this format: {error}. Write a .png or .tif.") from error
     return notices
 
 
@@ -151,41 +144,3 @@ def _encoded(pixels: np.ndarray, kind: Format, metadata: Metadata, options: dict
         return png.with_metadata(encoded.getvalue(), metadata)
     image.save(encoded, kind.name, **options, **pillow_arguments(metadata, kind.name))
     return encoded.getbuffer()
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: bool = True) -> None:
-    """Writes to a temporary name in the same folder and renames it when everything has reached the disk."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.part")  # short, because the file's own name may be as long as it can be
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise ImageFileError(f"{path} cannot be written: {_reason(error, path.parent)}") from error
-    except ValueError as error:  # an encoder's refusal, such as EXIF beyond JPEG's 64 kB
-        raise ImageFileError(f"{path} cannot be written in this format: {error}. Write a .png or .tif.") from error
-    finally:
-        # The folder may be the very thing that does not work.
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
-
-
-def _reason(error: OSError, folder: Path) -> str:
-    if error.errno in _FULL:
-        return "the disk is full or a size limit is reached. Nothing was left behind. Free some space or choose another folder."
-    if error.errno == errno.ENOENT:
-        return f"the folder {folder} does not exist. Create it or choose another one."
-    if error.errno == errno.ENOTDIR:
-        return f"{folder} is not a folder. Choose another one."
-    if error.errno == errno.ENAMETOOLONG:
-        return "the name is too long for this folder. Rename the image, or give a shorter name with -o."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"the folder {folder} may not be written to. Choose another one, or change its permissions."
-    return f"{error.strerror or error}. Choose another name or folder."

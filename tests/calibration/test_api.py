@@ -19,7 +19,7 @@ from qartsr_pipeline.calibration.api import _continued
 from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, Order, RunArguments
 from qartsr_pipeline.calibration.data.pairs import TrainingData
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch, parse_phase
-from qartsr_pipeline.calibration.run_folder import SavingError
+from qartsr_pipeline.whole_files import SavingError
 from tiny_models import build_tiny_pipeline
 
 STEPS = 4

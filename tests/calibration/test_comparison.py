@@ -131,8 +131,14 @@ def test_the_command_writes_the_page_and_says_how_large_it_is(tiny_folder, photo
         (["photo.png", "--scale", "0"], "must be above 0 and at most 16"),
         (["huge.png", "--scale", "16"], "huge.png: its versions would have 8000 x 8000 pixels"),
         (["photo.png", "-o", "page.png"], "page.png does not end in .html"),
-        (["photo.png", "-o", "none/page.html"], "the folder none does not exist"),
-        (["photo.png", "-o", "folder.html"], "folder.html cannot be written: it is a folder"),
+        (
+            ["photo.png", "-o", "none/page.html"],
+            "page.html cannot be written: No such file or directory",
+        ),
+        (
+            ["photo.png", "-o", "folder.html"],
+            "folder.html cannot be written: Is a directory. That is a folder: choose another",
+        ),
         (["photo.png", "--device", "cuda:7"], "has no such device here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

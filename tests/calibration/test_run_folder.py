@@ -13,9 +13,10 @@ import torch
 from qartsr_pipeline import quantize
 from qartsr_pipeline.calibration import job, run_folder
 from qartsr_pipeline.calibration.arguments import Order, RunArguments
-from qartsr_pipeline.calibration.run_folder import FolderInUseError, FolderLock, SavingError, check_free
-from qartsr_pipeline.calibration.saving import load_tensors, save_tensors, write_whole
+from qartsr_pipeline.calibration.run_folder import FolderInUseError, FolderLock, check_free
+from qartsr_pipeline.calibration.saving import load_tensors, save_tensors
 from qartsr_pipeline.cli.quantize import arguments_of
+from qartsr_pipeline.whole_files import SavingError, write_whole
 from tiny_models import build_tiny_pipeline
 
 
@@ -80,6 +81,9 @@ LEFT_OVER = [
     ".given-0123456789abcdef.0123abcd",
     ".activations.x_1",
     ".state.pt.0123abcd.tmp",
+    ".0123456789ab.part",
+    ".qartsr-saving-some-host-1234-0123abcd",
+    ".qartsr-saving-some-host-1234-0123abcd.old",
     "run.json.tmp",
 ]
 

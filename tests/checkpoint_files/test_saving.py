@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import CheckpointError, saving
+from qartsr_pipeline.whole_files import MARK
 from tiny_models import build_tiny_pipeline
 
 
@@ -87,9 +88,11 @@ def test_a_pipeline_that_could_not_be_loaded_again_is_not_saved(tiny_pipeline, o
     if over:
         tiny_pipeline.save_pretrained(folder)
     CHANGES[change](other)
-    with pytest.raises(CheckpointError, match="was not saved, because it could not be loaded again: .* take adapters off") as told:
+    with pytest.raises(
+        CheckpointError, match="was not saved, because it could not be loaded again: .* take adapters off"
+    ) as told:
         other.save_pretrained(folder)
-    assert str(folder) in str(told.value) and saving._MARK not in str(told.value) and "ownload" not in str(told.value)
+    assert str(folder) in str(told.value) and MARK not in str(told.value) and "ownload" not in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if over else [])
     if over:
         assert_loads_as(folder, tiny_pipeline)
@@ -102,7 +105,7 @@ def test_a_file_that_cannot_be_replaced_leaves_the_earlier_checkpoint(tiny_folde
     replace = os.replace
 
     def refuse(source, target):
-        if saving._MARK in str(source) and target == tiny_folder / "unet" / "config.json" and "earlier" not in source.parts:
+        if MARK in str(source) and target == tiny_folder / "unet" / "config.json" and "earlier" not in source.parts:
             raise PermissionError(13, "it is in use")
         replace(source, target)
 
@@ -112,33 +115,58 @@ def test_a_file_that_cannot_be_replaced_leaves_the_earlier_checkpoint(tiny_folde
     assert {path: path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_process_that_ends_between_two_files_leaves_a_folder_that_is_refused(tiny_folder, other, monkeypatch):
+def at_the_fourth_file(tiny_folder, then):
+    """`os.replace`, which at the fourth file that comes into the folder does something else."""
     moved, replace = [], os.replace
 
-    def end(source, target):
-        if tiny_folder in target.parents and saving._MARK in str(source) and target.name != "checksums.json.x":
+    def moving(source, target):
+        if tiny_folder in target.parents and MARK in str(source) and "earlier" not in source.parts:
             moved.append(target)
             if len(moved) == 4:
-                raise KeyboardInterrupt
+                then()
         replace(source, target)
 
-    monkeypatch.setattr(saving.os, "replace", end)
+    return moving
+
+
+def test_an_interruption_between_two_files_brings_the_earlier_ones_back(tiny_folder, other, monkeypatch):
+    before = {path: path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()}
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving.os, "replace", at_the_fourth_file(tiny_folder, interrupt))
     with pytest.raises(KeyboardInterrupt):
         other.save_pretrained(tiny_folder)
-    monkeypatch.undo()
-    assert moved[-1].name != "checksums.json"
+    assert {path: path.read_bytes() for path in tiny_folder.rglob("*") if path.is_file()} == before
+    QArtSRPipeline.from_pretrained(tiny_folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process ends in a copy of this one")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_process_that_ends_between_two_files_leaves_a_folder_that_is_refused(tiny_folder, other):
+    child = os.fork()
+    if not child:
+        try:
+            saving.os.replace = at_the_fourth_file(tiny_folder, lambda: os._exit(9))
+            other.save_pretrained(tiny_folder)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert any(path.name.startswith(MARK) for path in tiny_folder.iterdir())
     with pytest.raises(CheckpointError, match="was changed or damaged"):
         QArtSRPipeline.from_pretrained(tiny_folder)
     other.save_pretrained(tiny_folder)
     assert_loads_as(tiny_folder, other)
+    assert not any(path.name.startswith(MARK) for path in tiny_folder.iterdir())
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next_one(tiny_pipeline, tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left = tmp_path / f"{saving._MARK}{platform.node()}-{ended.pid}-0123abcd"
-    running = tmp_path / f"{saving._MARK}{platform.node()}-{os.getpid()}-0123abcd"
-    elsewhere = tmp_path / f"{saving._MARK}another-host-1-0123abcd"
+    left = tmp_path / f"{MARK}{platform.node()}-{ended.pid}-0123abcd"
+    running = tmp_path / f"{MARK}{platform.node()}-{os.getpid()}-0123abcd"
+    elsewhere = tmp_path / f"{MARK}another-host-1-0123abcd"
     for folder in (left, running, elsewhere):
         (folder / "unet").mkdir(parents=True)
     tiny_pipeline.save_pretrained(tmp_path / "a")

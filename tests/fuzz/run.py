@@ -110,10 +110,10 @@ def work(numbers: list[int], seed: int, in_full: bool = False) -> int:
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         folder_cases.templates(Path(place))
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
-        if taken:
+        if sys.platform == "linux":
             import resource  # which Windows lacks
 
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, resource.RLIM_INFINITY))
         for number in numbers:
             kind = KINDS[number % len(KINDS)]

@@ -140,7 +140,7 @@ def test_a_result_may_have_the_longest_name_there_is(tmp_path):
     assert len(target.name.encode()) == 255
     write_image(target, np.zeros((2, 2, 3)), read_image(tmp_path / "a.png"))
     assert target.exists()
-    with pytest.raises(ImageFileError, match="the name is too long"):
+    with pytest.raises(ImageFileError, match="The name is too long for this folder: choose a shorter one"):
         write_image(tmp_path / ("写" * 84 + ".png"), np.zeros((2, 2, 3)), read_image(tmp_path / "a.png"))
 
 

@@ -187,7 +187,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, name):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(ImageFileError, match="disk is full or a size limit"):
+        with pytest.raises(ImageFileError, match="The file that was saved before is untouched. A size limit is reached"):
             write_image(target, as_result(pixels), ImageFile(pixels))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -199,8 +199,8 @@ def test_unwritable_places_are_reported_beforehand(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for path, expected in {
         tmp_path / "missing" / "a.png": "does not exist",
-        tmp_path / "file" / "a.png": "not a folder",
-        tmp_path / "folder.png": "it is a folder",
+        tmp_path / "file" / "a.png": "is a file: choose another folder",
+        tmp_path / "folder.png": "That is a folder: choose another name",
         tmp_path / "a.xyz": "does not end in a known image format",
     }.items():
         with pytest.raises(ImageFileError, match=expected):
@@ -216,5 +216,5 @@ def test_no_permission(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ImageFileError, match="may not be written"):
+    with pytest.raises(ImageFileError, match="Writing is not allowed there"):
         check_writable(tmp_path / "a.png")

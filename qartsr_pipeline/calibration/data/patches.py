@@ -45,12 +45,9 @@ def pixels_of(images: Iterable[MemoryImage], name: str = "data") -> list[np.ndar
     return [as_pixels(image.rgb) for image in to_images(list(images), name)]
 
 
-def find_equal(images: Iterable[np.ndarray], others: Sequence[np.ndarray]) -> int | None:
-    """The number of the first image that is also among ``others``, pixel by pixel; None if there is none. All are uint8."""
-    for number, image in enumerate(images):
-        if any(image.shape == other.shape and np.array_equal(image, other) for other in others):
-            return number
-    return None
+def is_among(image: np.ndarray, others: Sequence[np.ndarray]) -> bool:
+    """Whether the image equals one of the others, pixel by pixel. All are uint8."""
+    return any(image.shape == other.shape and np.array_equal(image, other) for other in others)
 
 
 def images_record(images: Iterable[MemoryImage]) -> dict[str, int | str]:

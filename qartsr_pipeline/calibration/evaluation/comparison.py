@@ -19,9 +19,10 @@ from qartsr_pipeline.calibration.evaluation.peers import names_of_results
 from qartsr_pipeline.checkpoint_files import check_checkpoint, fetch
 from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, check_page_size, comparison_page
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.image_files import READABLE_SUFFIXES, ImageFile, ImageFileError, read_image, write_whole
+from qartsr_pipeline.image_files import READABLE_SUFFIXES, ImageFile, ImageFileError, read_image
 from qartsr_pipeline.input_checks import check_upscale
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.whole_files import check_place, write_whole
 
 WARM_UP = 16  # side of what a model enlarges before its time is taken
 
@@ -87,7 +88,7 @@ def compare(
 
     Raises:
         FileExistsError: the page exists already.
-        ImageFileError: a photograph or output cannot be read, or the page cannot be written. Nothing is left behind.
+        ImageFileError: a photograph or output cannot be read. SavingError: the page cannot be written. Nothing is left behind.
         ValueError: an output is missing, ambiguous or of another size; two versions have the same name; the page would be too
             large for a browser.
         CheckpointError: a model that is damaged or unavailable.
@@ -150,18 +151,18 @@ def compare(
     facts = "Seconds are those of the whole call, once the model has enlarged something small." if seconds else ""
     content = comparison_page(f"{title}, enlarged {upscale:g} times", comparisons, facts)
     check_page(page, overwrite)
-    write_whole(page, lambda file: file.write(content))
+    write_whole(page, content)
     notices = [notice for photograph in loaded for notice in photograph.file.notices]
     return ComparisonPage(page, len(content), seconds, notices)
 
 
 def check_page(page: Path, overwrite: bool) -> None:
-    """Raises ImageFileError or FileExistsError if the page cannot be written, before there is anything to write."""
+    """Raises ImageFileError, FileExistsError or SavingError if the page cannot be written, before there is anything to write."""
     if page.suffix.lower() not in (".html", ".htm"):
         raise ImageFileError(f"{page} does not end in .html, but an HTML page is written. Give it such a name.")
     if page.is_file() and not overwrite:
         raise FileExistsError(f"{page} exists already. Add --overwrite (`overwrite=True`) to replace it, or give another name.")
-    write_whole(page, lambda file: None, keep=False)
+    check_place(page)
 
 
 def find_output(place: Path, photograph: Path, upscale: float) -> Path:

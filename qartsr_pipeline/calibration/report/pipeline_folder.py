@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from qartsr_pipeline.calibration.run_folder import SavingError, remedy
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.convert.model_card import PIPELINE_TAG, code_text, license_of, markdown_text, yaml_text
 from qartsr_pipeline.quantization.accounting import Accounting
+from qartsr_pipeline.whole_files import SavingError, remedy, temporary_folder
 
 TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
 CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced
@@ -44,7 +43,7 @@ def save_pipeline(
     """
     folder = Path(folder)
     check_target(folder)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    temporary = temporary_folder(folder)
     try:
         pipeline.save_pretrained(temporary)
         text = json.dumps(record, indent=2, ensure_ascii=False)

@@ -15,10 +15,10 @@ from PIL import Image
 
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
-from qartsr_pipeline.calibration.saving import write_whole
 from qartsr_pipeline.calibration.training.progress import Histogram
 from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, comparison_html, data_address, document
 from qartsr_pipeline.image.comparison_sheet import cut_to_detail, sheet_around_detail
+from qartsr_pipeline.whole_files import write_whole
 
 
 @dataclass

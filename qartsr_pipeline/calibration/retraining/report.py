@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qartsr_pipeline.calibration.report.report_plots import png_of
-from qartsr_pipeline.calibration.saving import write_whole
+from qartsr_pipeline.whole_files import write_whole
 
 QUALITY = {"full_precision": "full precision", "quantized": "plainly quantized", "bypass": "UNet bypassed"}
 ERRORS = {"amplification": "amplification", "z_error": "relative error of z_H", "eps_error": "relative error of eps"}

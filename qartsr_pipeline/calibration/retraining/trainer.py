@@ -18,9 +18,10 @@ from qartsr_pipeline.calibration.retraining.losses import PhaseLoss, set_scaling
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel, trained_parameters
 from qartsr_pipeline.calibration.retraining.report import plot_if_possible
 from qartsr_pipeline.calibration.retraining.settings import Phase, Settings
-from qartsr_pipeline.calibration.saving import load_tensors, save_tensors, write_whole
+from qartsr_pipeline.calibration.saving import load_tensors, save_tensors
 from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress, Step, StopSignals
+from qartsr_pipeline.whole_files import write_whole
 
 STATE_NAME = "state.pt"
 ENTRIES = {"model", "average", "phase_index", "step", "history", "phases"}
