@@ -23,7 +23,7 @@ from qartsr_pipeline.image.color_alignment import align_color
 from qartsr_pipeline.image.conversion import ImageTensors, to_grey
 from qartsr_pipeline.image.resize import enlarge_alpha, enlarged_size, fill_transparent, pad_to_multiple, resize
 from qartsr_pipeline.image.tile_statistics import SharedStatistics, sample_windows
-from qartsr_pipeline.image.tiles import Tile, TileGrid, TilePlan
+from qartsr_pipeline.image.tiles import Tile, TileGrid, TilePlan, Windowed
 from qartsr_pipeline.overflow import OverflowMemory, run_finite
 
 # Called with what one tile of the grid gave ("latents" and maybe "image"); what it returns takes their place.
@@ -166,7 +166,7 @@ def run_tiles(
 
 def run_tile(
     network: OneStepNetwork,
-    padded: torch.Tensor,
+    padded: Windowed,
     noise: torch.Tensor | None,
     tiles: list[Tile],
     latent_factor: int,
@@ -181,7 +181,7 @@ def run_tile(
 
 
 def shared_statistics(
-    network: OneStepNetwork, padded: torch.Tensor, noise: torch.Tensor | None, plan: TilePlan, settings: Settings
+    network: OneStepNetwork, padded: Windowed, noise: torch.Tensor | None, plan: TilePlan, settings: Settings
 ) -> AbstractContextManager[None]:
     """A context in which all tiles are normalized alike, with statistics measured here; does nothing for a single tile."""
     if len(plan.grid) == 1 or not settings.share_statistics:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qartsr_pipeline import memory
+from qartsr_pipeline import bands, memory
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.memory import Enlargement, NotEnoughMemory, _left_in_groups, check_memory, free_main_memory
 
@@ -81,7 +81,8 @@ def test_a_call_that_would_not_fit_is_refused_before_the_network_runs(tiny_pipel
 
 
 def test_a_large_photograph_in_a_folder_is_refused_and_the_others_are_done(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "free_main_memory", lambda: 2 * 10**9)
+    for module in (memory, bands):
+        monkeypatch.setattr(module, "free_main_memory", lambda: 2 * 10**9)
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     for name, size in (("a", (8, 8)), ("m", (3000, 2000)), ("z", (8, 8))):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qartsr_pipeline.bands import Bands, enlarge_in_bands
 from qartsr_pipeline.checkpoint_files import quantization_configs
 from qartsr_pipeline.cli.device import choose_device, choose_dtype
 from qartsr_pipeline.cli.jobs import Job, OutputOptions, is_done
@@ -18,6 +19,7 @@ from qartsr_pipeline.cli.processes import Processes
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image_files import check_writable, read_image, write_image
 from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.memory import NotEnoughMemory
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.report import kernel_summary
 from qartsr_pipeline.whole_files import make_folder
@@ -87,7 +89,7 @@ def _upscale_file(pipeline: QArtSRPipeline, job: Job, options: ModelOptions, may
     if may_create_folder:
         make_folder(job.target.parent)
     check_writable(job.target, height, width)  # before the work, not after it
-    result: np.ndarray = pipeline(source.pixels, output_type="np", return_dict=False, **asdict(options))[0][0]
+    result = _enlarged(pipeline, source.pixels, options)
     notices = [*([job.notice] if job.notice else []), *source.notices, *write_image(job.target, result, source, job.quality)]
     if source.hides_colors and not options.keep_hidden_colors:
         notices.append(
@@ -96,7 +98,19 @@ def _upscale_file(pipeline: QArtSRPipeline, job: Job, options: ModelOptions, may
     for notice in notices:
         say(f"note: {notice}")
     seconds = time.perf_counter() - start
-    say(f"{job.source} -> {job.target} ({result.shape[1]} x {result.shape[0]}, {seconds:.1f} s)")
+    say(f"{job.source} -> {job.target} ({width} x {height}, {seconds:.1f} s)")
+
+
+def _enlarged(pipeline: QArtSRPipeline, pixels: np.ndarray, options: ModelOptions) -> np.ndarray | Bands:
+    """(H, W, C) float32 in [0, 1], as a whole if memory suffices."""
+    try:
+        return pipeline(pixels, output_type="np", return_dict=False, **asdict(options))[0][0]
+    except NotEnoughMemory as error:
+        arguments = asdict(options)
+        if arguments.pop("upscale") != pipeline.config["scale"] or options.color_fix == "adain":
+            way = f"With --upscale {pipeline.config['scale']} and --color-fix wavelet, larger images fit."
+            raise NotEnoughMemory(f"{error} {way}") from error
+        return enlarge_in_bands(pipeline, pixels, **arguments)
 
 
 def _naming(job: Job, error: Exception) -> str:

@@ -213,10 +213,9 @@ def from_images(images: list[ImageTensors], output_type: str) -> list[PIL.Image.
     """
     if output_type == "pil":
         return [to_pil(image) for image in images]
-    channels = [_joined(image) for image in images]
     if output_type == "np":
-        return stack_if_equal([one.permute(1, 2, 0).contiguous().numpy() for one in channels])
-    return stack_if_equal(channels)
+        return stack_if_equal([to_numpy(image) for image in images])
+    return stack_if_equal([_joined(image) for image in images])
 
 
 def stack_if_equal(items: list[Stackable]) -> Stackable | list[Stackable]:
@@ -235,6 +234,11 @@ def to_pil(image: ImageTensors) -> PIL.Image.Image:
         return PIL.Image.fromarray((colour[0, 0].clamp(0, 1) * 65535).round().numpy().astype(np.uint16))
     values = _bytes([*colour[0], *(() if image.alpha is None else image.alpha[0])])
     return PIL.Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+
+def to_numpy(image: ImageTensors) -> np.ndarray:
+    """One image as float32 (H, W, 3 or 4) in [0, 1]."""
+    return _joined(image).permute(1, 2, 0).contiguous().numpy()
 
 
 def _bytes(channels: list[torch.Tensor]) -> np.ndarray:

@@ -92,3 +92,33 @@ def enlarge_alpha(alpha: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     enlarged = resize(alpha, size)
     enlarged = torch.where(enlarged > 1 - ROUNDING, 1.0, enlarged)
     return torch.where(enlarged < ROUNDING, 0.0, enlarged)
+
+
+class PaddedEnlargement:
+    """What `resize` and `pad_to_multiple` make of an image, of which only the windows that are asked for are computed.
+
+    Args:
+        image: float32 (B, C, H, W).
+        scale: whole number.
+        size: (height, width) with the padding; None without any.
+    """
+
+    MARGIN = 3  # pixels of the image around a window, more than bicubic interpolation looks at
+
+    def __init__(self, image: torch.Tensor, scale: int, size: tuple[int, int] | None = None) -> None:
+        self.image, self.scale = image, scale
+        sides = [scale * side for side in image.shape[-2:]]
+        self._rows, self._columns = (mirror_indices(side, wanted) for side, wanted in zip(sides, size or sides, strict=True))
+
+    def __getitem__(self, window: tuple) -> torch.Tensor:
+        """`padded[..., rows, columns]` with two slices without steps."""
+        rows, columns = self._rows[window[-2]], self._columns[window[-1]]
+        (top, bottom), (left, right) = (self._around(*one) for one in ((rows, -2), (columns, -1)))
+        part = self.image[..., top:bottom, left:right]
+        part = resize(part, (self.scale * part.shape[-2], self.scale * part.shape[-1]))
+        return part.index_select(-2, rows - self.scale * top).index_select(-1, columns - self.scale * left)
+
+    def _around(self, indices: torch.Tensor, axis: int) -> tuple[int, int]:
+        """Which pixels of the image these of the enlargement depend on."""
+        first, last = int(indices.min()) // self.scale, int(indices.max()) // self.scale
+        return max(0, first - self.MARGIN), min(self.image.shape[axis], last + 1 + self.MARGIN)

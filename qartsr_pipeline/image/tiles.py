@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -101,6 +102,12 @@ def plan_tiles(
     return TilePlan(tile_grid(padded, tile, overlap, multiple), multiple, minimum, latent_factor)
 
 
+class Windowed(Protocol):
+    """An image (.., H, W) of which windows are taken: a tensor, or one that is computed where it is looked at."""
+
+    def __getitem__(self, window: Any, /) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Tile:
     """A window: rows top..top+height, columns left..left+width."""
@@ -110,7 +117,7 @@ class Tile:
     height: int
     width: int
 
-    def cut(self, image: torch.Tensor, shrink: int = 1) -> torch.Tensor:
+    def cut(self, image: Windowed, shrink: int = 1) -> torch.Tensor:
         """The window's part of (.., H, W); `shrink` is how many image pixels one of `image`'s elements spans."""
         top, left, height, width = (x // shrink for x in (self.top, self.left, self.height, self.width))
         return image[..., top : top + height, left : left + width]

@@ -173,7 +173,7 @@ def colour_chunks(chunks: Iterable[tuple[bytes, bytes]]) -> list[str]:
     return sorted(name.decode() for name in set(found) - ordinary_names)
 
 
-def with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
+def with_metadata(encoded: bytes | memoryview, metadata: Metadata) -> bytes:
     """A PNG file that has nothing but pixels, with the metadata behind its header."""
     chunks = [chunk for chunk in metadata.png_chunks if chunk[0] in _COLOUR]
     if metadata.icc_profile:
@@ -193,7 +193,7 @@ def with_metadata(encoded: bytes, metadata: Metadata) -> bytes:
         plain = metadata.comment.rstrip(b"\0").replace(b"\0", b" ")
         chunks.append((b"iTXt", b"Comment\0\0\0\0\0" + plain) if _is_utf8(plain) else (b"tEXt", b"Comment\0" + plain))
     chunks += [chunk for chunk in metadata.png_chunks if chunk[0] not in _COLOUR]
-    header = len(SIGNATURE) + 25
+    header, encoded = len(SIGNATURE) + 25, memoryview(encoded)  # slices of it are no copies
     return b"".join([encoded[:header], *(chunk(*one) for one in chunks), encoded[header:]])
 
 

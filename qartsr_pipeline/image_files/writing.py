@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -41,6 +43,7 @@ class Format:
 
 
 DEFAULT_QUALITY = 95
+_ROWS = 256  # converted at a time
 _PHOTOGRAPH = frozenset({"icc_profile", "exif", "xmp", "iptc", "resolution"})
 _JPEG = Format("JPEG", _PHOTOGRAPH | {"comment"}, lossy=True, largest_side=65500, options=(("subsampling", 0),))
 _TIFF = Format("TIFF", _PHOTOGRAPH, alpha=True, sixteen_bit=True)
@@ -73,12 +76,23 @@ def check_writable(path: str | os.PathLike, height: int = 0, width: int = 0) -> 
         raise ImageFileError(str(error)) from error
 
 
-def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, quality: int = DEFAULT_QUALITY) -> list[str]:
+class Bands(Protocol):
+    """The pixels of an image in bands of rows, from top to bottom."""
+
+    @property
+    def height(self) -> int: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+
+def write_image(
+    path: str | os.PathLike, pixels: np.ndarray | Bands, source: ImageFile, quality: int = DEFAULT_QUALITY
+) -> list[str]:
     """Writes a result with the bits and metadata of the file it was made from.
 
     Args:
         path: its suffix chooses the format, see `WRITABLE_FORMATS`. An existing file is replaced, in one step.
-        pixels: (H, W, 3) or (H, W, 4) float in [0, 1]; values outside are clipped. Grey again if `source` is grey.
+        pixels: (H, W, 3) or (H, W, 4) float in [0, 1], whole or in bands; values outside are clipped. Grey again if `source` is.
         source: the image file that was read.
         quality: of JPEG and WebP, 1 to 100; other formats are lossless.
 
@@ -91,7 +105,7 @@ def write_image(path: str | os.PathLike, pixels: np.ndarray, source: ImageFile, 
     """
     path = Path(path)
     kind = _format_of(path)
-    pixels, notices = _fitted(pixels, source, kind)
+    pixels, notices = _collected(pixels, source, kind)
     height, width = pixels.shape[:2]
     if max(width, height) > kind.largest_side:
         check_writable(path, height, width)
@@ -113,6 +127,22 @@ def _format_of(path: Path) -> Format:
     if kind is None:
         raise ImageFileError(f"{path} does not end in a known image format. Use one of {', '.join(WRITABLE_FORMATS)}.")
     return kind
+
+
+def _collected(pixels: np.ndarray | Bands, source: ImageFile, kind: Format) -> tuple[np.ndarray, list[str]]:
+    """What `_fitted` gives for the whole image, of which only some rows are floats at a time."""
+    bands: Iterator[np.ndarray]
+    if isinstance(pixels, np.ndarray):
+        height = len(pixels)
+        bands = (pixels[start : start + _ROWS] for start in range(0, height, _ROWS))
+    else:
+        height, bands = pixels.height, iter(pixels)
+    first, notices = _fitted(next(bands), source, kind)
+    values = np.empty((height, *first.shape[1:]), first.dtype)
+    values[: len(first)], done = first, len(first)
+    for band in bands:
+        values[done : done + len(band)], done = _fitted(band, source, kind)[0], done + len(band)
+    return values, notices
 
 
 def _fitted(pixels: np.ndarray, source: ImageFile, kind: Format) -> tuple[np.ndarray, list[str]]:
@@ -141,6 +171,6 @@ def _encoded(pixels: np.ndarray, kind: Format, metadata: Metadata, options: dict
     encoded = io.BytesIO()
     if kind.name == "PNG":
         image.save(encoded, "PNG")
-        return png.with_metadata(encoded.getvalue(), metadata)
+        return png.with_metadata(encoded.getbuffer(), metadata)
     image.save(encoded, kind.name, **options, **pillow_arguments(metadata, kind.name))
     return encoded.getbuffer()
