@@ -147,7 +147,7 @@ def test_nothing_is_overwritten_unasked(upscale, photo, capsys):
         (["-o", "out.png", "--format", "jpg"], "out.png is a PNG file by its suffix, but --format asks for jpg"),
         (["--quality", "80"], "--quality is for JPEG and WebP"),
         (["-o", "out.xyz"], "does not end in a known image format"),
-        (["-o", "photo.png/out.png"], "cannot be created"),
+        (["-o", "photo.png/out.png"], "photo.png is a file, not a folder"),
         (["photo.png", "-o", "missing.png"], "several images"),
         (["--model", "no/such/model"], "There is no folder"),
         (["--model", "photo.png"], "is a file, but a checkpoint is a folder"),
