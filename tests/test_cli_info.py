@@ -130,7 +130,7 @@ def test_comparison_holds_every_picture_and_its_detail():
 def test_demo_reports_a_folder_it_cannot_write_to(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["demo", "-o", str(tmp_path / "file")]) == 2
-    assert "cannot be created" in capsys.readouterr().err
+    assert "is a file, not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
