@@ -33,9 +33,10 @@ from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
 from qartsr_pipeline.calibration.retraining.losses import image_quality
 from qartsr_pipeline.calibration.retraining.settings import Phase, Settings, parse_phase, phase_text
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
-from qartsr_pipeline.calibration.run_folder import FolderLock, SavingError, remove_left_over
+from qartsr_pipeline.calibration.run_folder import FolderLock, remove_left_over
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.cli.training_bar import TrainingBar
+from qartsr_pipeline.whole_files import SavingError
 
 PHASES = ("images", "latent", "pixel", "joint")
 DEFAULT_PHASES = ("pixel:6000:5e-4:96:8", "joint:4000:2e-4:96:2", "joint:1000:1e-4:128:2")
