@@ -1,0 +1,224 @@
+"""The parts that a result is written in, in a folder beside it: whatever stops the work, finished parts stay.
+
+`clip_x4.mp4.parts` holds what the work was (`job.json`), and for every 96 frames, or fewer where a run was interrupted, a file
+with the encoded frames and one with their times. A part is renamed to its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qartsr_pipeline.video_files.clip import VideoFileError
+from qartsr_pipeline.video_files.encoding import Encoding, PartWriter
+
+PART_FRAMES = 96
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attributes:
+    first: number of its first frame.
+    times, durations: of its frames, in the clip's time base.
+    order: numbers of frames in the order in which they are encoded.
+    """
+
+    path: Path
+    first: int
+    times: list[int]
+    durations: list[int]
+    order: list[int]
+
+
+def parts_folder(target: Path) -> Path:
+    """Where the parts of a result are kept."""
+    return target.with_name(target.name + ".parts")
+
+
+Join = Callable[[list[Part], Path], list[str]]
+
+
+class PartsWriter:
+    """Writes a result in parts, and joins them."""
+
+    def __init__(self, target: Path, encoding: Encoding, join: Join, job: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        """Args:
+        join: makes the file of the parts; returns what it cannot hold.
+        job: what the frames depend on: a result goes on only if it is the same.
+
+        Raises:
+            VideoFileError: parts of another job, or of this one without `resume`; the folder cannot be written.
+        """
+        self._target, self._encoding, self._join = target, encoding, join
+        self.folder = parts_folder(target)
+        self._job = json.loads(json.dumps({"format_version": _FORMAT, "encoding": asdict(encoding), **job}, default=str))
+        self.parts: list[Part] = []
+        self._writer: PartWriter | None = None
+        self._times: list[int] = []
+        self._durations: list[int] = []
+        if self.folder.exists():
+            self._take_up(resume, overwrite)
+        self._create()
+        self.done = sum(len(part.times) for part in self.parts)
+
+    def _take_up(self, resume: bool, overwrite: bool) -> None:
+        found = _read_json(self.folder / "job.json")
+        parts = _finished(self.folder)
+        if overwrite and not resume:
+            self.remove()
+        elif not resume:
+            frames = sum(len(part.times) for part in parts)
+            raise VideoFileError(
+                f"{self.folder} holds {frames} frames of an earlier run. Add --resume to go on after them, --overwrite "
+                "to begin anew, or delete the folder."
+            )
+        elif found != self._job:
+            keys = sorted(key for key in {*(found or {}), *self._job} if (found or {}).get(key) != self._job.get(key))
+            raise VideoFileError(
+                f"{self.folder} was made from another file or with other options ({', '.join(keys)}), and is of no use for this. "
+                "Give the same ones, or begin anew: --overwrite without --resume."
+            )
+        else:
+            self.parts = parts
+
+    def _create(self) -> None:
+        with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / "job.json.tmp"
+            temporary.write_text(json.dumps(self._job, indent=1), encoding="utf-8")
+            os.replace(temporary, self.folder / "job.json")
+
+    def write(self, pixels: np.ndarray, time: int, duration: int) -> None:
+        """Encodes the next frame, (H, W, 3) in [0, 1]."""
+        with self._disk():
+            if self._writer is None:
+                self._writer = PartWriter(self._temporary, self._encoding, self.done)
+            self._writer.write(pixels)
+            self._times.append(time)
+            self._durations.append(duration)
+            self.done += 1
+            if len(self._times) >= PART_FRAMES:
+                self._finish_part()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / "unfinished.mkv"
+
+    def _finish_part(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        times, durations, self._times, self._durations = self._times, self._durations, [], []
+        self.done -= len(times)
+        try:
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        part = Part(self.folder / f"{self.done:08}.mkv", self.done, times, durations, writer.order)
+        _sync(self._temporary)
+        table = {"times": times, "durations": durations, "order": part.order}
+        temporary = self.folder / "unfinished.json"
+        temporary.write_text(json.dumps(table), encoding="utf-8")
+        os.replace(temporary, part.path.with_suffix(".json"))
+        os.replace(self._temporary, part.path)
+        self.parts.append(part)
+        self.done += len(times)
+
+    def suspend(self, keep: bool) -> None:
+        """Ends a run early.
+
+        Args:
+            keep: finish the part that is being written. Where that failed before, it is left out.
+        """
+        try:
+            if keep:
+                self._finish_part()
+        except (OSError, ValueError):
+            pass
+        if self._writer is not None:
+            self._writer.abandon()
+            self.done -= len(self._times)
+            self._writer, self._times, self._durations = None, [], []
+        for name in ("unfinished.mkv", "unfinished.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        if not self.parts:
+            self.remove()
+
+    def finish(self) -> list[str]:
+        """Joins the parts into the result and removes them; returns what the file cannot hold."""
+        with self._disk():
+            self._finish_part()
+            temporary = self.folder / f"joined{self._target.suffix}"
+            try:
+                notices = self._join(self.parts, temporary)
+                _sync(temporary)
+                os.replace(temporary, self._target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        self.remove()
+        return notices
+
+    def remove(self) -> None:
+        """Deletes the folder with everything in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _disk(self) -> _DiskErrors:
+        return _DiskErrors(self)
+
+
+class _DiskErrors:
+    """A context that says in one sentence what the disk refused, and what is kept."""
+
+    def __init__(self, writer: PartsWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        folder = self._writer.folder
+        kept = sum(len(part.times) for part in self._writer.parts)
+        safe = f" The first {kept} frames are kept in {folder}; --resume goes on after them." if kept else ""
+        if error.errno in (28, 27, 122):
+            why = "the disk is full or a size limit is reached. Free some space, or choose another folder."
+        else:
+            why = f"{error.strerror or error}. Choose another name or folder, or change its permissions."
+        raise VideoFileError(f"{folder.with_suffix('')} cannot be written: {why}{safe}") from error
+
+
+def _finished(folder: Path) -> list[Part]:
+    """The parts that are complete, without a gap from the first frame on; others are deleted."""
+    parts: list[Part] = []
+    first = 0
+    for path in sorted(folder.glob("[0-9]*.mkv")):
+        table = _read_json(path.with_suffix(".json"))
+        if table and path.stem == f"{first:08}":
+            parts.append(Part(path, first, table["times"], table["durations"], table["order"]))
+            first += len(table["times"])
+        else:
+            path.unlink()
+    return parts
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,183 @@
+"""Work that is interrupted, or that the disk ends: what was finished stays, and --resume goes on after it."""
+
+import json
+
+import numpy as np
+import pytest
+
+resource = pytest.importorskip("resource", reason="there are no limits of file sizes on Windows")
+av = pytest.importorskip("av", reason="clips need PyAV: pip install 'qartsr[video]'")
+
+from clips import audio_bytes, frames_of, make_clip, moving  # noqa: E402
+
+from qartsr_pipeline.video_files import VideoFileError, parts  # noqa: E402
+from qartsr_pipeline.video_files.reading import open_clip, read_frames  # noqa: E402
+from qartsr_pipeline.video_files.writing import open_writer  # noqa: E402
+
+LOSSLESS = {"codec": "ffv1"}
+
+
+@pytest.fixture(autouse=True)
+def short_parts(monkeypatch):
+    monkeypatch.setattr(parts, "PART_FRAMES", 4)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    noise = np.random.default_rng(0).random((14, 32, 48, 3), dtype=np.float32)
+    times = [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13, 20, 21]
+    return make_clip(tmp_path / "clip.mkv", list(noise), codec="ffv1", options={}, times=times, audio="pcm_s16le")
+
+
+def begin(clip, target, job=None, **options):
+    opened = open_clip(clip)
+    return opened, open_writer(opened, target, (64, 96), job=job, **options)[0]
+
+
+def write(opened, writer, up_to=None):
+    for frame in read_frames(opened, writer.done):
+        if writer.done == up_to:
+            return
+        writer.write(frame.pixels.repeat(2, 0).repeat(2, 1), frame.time, frame.duration)
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "h264", "hevc"])
+def test_parts_are_joined_without_a_frame_lost_or_moved(clip, tmp_path, codec):
+    opened, writer = begin(clip, tmp_path / "big.mkv", codec=codec)
+    write(opened, writer)
+    assert writer.finish() == []
+    before, after = frames_of(clip), frames_of(tmp_path / "big.mkv")
+    assert [time for time, _ in after] == [time for time, _ in before] and len(after) == 14
+    for (_, small), (_, large) in zip(before, after, strict=True):
+        assert np.abs(small - large[::2, ::2]).mean() < (0.01 if codec == "ffv1" else 0.1)
+    assert audio_bytes(clip) == audio_bytes(tmp_path / "big.mkv")
+    assert listing(tmp_path) == ["big.mkv", "clip.mkv"]
+
+
+def test_an_interrupted_run_is_gone_on_with_and_gives_the_same(clip, tmp_path):
+    opened, whole = begin(clip, tmp_path / "whole.mkv", **LOSSLESS)
+    write(opened, whole)
+    whole.finish()
+    target = tmp_path / "big.mkv"
+    opened, writer = begin(clip, target, **LOSSLESS)
+    write(opened, writer, up_to=6)
+    writer.suspend(keep=True)
+    assert writer.done == 6 and not target.exists()
+    assert listing(tmp_path / "big.mkv.parts") == ["00000000.json", "00000000.mkv", "00000004.json", "00000004.mkv", "job.json"]
+    with pytest.raises(VideoFileError, match="holds 6 frames of an earlier run. Add --resume"):
+        begin(clip, target, **LOSSLESS)
+    opened, writer = begin(clip, target, **LOSSLESS, resume=True)
+    assert writer.done == 6
+    write(opened, writer)
+    writer.finish()
+    for (time, pixels), (expected, same) in zip(frames_of(target), frames_of(tmp_path / "whole.mkv"), strict=True):
+        assert time == expected and (pixels == same).all()
+
+
+def test_a_killed_run_keeps_its_finished_parts(clip, tmp_path):
+    target = tmp_path / "big.mkv"
+    opened, writer = begin(clip, target, **LOSSLESS)
+    write(opened, writer, up_to=7)  # and nothing is said to it any more
+    (tmp_path / "big.mkv.parts" / "00000004.json").write_text("{", encoding="utf-8")  # as if killed before the table was written
+    opened, writer = begin(clip, target, **LOSSLESS, resume=True)
+    assert writer.done == 4
+    write(opened, writer)
+    writer.finish()
+    assert len(frames_of(target)) == 14
+
+
+def test_other_options_are_not_mixed(clip, tmp_path):
+    target = tmp_path / "big.mkv"
+    opened, writer = begin(clip, target, {"model": "a"}, **LOSSLESS)
+    write(opened, writer, up_to=5)
+    writer.suspend(keep=True)
+    with pytest.raises(VideoFileError, match=r"with other options \(model\)"):
+        begin(clip, target, {"model": "b"}, **LOSSLESS, resume=True)
+    with pytest.raises(VideoFileError, match=r"\(encoding\)"):
+        begin(clip, target, {"model": "a"}, codec="h264", resume=True)
+    _, writer = begin(clip, target, {"model": "b"}, **LOSSLESS, overwrite=True)
+    assert writer.done == 0
+    writer.suspend(keep=True)
+    assert not (tmp_path / "big.mkv.parts").exists(), "nothing was finished, so nothing is left"
+
+
+@pytest.fixture
+def file_size_limit():
+    """Sets the largest size of a file, which fails as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_while_frames_are_written(clip, tmp_path, file_size_limit, monkeypatch):
+    target = tmp_path / "big.mkv"
+    opened, writer = begin(clip, target, **LOSSLESS)
+    write(opened, writer, up_to=4)
+    monkeypatch.setattr(parts, "PART_FRAMES", 100)
+    file_size_limit(2 * (tmp_path / "big.mkv.parts" / "00000000.mkv").stat().st_size)
+    with pytest.raises(VideoFileError, match="disk is full.*The first 4 frames are kept in .*--resume") as error:
+        write(opened, writer)
+        writer.finish()
+    file_size_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert "Free some space" in str(error.value)
+    writer.suspend(keep=True)
+    assert writer.done == 4 and not target.exists()
+    opened, writer = begin(clip, target, **LOSSLESS, resume=True)
+    write(opened, writer)
+    writer.finish()
+    assert len(frames_of(target)) == 14
+
+
+def test_a_full_disk_while_parts_are_joined(clip, tmp_path, file_size_limit):
+    target = tmp_path / "big.mkv"
+    target.write_text("an older file")
+    opened, writer = begin(clip, target, **LOSSLESS, overwrite=True)
+    write(opened, writer)
+    file_size_limit(2 * (tmp_path / "big.mkv.parts" / "00000000.mkv").stat().st_size)
+    with pytest.raises(VideoFileError, match="disk is full.*The first 14 frames are kept"):
+        writer.finish()
+    file_size_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    writer.suspend(keep=True)
+    assert target.read_text() == "an older file"
+    opened, writer = begin(clip, target, **LOSSLESS, resume=True)
+    assert writer.done == 14
+    writer.finish()
+    assert len(frames_of(target)) == 14 and not (tmp_path / "big.mkv.parts").exists()
+
+
+def test_a_folder_that_cannot_be_written(clip, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(VideoFileError, match="cannot be written"):
+        begin(clip, tmp_path / "file" / "big.mkv")
+
+
+def test_what_the_work_was_is_written_down(clip, tmp_path):
+    begin(clip, tmp_path / "big.mkv", {"model": "a"}, **LOSSLESS)
+    job = json.loads((tmp_path / "big.mkv.parts" / "job.json").read_text())
+    assert job["model"] == "a" and job["encoding"]["codec"] == "ffv1" and str(clip) in job["source"][0]
+
+
+def test_numbered_images_are_gone_on_with(clip, tmp_path):
+    opened = open_clip(clip)
+    writer, _ = open_writer(opened, tmp_path / "out" / "%03d.png", (64, 96))
+    write(opened, writer, up_to=5)
+    writer.suspend(keep=True)
+    with pytest.raises(VideoFileError, match="exists already. Add --resume"):
+        open_writer(opened, tmp_path / "out" / "%03d.png", (64, 96))
+    writer, _ = open_writer(opened, tmp_path / "out" / "%03d.png", (64, 96), resume=True)
+    assert writer.done == 5
+    write(opened, writer)
+    assert listing(tmp_path / "out") == [f"{number:03}.png" for number in range(1, 15)]
+
+
+def test_memory_does_not_grow_with_the_clip(tmp_path):
+    long = make_clip(tmp_path / "long.mkv", moving(16, 16, 16) * 20, codec="ffv1", options={})
+    opened = open_clip(long)
+    reading = read_frames(opened)
+    alive = [frame.pixels for _, frame in zip(range(3), reading, strict=False)]
+    assert len(alive) == 3  # frames come one by one: nothing is read ahead
+    assert sum(1 for _ in reading) == 317
