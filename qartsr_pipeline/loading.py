@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.utils import logging
 
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+
+P = TypeVar("P", bound=CheckpointPipeline)
 
 
 def default_device() -> str:
@@ -20,10 +23,15 @@ def default_device() -> str:
 
 def load_quietly(name_or_path: str | Path, **kwargs: Any) -> QArtSRPipeline:
     """As `QArtSRPipeline.from_pretrained`; afterwards the bar is on or off as it was before."""
+    return load_kind_quietly(QArtSRPipeline, name_or_path, **kwargs)
+
+
+def load_kind_quietly(kind: type[P], name_or_path: str | Path, **kwargs: Any) -> P:
+    """As `load_quietly`, for a pipeline of another class."""
     shown = logging._tqdm_active  # there is no public way to ask
     logging.disable_progress_bar()
     try:
-        return QArtSRPipeline.from_pretrained(name_or_path, **kwargs)
+        return kind.from_pretrained(name_or_path, **kwargs)
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -83,7 +83,7 @@ def plan_jobs(
     if results:
         names = "is what an earlier run wrote" if len(results) == 1 else "and others are what earlier runs wrote"
         left_out.append(f"left out: {results[0]} {names}. Name such a file alone to enlarge it once more.")
-    if options.output is None or _is_folder(options.output):
+    if options.output is None or is_folder(options.output):
         jobs = [_named_job(source, f"_x{upscale:g}", options, many) for source in sources]
     elif many:
         raise UsageError(f"{options.output} names one file, but there may be several images. Give a folder after -o.")
@@ -195,10 +195,10 @@ def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[l
     sources: dict[str, _Source] = {}
     left_out, empty = [], []
     for name in inputs:
-        for path in map(Path, _matches(name)):
+        for path in map(Path, matches(name)):
             found = [_Source(path, named=not _is_pattern(name))]
             if _is_dir(path):
-                listing = list_images(path, recursive, Path(output) if output and _is_folder(output) else None)
+                listing = list_images(path, recursive, Path(output) if output and is_folder(output) else None)
                 found = [_Source(one, one.parent.relative_to(path)) for one in listing.images]
                 said = listing.left_out("; --recursive searches them")
                 left_out += [said] if said else []
@@ -211,7 +211,7 @@ def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[l
     return list(sources.values()), left_out + [f"The folder {folder} holds no images." for folder in empty]
 
 
-def _matches(name: str) -> list[str]:
+def matches(name: str) -> list[str]:
     """The files that a pattern stands for; the name itself if it is none."""
     if not _is_pattern(name):
         return [name]
@@ -259,6 +259,6 @@ def _is_enlargement(path: Path, original: Path, factor: float, unknown: bool) ->
     return all(abs(side - max(1, factor * other)) <= 0.5 + 1e-5 * side for side, other in zip(sides, before, strict=True))
 
 
-def _is_folder(output: str) -> bool:
+def is_folder(output: str) -> bool:
     path = Path(output)
     return path.is_dir() or output.endswith(("/", "\\")) or not path.suffix

@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "upscale": Command("qartsr_pipeline.cli.upscale", "enlarge images"),
+    "upscale": Command("qartsr_pipeline.cli.upscale", "enlarge images and clips"),
     "info": Command("qartsr_pipeline.cli.info", "show what a checkpoint consists of and how each part will run"),
     "bench": Command("qartsr_pipeline.cli.bench", "time a checkpoint on this machine, by stage and kernels"),
     "quantize": Command("qartsr_pipeline.cli.quantize", "make a checkpoint of fewer bits from a full-precision one"),

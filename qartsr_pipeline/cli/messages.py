@@ -47,16 +47,17 @@ def say(line: str, error: bool = False) -> None:
 
 @dataclass
 class Counts:
-    """How many images were written, skipped because their output existed, and failed, and why they failed."""
+    """How many images, or clips, were written, skipped because their output existed, and failed, and why they failed."""
 
     written: int = 0
     skipped: int = 0
     failed: int = 0
     failures: tuple[str, ...] = ()
+    what: str = "images"
 
     def __add__(self, other: Counts) -> Counts:
         failures = self.failures + other.failures
-        return Counts(self.written + other.written, self.skipped + other.skipped, self.failed + other.failed, failures)
+        return Counts(self.written + other.written, self.skipped + other.skipped, self.failed + other.failed, failures, self.what)
 
     def add_failure(self, message: str) -> None:
         """Counts an image that could not be enlarged."""
@@ -70,7 +71,7 @@ class Counts:
     def __str__(self) -> str:
         """`5 images: 3 written, 1 skipped, 1 failed`; skipped images are mentioned only where there are any."""
         parts = [f"{self.written} written", *([f"{self.skipped} skipped"] if self.skipped else []), f"{self.failed} failed"]
-        return f"{self.written + self.skipped + self.failed} images: {', '.join(parts)}"
+        return f"{self.written + self.skipped + self.failed} {self.what}: {', '.join(parts)}"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from qartsr_pipeline.cli.messages import Counts, image_bar, one_line, say
 from qartsr_pipeline.cli.processes import Processes
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image_files import check_writable, read_image, write_image
-from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.loading import P, load_kind_quietly
 from qartsr_pipeline.memory import NotEnoughMemory
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.report import kernel_summary
@@ -36,11 +36,11 @@ class ModelOptions:
     keep_hidden_colors: bool = False
 
 
-def load_pipeline(folder: Path, device: str, dtype: str, processes: Processes) -> QArtSRPipeline:
-    """Loads the checkpoint and prints device, dtype and kernels. `device` and `dtype` as in `cli.device`."""
+def load_pipeline(folder: Path, device: str, dtype: str, processes: Processes, kind: type[P]) -> P:
+    """Loads the checkpoint and prints device, dtype and kernels. `device` and `dtype` as in `cli.device`; `kind` is its class."""
     chosen, why_device = choose_device(device, processes.device)
     chosen_dtype, why_dtype = choose_dtype(dtype, chosen)
-    pipeline = load_quietly(folder, dtype=chosen_dtype).to(chosen)
+    pipeline = load_kind_quietly(kind, folder, dtype=chosen_dtype).to(chosen)
     # disable=None: no bar unless stderr is a terminal
     pipeline.set_progress_bar_config(desc="tiles", leave=False, disable=None if processes.is_local_main else True)
     number = "" if processes.count == 1 else f"process {processes.index + 1} of {processes.count}: "
@@ -48,7 +48,8 @@ def load_pipeline(folder: Path, device: str, dtype: str, processes: Processes) -
         quantized = ", ".join(quantization_configs(folder)) or "nothing, this is a full-precision model"
         say(f"model: {folder} (quantized: {quantized})")
     say(f"{number}device: {chosen} ({why_device}); dtype: {str(chosen_dtype).removeprefix('torch.')} ({why_dtype})")
-    kernels = kernel_summary(pipeline.unet, pipeline.vae, device=pipeline.device.type)
+    parts = (pipeline.components.get(name) for name in ("unet", "transformer", "vae"))
+    kernels = kernel_summary(*(part for part in parts if part is not None), device=pipeline.device.type)
     if kernels:
         say(f"{number}kernels: {kernels}")
     return pipeline

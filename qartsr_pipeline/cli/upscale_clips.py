@@ -1,0 +1,268 @@
+"""The part of `qartsr upscale` that needs torch, for clips: takes the frames of one clip after another through a pipeline."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from qartsr_pipeline.checkpoint_files.checking import VIDEO_PIPELINE_CLASS, named_class, read_model_index
+from qartsr_pipeline.cli.clips import ClipJob, ClipOptions
+from qartsr_pipeline.cli.messages import Counts, UsageError, one_line, say
+from qartsr_pipeline.cli.processes import Processes
+from qartsr_pipeline.cli.upscale_images import load_pipeline
+from qartsr_pipeline.image.resize import enlarged_size
+from qartsr_pipeline.image_files import make_folder
+from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
+from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.video_files.clip import Clip, VideoFileError
+from qartsr_pipeline.video_files.damage import Damage, clock
+from qartsr_pipeline.video_files.reading import open_clip, read_frames
+from qartsr_pipeline.video_files.writing import ClipWriter, open_writer
+
+_SAID_EVERY = 30.0  # seconds between two lines about progress, where there is no terminal for a bar
+
+
+class FrameModel(Protocol):
+    """What enlarges clips.
+
+    Attributes:
+        lead: how many frames before a place it has to see again to go on from there without a seam.
+    """
+
+    lead: int
+
+    def stream(self, frames: Iterable[np.ndarray], *, upscale: float) -> Iterator[np.ndarray]:
+        """Frames (H, W, 3) float32 in [0, 1] -> as many, enlarged, in order."""
+
+
+@dataclass(frozen=True)
+class ClipModelOptions:
+    """How a model enlarges. What is None is left to the model.
+
+    Attributes:
+        color_fix: "wavelet", "adain" or "none".
+    """
+
+    upscale: float = 4
+    tile_size: int | None = None
+    tile_overlap: int | None = None
+    color_fix: str | None = None
+    frames_per_chunk: int | None = None
+    chunk_overlap: int | None = None
+
+
+class FrameByFrame:
+    """An image model that is given one frame after another.
+
+    Colours are those of the frame's own low frequencies, so they are as steady as the clip's. Fine detail is made up anew in
+    every frame.
+    """
+
+    lead = 0
+
+    def __init__(self, pipeline: QArtSRPipeline, options: ClipModelOptions) -> None:
+        if options.color_fix == "adain":
+            raise UsageError(
+                "--color-fix adain takes the colours of each frame as a whole, which flickers in a clip. Use wavelet, or a video"
+                " model."
+            )
+        if options.frames_per_chunk is not None or options.chunk_overlap is not None:
+            raise UsageError("--frames-per-chunk and --chunk-overlap are for video models; this one takes single images.")
+        self._pipeline = pipeline
+        self._arguments: dict[str, Any] = {
+            "tile_size": options.tile_size,
+            "tile_overlap": options.tile_overlap,
+            "color_fix": None if options.color_fix == "none" else "wavelet",
+        }
+        pipeline.check_inputs(upscale=options.upscale, **self._arguments)
+
+    def stream(self, frames: Iterable[np.ndarray], *, upscale: float) -> Iterator[np.ndarray]:
+        """See `FrameModel`."""
+        for frame in frames:
+            yield self._pipeline(frame, upscale=upscale, output_type="np", return_dict=False, **self._arguments)[0][0]
+
+
+class WholeClip:
+    """A video model."""
+
+    def __init__(self, pipeline: LSGQuantVideoPipeline, options: ClipModelOptions) -> None:
+        if options.color_fix == "wavelet":
+            raise UsageError("--color-fix wavelet is for image models. Video models take adain (the default) or none.")
+        if options.tile_overlap is not None:
+            raise UsageError("--tile-overlap is for image models. Leave it out; --tile-size is for both.")
+        self._pipeline = pipeline
+        self._arguments: dict[str, Any] = {
+            "tile_size": options.tile_size,
+            "color_fix": None if options.color_fix == "none" else "adain",
+            "frames_per_chunk": options.frames_per_chunk,
+            "chunk_overlap": options.chunk_overlap,
+        }
+        self.lead = options.frames_per_chunk or pipeline.config["frames_per_chunk"]
+
+    def stream(self, frames: Iterable[np.ndarray], *, upscale: float) -> Iterator[np.ndarray]:
+        """See `FrameModel`."""
+        return self._pipeline.stream(frames, upscale=upscale, **self._arguments)
+
+
+def load_model(folder: Path, device: str, dtype: str, options: ClipModelOptions, processes: Processes) -> FrameModel:
+    """Loads the checkpoint and prints device, dtype and kernels. `device` and `dtype` as in `cli.device`."""
+    if named_class(read_model_index(folder)) == VIDEO_PIPELINE_CLASS:
+        return WholeClip(load_pipeline(folder, device, dtype, processes, LSGQuantVideoPipeline), options)
+    pipeline = load_pipeline(folder, device, dtype, processes, QArtSRPipeline)
+    model = FrameByFrame(pipeline, options)
+    pipeline.set_progress_bar_config(disable=True)  # of tiles; there is one of frames
+    if processes.is_local_main:
+        say(f"note: {folder.name} is a model for images: frames are enlarged one by one, so the finest detail may flicker.")
+    return model
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is the same for all clips of a command."""
+
+    model: FrameModel
+    name: str  # of the model
+    model_options: ClipModelOptions
+    options: ClipOptions
+
+
+def upscale_clips(
+    model: FrameModel,
+    name: str,
+    jobs: Sequence[ClipJob],
+    model_options: ClipModelOptions,
+    options: ClipOptions,
+    processes: Processes,
+    debug: bool = False,
+) -> Counts:
+    """Does this process's clips; errors are printed, with their tracebacks if `debug`.
+
+    Args:
+        name: the model's, as it was given.
+    """
+    counts, task = Counts(what="clips"), _Task(model, name, model_options, options)
+    for job in jobs:
+        try:
+            _upscale_clip(task, job, shown=processes.is_local_main)
+            counts.written += 1
+        except Exception as error:
+            message = one_line(error)
+            counts.add_failure(
+                message if str(job.source) in message or str(job.target) in message else f"{job.source}: {message}"
+            )
+            if debug:
+                traceback.print_exc()
+            say(f"qartsr: error: {counts.failures[-1]}", error=True)
+    return counts
+
+
+def _upscale_clip(task: _Task, job: ClipJob, shown: bool) -> None:
+    start, options, damage = time.perf_counter(), task.options, Damage()
+    clip = open_clip(job.source, options.fps)
+    size = enlarged_size((clip.height, clip.width), task.model_options.upscale)
+    if options.output is not None:
+        make_folder(job.target.parent)
+    settings = {"model": task.name, "model_options": asdict(task.model_options), "deinterlace": options.deinterlace}
+    writer, changes = open_writer(clip, job.target, size, options.codec, options.crf, settings, options.resume, options.overwrite)
+    for notice in [*clip.notices, *changes, *_advice(clip, options)]:
+        say(f"note: {notice}")
+    if writer.done:
+        say(f"{job.target}: {writer.done} frames are there already")
+    before = writer.done
+    try:
+        with _Progress(job.source.name, clip.frames, before, shown) as progress:
+            for _ in _written(task, clip, writer, damage):
+                progress.step()
+        notices = writer.finish()
+    except BaseException as error:
+        writer.suspend(keep=True)
+        if writer.done and not isinstance(error, VideoFileError):  # whose message says so itself
+            say(f"{job.target}: the first {writer.done} frames are kept. Add --resume to go on after them.", error=True)
+        raise
+    for notice in [*notices, *damage.notices(clip)]:
+        say(f"note: {notice}")
+    seconds = time.perf_counter() - start
+    done = writer.done - before
+    say(f"{job.source} -> {job.target} ({size[1]} x {size[0]}, {done} frames, {seconds:.1f} s, {done / seconds:.2f} frames/s)")
+
+
+def _written(task: _Task, clip: Clip, writer: ClipWriter, damage: Damage) -> Iterator[int]:
+    """Enlarges and writes every frame that is not done yet; yields the number of each.
+
+    Raises:
+        RuntimeError: the model returned another number of frames than it was given.
+    """
+    first = max(0, writer.done - task.model.lead)
+    again = writer.done - first
+    times: deque[tuple[int, int]] = deque()
+
+    def pixels() -> Iterator[np.ndarray]:
+        for frame in read_frames(clip, first, task.options.deinterlace, damage):
+            times.append((frame.time, frame.duration))
+            yield frame.pixels
+
+    for index, result in enumerate(task.model.stream(pixels(), upscale=task.model_options.upscale)):
+        if not times:
+            raise RuntimeError(f"The model returned more frames than it was given ({index}).")
+        shown_at, duration = times.popleft()
+        if not np.isfinite(result).all():
+            raise FloatingPointError(
+                f"frame {first + index} of the result has pixels that are no numbers (NaN). Try --dtype float32."
+            )
+        if index >= again:
+            writer.write(result, shown_at, duration)
+            yield writer.done
+    if times:
+        raise RuntimeError(f"The model returned {len(times)} frames fewer than it was given.")
+
+
+def _advice(clip: Clip, options: ClipOptions) -> list[str]:
+    """What the user should know before hours are spent."""
+    name, said = clip.path.name, []
+    if clip.interlaced and not options.deinterlace:
+        said.append(
+            f"{name} is interlaced: each frame shows two moments, in every other line. The combs are enlarged, too; --deinterlace"
+            " removes them."
+        )
+    if clip.colour.is_hdr:
+        said.append(f"{name} is in HDR, and stays so: its numbers are enlarged as they are. The models have seen no HDR.")
+    return said
+
+
+class _Progress:
+    """A bar with frames a second and the time left; where there is no terminal, a line now and then."""
+
+    def __init__(self, name: str, total: int | None, done: int, shown: bool) -> None:
+        self._name, self._total, self._done, self._first = name, total, done, done
+        self._start = self._said = time.perf_counter()
+        self._bar = tqdm(total=total, initial=done, desc=name, unit="frame", disable=None if shown else True)
+        self._lines = shown and self._bar.disable
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        """Counts a frame."""
+        self._done += 1
+        self._bar.update()
+        now = time.perf_counter()
+        if self._lines and now - self._said >= _SAID_EVERY:
+            self._said = now
+            rate = (self._done - self._first) / (now - self._start)
+            left = (
+                f" of {self._total}, {rate:.2f} frames/s, {clock(max(0, self._total - self._done) / rate)} left"
+                if self._total
+                else ""
+            )
+            say(f"{self._name}: {self._done}{left or f' frames, {rate:.2f} frames/s'}")
