@@ -19,7 +19,7 @@ from qartsr_pipeline.cli.messages import Counts, UsageError, one_line, say
 from qartsr_pipeline.cli.processes import Processes
 from qartsr_pipeline.cli.upscale_images import load_pipeline
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.image_files import make_folder
+from qartsr_pipeline.whole_files import make_folder
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.video_files.clip import Clip, VideoFileError
