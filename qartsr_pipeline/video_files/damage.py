@@ -18,6 +18,7 @@ class Damage:
         first: when the first damage was met, in seconds.
         end: why reading ended early.
         interlaced: frames that show two moments each.
+        last, until: when the last frame begins and ends, in seconds.
         moved: frames whose time was not after that of the one before.
     """
 
@@ -29,6 +30,7 @@ class Damage:
     interlaced: int = 0
     moved: int = 0
     last: float = 0.0
+    until: float = 0.0
 
     def at(self) -> None:
         """Notes when it was."""
@@ -53,7 +55,7 @@ class Damage:
             said.append(
                 f"{name} should have {expected} frames, but {self.read} were found. They are written; the file may be cut off."
             )
-        elif clip.seconds and self.read and self.last + 2.5 / clip.rate < clip.seconds:
+        elif clip.seconds and self.read and self.until + 2 / clip.rate < clip.seconds:
             said.append(
                 f"{name} says that it lasts {clock(clip.seconds)}, but its last frame is at {clock(self.last)}. All of "
                 "its frames were written; the file may be cut off."

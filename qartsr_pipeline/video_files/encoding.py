@@ -81,6 +81,7 @@ def choose_encoding(
         notices.append(
             f"{target.name}: {codec} holds {depth} bits, the clip has {clip.kind.depth}. --codec {better} keeps them in a .mkv."
         )
+    rate = min(max(clip.rate, Fraction(1)), Fraction(240))  # AV1's encoder knows no higher one
     colour = clip.colour if chroma == "rgb" else clip.colour.as_ycbcr()
     hdr = clip.hdr
     if hdr and codec == "ffv1":
@@ -99,7 +100,7 @@ def choose_encoding(
         colour,
         height,
         width,
-        clip.rate,
+        rate,
         clip.aspect,
         None if codec == "ffv1" else hdr,
     )

@@ -27,6 +27,8 @@ def is_pattern(path: str | os.PathLike) -> bool:
 
 def open_sequence(path: Path, fps: float | Fraction | None = None) -> Clip:
     """Looks at an image sequence; see `open_clip`. Its numbers must have no gap."""
+    if fps is not None and not 0 < fps <= 1000:
+        raise VideoFileError(f"{path}: --fps is {fps:g}, but must be above 0 and at most 1000.")
     files = numbered(path)
     if not files:
         raise VideoFileError(
@@ -145,5 +147,10 @@ class SequenceWriter:
         """Everything that was written is complete."""
 
     def finish(self) -> list[str]:
-        """What the format could not hold."""
-        return self.notices
+        """What the format could not hold, and files of an earlier run that are not of this one."""
+        later = {number: path for number, path in numbered(self._path).items() if number >= self._first + self.done}
+        if not later:
+            return self.notices
+        first = min(later.values()).name
+        said = f"{self._path.parent} holds {len(later)} more images of this form, from {first} on, which this run did not write."
+        return [*self.notices, f"{said} Delete them if they do not belong to this clip."]

@@ -1,7 +1,7 @@
 """The parts that a result is written in, in a folder beside it: whatever stops the work, finished parts stay.
 
-`clip_x4.mp4.parts` holds what the work was (`job.json`), and for every 96 frames, or fewer where a run was interrupted, a file
-with the encoded frames and one with their times. A part is renamed to its name when it is complete.
+`clip_x4.mp4.parts` holds what the work was (`job.json`), and for every 96 frames, or ten minutes, a file with the encoded
+frames and one with their times. A part is renamed to its name when it is complete.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import monotonic as time_now
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from qartsr_pipeline.video_files.clip import VideoFileError
 from qartsr_pipeline.video_files.encoding import Encoding, PartWriter
 
 PART_FRAMES = 96
+PART_SECONDS = 600.0  # for slow models: more than this is not lost, whatever happens
 _FORMAT = 1
 
 
@@ -62,6 +67,7 @@ class PartsWriter:
         self._job = json.loads(json.dumps({"format_version": _FORMAT, "encoding": asdict(encoding), **job}, default=str))
         self.parts: list[Part] = []
         self._writer: PartWriter | None = None
+        self._begun = 0.0
         self._times: list[int] = []
         self._durations: list[int] = []
         if self.folder.exists():
@@ -98,14 +104,15 @@ class PartsWriter:
 
     def write(self, pixels: np.ndarray, time: int, duration: int) -> None:
         """Encodes the next frame, (H, W, 3) in [0, 1]."""
-        with self._disk():
+        with _uninterrupted(), self._disk():
             if self._writer is None:
                 self._writer = PartWriter(self._temporary, self._encoding, self.done)
+                self._begun = time_now()
             self._writer.write(pixels)
             self._times.append(time)
             self._durations.append(duration)
             self.done += 1
-            if len(self._times) >= PART_FRAMES:
+            if len(self._times) >= PART_FRAMES or time_now() - self._begun > PART_SECONDS:
                 self._finish_part()
 
     @property
@@ -173,6 +180,23 @@ class PartsWriter:
 
     def _disk(self) -> _DiskErrors:
         return _DiskErrors(self)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Lets Ctrl-C wait: between encoder and tables it would leave a frame in one and not in the other."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if waiting:
+            previous(*waiting[0])
 
 
 class _DiskErrors:

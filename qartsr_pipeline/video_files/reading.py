@@ -234,6 +234,7 @@ def read_frames(clip: Clip, start: int = 0, deinterlace: bool = False, damage: D
                 time = 0 if last is None else last + step
             last = time
             damage.read, damage.last = index + 1, float(time * clip.time_base)
+            damage.until = float((time + length) * clip.time_base)
             damage.interlaced += frame.interlaced_frame
             if frame.is_corrupt:
                 damage.frames += 1

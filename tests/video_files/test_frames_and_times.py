@@ -228,6 +228,8 @@ def test_image_sequences_in_and_out(tmp_path):
         clip.rate == 50 and clip.kind.depth == 16 and [f.time * clip.time_base for f in read_frames(clip)][-1] == Fraction(2, 50)
     )
     (tmp_path / "in_008.png").unlink()
+    with pytest.raises(VideoFileError, match="must be above 0"):
+        open_clip(tmp_path / "in_%03d.png", fps=0)
     with pytest.raises(VideoFileError, match="after number 7 follows 9"):
         open_clip(tmp_path / "in_%03d.png")
 
@@ -237,6 +239,14 @@ def test_an_image_sequence_of_two_sizes_is_refused(tmp_path):
         Image.new("RGB", (side, 16)).save(tmp_path / f"{index}.png")
     with pytest.raises(VideoFileError, match="18 x 16 pixels, but the images before it 16 x 16"):
         enlarge(tmp_path / "%d.png", tmp_path / "big.mp4", fps=25)
+
+
+def test_a_last_frame_that_stays_is_no_sign_of_a_damaged_clip(tmp_path):
+    first = Image.new("RGB", (16, 16), "red")
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")], duration=[100, 3000])
+    assert not any("cut off" in notice for notice in enlarge(tmp_path / "a.gif", tmp_path / "b.mp4"))
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        assert container.streams.video[0].duration * container.streams.video[0].time_base == Fraction(31, 10)
 
 
 def test_gif_keeps_its_loops_and_transparency_is_laid_over_white(tmp_path):

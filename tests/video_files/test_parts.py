@@ -1,6 +1,7 @@
 """Work that is interrupted, or that the disk ends: what was finished stays, and --resume goes on after it."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -90,6 +91,36 @@ def test_a_killed_run_keeps_its_finished_parts(clip, tmp_path):
     assert len(frames_of(target)) == 14
 
 
+def test_ctrl_c_while_a_frame_is_encoded_waits_for_it(clip, tmp_path, monkeypatch):
+    write_frame = parts.PartWriter.write
+
+    def interrupted(self, pixels):
+        write_frame(self, pixels)
+        if self._number == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    opened, writer = begin(clip, tmp_path / "big.mkv", **LOSSLESS)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.PartWriter, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(opened, writer)
+    writer.suspend(keep=True)
+    assert writer.done == 6
+    opened, writer = begin(clip, tmp_path / "big.mkv", **LOSSLESS, resume=True)
+    write(opened, writer)
+    writer.finish()
+    assert [time for time, _ in frames_of(tmp_path / "big.mkv")] == [time for time, _ in frames_of(clip)]
+
+
+def test_parts_of_slow_models_end_by_time(clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_SECONDS", -1.0)
+    opened, writer = begin(clip, tmp_path / "big.mkv", codec="h264")
+    write(opened, writer)
+    assert len(writer.parts) == 14
+    writer.finish()
+    assert [time for time, _ in frames_of(tmp_path / "big.mkv")] == [time for time, _ in frames_of(clip)]
+
+
 def test_other_options_are_not_mixed(clip, tmp_path):
     target = tmp_path / "big.mkv"
     opened, writer = begin(clip, target, {"model": "a"}, **LOSSLESS)
@@ -171,7 +202,9 @@ def test_numbered_images_are_gone_on_with(clip, tmp_path):
     writer, _ = open_writer(opened, tmp_path / "out" / "%03d.png", (64, 96), resume=True)
     assert writer.done == 5
     write(opened, writer)
-    assert listing(tmp_path / "out") == [f"{number:03}.png" for number in range(1, 15)]
+    assert listing(tmp_path / "out") == [f"{number:03}.png" for number in range(1, 15)] and writer.finish() == []
+    (tmp_path / "out" / "020.png").write_bytes((tmp_path / "out" / "014.png").read_bytes())
+    assert "holds 1 more images of this form, from 020.png on" in writer.finish()[0]
 
 
 def test_memory_does_not_grow_with_the_clip(tmp_path):
