@@ -19,13 +19,13 @@ from qartsr_pipeline.cli.messages import Counts, UsageError, one_line, say
 from qartsr_pipeline.cli.processes import Processes
 from qartsr_pipeline.cli.upscale_images import load_pipeline
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.whole_files import make_folder
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.video_files.clip import Clip, VideoFileError
 from qartsr_pipeline.video_files.damage import Damage, clock
 from qartsr_pipeline.video_files.reading import open_clip, read_frames
 from qartsr_pipeline.video_files.writing import ClipWriter, open_writer
+from qartsr_pipeline.whole_files import make_folder
 
 _SAID_EVERY = 30.0  # seconds between two lines about progress, where there is no terminal for a bar
 

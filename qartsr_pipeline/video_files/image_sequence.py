@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from qartsr_pipeline.image_files import ImageFile, ImageFileError, check_writable, read_image, write_image
-from qartsr_pipeline.whole_files import make_folder
 from qartsr_pipeline.video_files.clip import Clip, Frame, PixelKind, VideoFileError
 from qartsr_pipeline.video_files.colour import RGB, SRGB, Colour
+from qartsr_pipeline.whole_files import make_folder
 
 _NUMBER = re.compile(r"%0?(\d*)d")
 DEFAULT_RATE = Fraction(25)
