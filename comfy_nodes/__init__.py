@@ -18,7 +18,9 @@ async def comfy_entrypoint() -> ComfyExtension:
     """Returns the nodes to ComfyUI. If packages are missing there are none, and one line in the log says what to install."""
     from comfy_api.latest import ComfyExtension, io
 
-    from .installation import import_own_package, what_is_missing
+    from server import PromptServer
+
+    from .installation import copy_samples, import_own_package, what_is_missing
 
     missing = what_is_missing()
     listed: list[type[io.ComfyNode]] = []
@@ -28,12 +30,15 @@ async def comfy_entrypoint() -> ComfyExtension:
         import_own_package()
         from .import_checkpoint import QArtSRImport
         from .load_folder import QArtSRLoadFolder
-        from .load_model import QArtSRLoadModel, QArtSRModelInfo
+        from .load_model import QArtSRLoadModel, QArtSRModelInfo, remember_hub_models
         from .model_folders import register_model_folder
         from .quantize import QArtSRQuantize
         from .upscale import QArtSRUpscale
 
         register_model_folder()
+        copy_samples()
+        if (server := getattr(PromptServer, "instance", None)) is not None:
+            server.add_on_prompt_handler(remember_hub_models)
         # Their ids are stored in users' workflows: none is ever renamed or removed.
         listed += [QArtSRLoadModel, QArtSRUpscale, QArtSRModelInfo, QArtSRQuantize, QArtSRImport, QArtSRLoadFolder]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +38,27 @@ def _problem(name: str, bound: str) -> str | None:
 
 def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.sub(r"[^\d.].*", "", version).split(".") if number]
+
+
+def copy_samples() -> None:
+    """Copies the images of the example workflows into ComfyUI's input folder, once: those that are deleted there stay away."""
+    import folder_paths
+
+    sources = [folder / "example_workflows" / "inputs" for folder in (Path(__file__).parent, ROOT)]
+    source = next((folder for folder in sources if folder.is_dir()), None)
+    try:
+        done = Path(folder_paths.get_user_directory()) / "qartsr_samples_copied"
+        if source is None or done.exists():
+            return
+        target = Path(folder_paths.get_input_directory())
+        for path in source.rglob("*.png"):
+            if not (target / path.relative_to(source)).exists():
+                (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / path.relative_to(source))
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()
+    except OSError as error:  # a read-only folder is no reason to do without the nodes
+        logging.warning("QArtSR: the images of the example workflows are not copied to ComfyUI's input folder: %s", error)
 
 
 def import_own_package() -> None:

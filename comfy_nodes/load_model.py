@@ -11,19 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_labels
+from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
 
 from .managed_model import AUTO, DTYPES, ManagedModel, UpscaleModel, load_model
-from .model_folders import find_models, folder_of
+from .model_folders import find_models, folder_of, label_of_model
 
 CATEGORY = "QArtSR"
 QArtSRModel = io.Custom("QARTSR_MODEL")
+
+_unused: set[str] = set()  # values of `model` in the graph that came last, of nodes whose hub_id replaces it
 
 
 def found_by(*words: str) -> dict[str, list[str]]:
     """Further words that the search box finds a node by, as an argument of its schema; none in an older ComfyUI."""
     known = {field.name for field in fields(io.Schema)}
     return {"search_aliases": list(words)} if "search_aliases" in known else {}
+
+
+def advanced(declared: Any) -> Any:
+    """An input that newer frontends show only on demand; older ones show it like any other."""
+    declared.extra_dict = {**(declared.extra_dict or {}), "advanced": True}
+    return declared
 
 
 @lru_cache(maxsize=1)
@@ -41,7 +49,17 @@ def available_backends() -> tuple[str, ...]:
 class QArtSRLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = list(find_models())
+        models = find_models()
+        names = list(models)
+        model = io.Combo.Input(
+            "model",
+            options=names,
+            default=DEFAULT_CHECKPOINT if DEFAULT_CHECKPOINT in names else None,
+            tooltip="A checkpoint folder in models/qartsr, or one of the models that are included. The list says what each is"
+            " for; photo-w4a4 suits most images.",
+        )
+        # The node's list shows these (web/upscale.js); what is stored in workflows stays the name.
+        model.extra_dict = {"qartsr_labels": {name: label_of_model(folder) for name, folder in models.items()}}
         return io.Schema(
             node_id="QArtSRLoadModel",
             display_name="QArtSR Load Model",
@@ -49,32 +67,29 @@ class QArtSRLoadModel(io.ComfyNode):
             description="Loads a super-resolution model. Small ones are included; put others into models/qartsr.",
             **found_by("upscale model", "super resolution model"),
             inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=names,
-                    default=DEFAULT_CHECKPOINT if DEFAULT_CHECKPOINT in names else None,
-                    tooltip="A checkpoint folder in models/qartsr, or one of the models that are included:\n"
-                    + "\n".join(f"{name}: {label}" for name, label in shipped_labels().items()),
-                ),
+                model,
                 io.String.Input(
                     "hub_id",
                     default="",
                     tooltip="Empty: the model chosen above. Or the name of a repository on the Hugging Face Hub, owner/name: it"
                     " is downloaded into models/qartsr once, and used from there afterwards.",
                 ),
-                io.Combo.Input(
-                    "backend",
-                    options=[AUTO, *available_backends()],
-                    default=AUTO,
-                    tooltip="Which kernels compute quantized layers. auto: the fastest that can, layer by layer. The log says"
-                    " why others are not available on this machine.",
+                advanced(
+                    io.Combo.Input(
+                        "backend",
+                        options=[AUTO, *available_backends()],
+                        default=AUTO,
+                        tooltip="How models of few bits are computed. auto: the fastest way of this machine. The log says why"
+                        " others are not available.",
+                    )
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default=AUTO,
-                    tooltip="Float type of everything that is not quantized. auto: bfloat16 or float16 on a GPU, float32 on a"
-                    " CPU.",
+                advanced(
+                    io.Combo.Input(
+                        "dtype",
+                        options=list(DTYPES),
+                        default=AUTO,
+                        tooltip="Number format of what is not quantized. auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
+                    )
                 ),
             ],
             outputs=[
@@ -89,19 +104,17 @@ class QArtSRLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model: str | None = None, hub_id: str | None = None, backend: str | None = None, dtype: str | None = None
-    ) -> bool | str:
-        """True, or what is wrong, before anything runs. Connected and missing inputs are None here."""
-        if model is not None and hub_id is not None and not hub_id.strip():
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        """True, or what is wrong, before anything runs. A connected or missing input is None here.
+
+        ComfyUI repeats the message for every input that this takes: so it is the model alone, `execute` checks the others, and
+        `remember_hub_models` tells what `hub_id` is for.
+        """
+        if model is not None and model not in _unused:
             try:
                 folder_of(model)
             except ValueError as error:
                 return str(error)
-        if backend is not None and backend not in (AUTO, *available_backends()):
-            return f"There is no kernel backend {backend!r} on this machine. Choose {AUTO}; the log says why others are missing."
-        if dtype is not None and dtype not in DTYPES:
-            return f"dtype {dtype!r} is none of {', '.join(DTYPES)}."
         return True
 
     @classmethod
@@ -116,10 +129,27 @@ class QArtSRLoadModel(io.ComfyNode):
     def execute(cls, model: str, hub_id: str, backend: str, dtype: str) -> io.NodeOutput:
         from .download import download_once
 
+        if backend not in (AUTO, *available_backends()):
+            raise ValueError(
+                f"There is no kernel backend {backend!r} on this machine. Choose {AUTO}; the log says why others are missing."
+            )
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
         hub_id = hub_id.strip()
         name, folder = (hub_id, download_once(hub_id)) if hub_id else (model, folder_of(model))
         model = load_model(name, folder, backend, dtype)
         return io.NodeOutput(model, UpscaleModel(model))
+
+
+def remember_hub_models(request: dict) -> dict:
+    """Called by ComfyUI with each graph that is about to be checked: a model that is not used need not exist."""
+    _unused.clear()
+    for node in (request.get("prompt") or {}).values():
+        inputs = node.get("inputs", {}) if isinstance(node, dict) else {}
+        hub_id, model = inputs.get("hub_id"), inputs.get("model")
+        if isinstance(model, str) and (hub_id.strip() if isinstance(hub_id, str) else hub_id):
+            _unused.add(model)
+    return request
 
 
 def _fingerprint(folder: Path) -> tuple:
@@ -151,7 +181,7 @@ class QArtSRModelInfo(io.ComfyNode):
 
 
 def describe(model: ManagedModel) -> str:
-    """Several lines on the model as it is loaded: a total, one block for each component, and where it runs."""
+    """A sentence on the model; then a total, one block for each component, and where it runs."""
     from qartsr_pipeline.overflow import compute_dtype
     from qartsr_pipeline.quantization.report import describe_model
 
@@ -161,9 +191,13 @@ def describe(model: ManagedModel) -> str:
     fields = ("packed_bytes", "prepared_bytes", "fp16_bytes")
     packed, prepared, fp16 = (sum(getattr(report, field) for report in reports) for field in fields)
     config, dtype = model.pipeline.config, str(compute_dtype(model.pipeline.vae)).removeprefix("torch.")
+    known = [f"{model.name}: {label_of_model(model.folder)}".rstrip(" :"), f"x{config.scale}"]
+    known.append(f"on {'the CPU' if model.device.type == 'cpu' else model.device}")
+    known.append(f"about {model.seconds_per_megapixel:.2g} s for a megapixel of the result here")
     lines = [
-        f"{model.name}: x{config.scale}, timestep {config.timestep}",
-        f"{packed / 1e6:.2f} MB loaded, {prepared / 1e6:.2f} MB more for the kernels; {fp16 / 1e6:.2f} MB at 16 bits",
+        f"{', '.join(known)}.",
+        "",
+        f"timestep {config.timestep}; {packed / 1e6:.2f} MB loaded, {prepared / 1e6:.2f} MB more for the kernels; {fp16 / 1e6:.2f} MB at 16 bits",
         *(line for report in reports for line in _component(report)),
         f"running on: {model.device}, {dtype}, kernels {model.backend}",
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from .progress import interruptible
 
 AUTO = "auto"
+TIMED_TILE = 256  # side of the result that the speed is measured on
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
 
@@ -69,6 +72,23 @@ class ManagedModel:
         if any(tensor.device != self.device for tensor in network.parameters()):
             # With --novram weights stay in main memory for layers that fetch them one by one, which ours do not.
             network.to(self.device)
+
+    @cached_property
+    def seconds_per_megapixel(self) -> float:
+        """Time for a megapixel of the result at the model's scale, measured here on one tile; once for each loaded model.
+
+        Raises:
+            InterruptProcessingException: cancelled by the user.
+        """
+        side = TIMED_TILE // self.pipeline.config.scale
+        image = torch.linspace(0, 1, side).expand(3, side, side)
+        self.bring_to_device()
+        with self.kernels(), interruptible(self.patcher.model):
+            for _ in range(2):  # the first call prepares kernels
+                start = time.perf_counter()
+                self.pipeline(image, upscale=self.pipeline.config.scale, output_type="pt")
+                seconds = time.perf_counter() - start
+        return seconds * 1e6 / (side * self.pipeline.config.scale) ** 2
 
     @contextmanager
     def kernels(self) -> Iterator[None]:

@@ -6,12 +6,17 @@ import json
 import logging
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
-from qartsr_pipeline.checkpoint_files import CheckpointError, shipped_checkpoints
+from qartsr_pipeline.checkpoint_files import CheckpointError, label_of, shipped_checkpoints
 from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, named_class
 
 KIND = "qartsr"  # the folder below models/, and the key in extra_model_paths.yaml
+
+# Photographs before clean images; few bits, which can hardly be told from full precision, before many; 2 bits last.
+BEST_FIRST = ("photo-w4a4", "photo-w8a8", "photo-fp", "photo-w2a2")
+BEST_FIRST += ("tiny-w4a4", "tiny-w8a8", "tiny-fp", "tiny-w3a3", "tiny-w2a2")
 
 DEPTH = 2  # models/qartsr/name and models/qartsr/owner/name
 
@@ -43,7 +48,7 @@ def model_folder() -> Path:
 
 
 def find_models() -> dict[str, Path]:
-    """Name -> folder of every usable checkpoint: shipped ones by their name, others by their path below the model folder.
+    """Name -> folder of every usable checkpoint: others by their path below the model folder, then shipped ones, best first.
 
     A folder in an earlier path hides one of the same name in a later path, or a shipped one.
     """
@@ -53,7 +58,26 @@ def find_models() -> dict[str, Path]:
     for base in map(Path, folder_paths.get_folder_paths(KIND)):
         for folder in _usable_folders(base, DEPTH):
             found.setdefault(folder.relative_to(base).as_posix(), folder)
-    return dict(sorted({**shipped_checkpoints(), **found}.items()))
+    shipped = {name: found.pop(name, folder) for name, folder in sorted(shipped_checkpoints().items(), key=_recommended)}
+    return {**dict(sorted(found.items())), **shipped}
+
+
+def _recommended(shipped: tuple[str, Path]) -> tuple[int, str]:
+    name, _ = shipped
+    return (BEST_FIRST.index(name) if name in BEST_FIRST else len(BEST_FIRST)), name
+
+
+def label_of_model(folder: Path) -> str:
+    """What a model is for, its bits and its size, such as "real photographs, 4 bits, 4 MB"; "" if its files cannot be read."""
+    try:
+        return _label(folder, (folder / "model_index.json").stat().st_mtime_ns)
+    except (CheckpointError, OSError):
+        return ""
+
+
+@lru_cache(maxsize=256)
+def _label(folder: Path, written: int) -> str:
+    return label_of(folder)
 
 
 def _usable_folders(folder: Path, depth: int) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,46 +13,62 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-LONG_SIDE = 512  # of the preview, in pixels
+LARGEST_PREVIEW = 4 << 20  # pixels; that of a larger result is reduced
+EVERY = 0.4  # seconds between previews, which take time of their own
 
 
 class TileProgress:
     """Callback of the pipeline for one batch of images, which are enlarged one after another: shows a bar that counts
-    tiles, and a small image of what is finished so far.
+    tiles, and an image of what is finished so far. It has the result's size, because ComfyUI writes its size below it.
 
     Args:
         count: of images in the batch.
+        size: (height, width) of the results.
+
+    Attributes:
+        tiles: of the last image: how many, and (height, width) of the largest, both without padding.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, size: tuple[int, int]):
         from comfy.utils import ProgressBar
 
         self.bar, self.count, self.index = ProgressBar(count), count, 0
+        reduced = min(1.0, (LARGEST_PREVIEW / (size[0] * size[1])) ** 0.5)
+        self.size = max(1, round(size[1] * reduced)), max(1, round(size[0] * reduced))
         self.canvas = PIL.Image.new("RGB", (1, 1))  # replaced by `start_image`
+        self.shown = -math.inf
+        self.tiles = (1, size)
 
     def start_image(self, index: int, image: torch.Tensor) -> None:
         """Begins the image of this number; `image`, (C, H, W) in [0, 1], is shown where nothing is finished yet."""
         self.index = index
         low = image[:3].expand(3, -1, -1)
-        scale = LONG_SIDE / max(low.shape[-2:])
-        size = tuple(max(1, round(side * scale)) for side in (low.shape[-1], low.shape[-2]))
-        self.canvas = _to_pil(low).resize(size, PIL.Image.BICUBIC)
+        self.canvas = _to_pil(low).resize(self.size, PIL.Image.Resampling.BICUBIC)
         self.original_size = low.shape[-2:]
 
     def __call__(self, pipeline: Any, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Raises ComfyUI's InterruptProcessingException if the user has cancelled."""
-        tile, _ = pipeline.current_tile
+        tile, grid = pipeline.current_tile
         height, width = (side * pipeline.config.scale for side in self.original_size)
+        self.tiles = (len(grid), (min(grid.tile_height, height), min(grid.tile_width, width)))
         bottom, right = min(tile.top + tile.height, height), min(tile.left + tile.width, width)  # the rest is padding
         if bottom > tile.top and right > tile.left:
             across, down = self.canvas.width / width, self.canvas.height / height
             left, top = round(tile.left * across), round(tile.top * down)
             size = max(1, round(right * across) - left), max(1, round(bottom * down) - top)
             part = _to_pil(tensors["image"][0, :, : bottom - tile.top, : right - tile.left])
-            self.canvas.paste(part.resize(size, PIL.Image.BOX), (left, top))
+            self.canvas.paste(part.resize(size, PIL.Image.Resampling.BICUBIC), (left, top))
         done, steps = self.index * pipeline.num_timesteps + step + 1, self.count * pipeline.num_timesteps
-        self.bar.update_absolute(done, steps, ("JPEG", self.canvas.copy(), LONG_SIDE))
+        self.bar.update_absolute(done, steps, self._preview(last=done == steps))
         return tensors
+
+    def _preview(self, last: bool) -> tuple[str, PIL.Image.Image, None] | None:
+        """The canvas as ComfyUI takes it, with its own size (None), unless one was shown a moment ago."""
+        now = time.monotonic()
+        if not last and now - self.shown < EVERY:
+            return None
+        self.shown = now
+        return ("JPEG", self.canvas.copy(), None)
 
 
 def _to_pil(image: torch.Tensor) -> PIL.Image.Image:

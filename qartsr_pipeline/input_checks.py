@@ -88,6 +88,7 @@ class CallArguments:
     callback_on_step_end: Callable[..., Any] | None = None
     callback_on_step_end_tensor_inputs: Iterable[str] | None = ("image",)
     keep_hidden_colors: bool = False
+    fidelity: float = 0.0
 
     def checked(self, multiple: int, tensors: list[str]) -> CallArguments:
         """The same with plain Python values.
@@ -118,6 +119,7 @@ class CallArguments:
             tile_overlap=overlap,
             sample_posterior=bool(self.sample_posterior),
             keep_hidden_colors=bool(self.keep_hidden_colors),
+            fidelity=_share("fidelity", self.fidelity),
             callback_on_step_end_tensor_inputs=_names(self.callback_on_step_end_tensor_inputs, tensors),
         )
 
@@ -133,6 +135,15 @@ def check_upscale(upscale: object) -> float:
             "call the pipeline on its own result."
         )
     return int(number) if isinstance(upscale, numbers.Integral) else float(number)
+
+
+def _share(name: str, value: object) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number, but is {_shown(value)} ({type(value).__name__}).")
+    number: Any = value
+    if not 0 <= number <= 1:  # NaN is in no range
+        raise ValueError(f"`{name}` must be from 0 to 1, but is {_shown(value)}.")
+    return float(number)
 
 
 def _tiles(tile_size: object, tile_overlap: object, multiple: int) -> tuple[int | None, int | None]:

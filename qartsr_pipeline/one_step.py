@@ -88,6 +88,7 @@ class Settings:
         decode: False to stop at z_H.
         share_statistics: all tiles of an image are normalized alike.
         interrupted: asked before every pass of the network; once it is True, nothing more is computed.
+        fidelity: share of the enlarged input in the result, 0 to 1.
     """
 
     scale: int
@@ -98,6 +99,7 @@ class Settings:
     generator: torch.Generator | None
     share_statistics: bool = True
     interrupted: Callable[[], bool] = lambda: False
+    fidelity: float = 0.0
 
 
 def upscale_image(
@@ -120,9 +122,12 @@ def run_network(
 
 
 def finish(image: ImageTensors, enlarged: torch.Tensor, result: torch.Tensor, settings: Settings) -> ImageTensors:
-    """Colour alignment of `result` to `enlarged`, both (1, 3, sH, sW); resampling to the size asked for; alpha."""
+    """Colour alignment of `result` to `enlarged`, both (1, 3, sH, sW); the blend; resampling to the size asked for; alpha."""
     size = enlarged_size((image.height, image.width), settings.upscale)
-    rgb = resize(align_color(result, enlarged, settings.color_fix), size)
+    aligned = align_color(result, enlarged, settings.color_fix)
+    if settings.fidelity:
+        aligned = torch.lerp(aligned, enlarged, settings.fidelity, out=None if aligned is result else aligned)
+    rgb = resize(aligned, size)
     rgb = rgb.clamp(0, 1) if rgb is result else rgb.clamp_(0, 1)  # the result may be a tile that a callback has kept
     if image.colourless:
         rgb = to_grey(rgb).expand(-1, 3, -1, -1)

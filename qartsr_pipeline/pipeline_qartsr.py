@@ -149,6 +149,7 @@ class QArtSRPipeline(CheckpointPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["image"],  # noqa: B006 - diffusers' signature
         prompt: str | None = None,
         keep_hidden_colors: bool = False,
+        fidelity: float = 0.0,
     ) -> QArtSRPipelineOutput | tuple:
         """Enlarges images.
 
@@ -181,6 +182,7 @@ class QArtSRPipeline(CheckpointPipeline):
                 the stored embedding.
             keep_hidden_colors: enlarge colours under alpha 0 as they are, for textures whose alpha is gloss or a mask. False:
                 they become those of their visible neighbours, so that they do not bleed into them.
+            fidelity: share of the bicubic enlargement in the result, 0 to 1: less invented detail, and softer. Not for latents.
 
         Returns:
             `QArtSRPipelineOutput`, or a tuple with `images` as its only element.
@@ -203,6 +205,7 @@ class QArtSRPipeline(CheckpointPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             keep_hidden_colors=keep_hidden_colors,
+            fidelity=fidelity,
         )
         check_prompt(prompt, self.unet, self.text_encoder, self.tokenizer)
         with alone_where_needed(part for part in self.components.values() if isinstance(part, torch.nn.Module)) as turn:
@@ -230,6 +233,7 @@ class QArtSRPipeline(CheckpointPipeline):
                 arguments.generator,
                 self.share_tile_statistics,
                 lambda: call.interrupted,
+                arguments.fidelity,
             )
             network = self.network(prompt)
             each = zip(inputs, plans, strict=True)

@@ -41,6 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--tile-overlap", type=int, metavar="N", help="default: a quarter of the tile, at most 128")
     parser.add_argument("--color-fix", choices=("wavelet", "adain", "none"), help="default: wavelet; of video models adain")
     parser.add_argument(
+        "--fidelity", type=float, default=0.0, metavar="SHARE", help="of the resampled input in the result, 0 to 1; default: 0"
+    )
+    parser.add_argument(
         "--keep-hidden-colors",
         action="store_true",
         help="enlarge colours under transparency as they are, for textures; default: they become those of visible neighbours",
@@ -123,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
             options.tile_overlap,
             None if options.color_fix == "none" else options.color_fix or "wavelet",
             options.keep_hidden_colors,
+            options.fidelity,
         )
         counts = upscale_images(pipeline, pending, model_options, output, processes, options.debug)
     counts = sum(processes.gather(counts), Counts(0, plan.skipped, len(plan.refusals), tuple(plan.refusals)))

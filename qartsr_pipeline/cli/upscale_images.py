@@ -34,6 +34,7 @@ class ModelOptions:
     tile_overlap: int | None = None
     color_fix: str | None = "wavelet"
     keep_hidden_colors: bool = False
+    fidelity: float = 0.0
 
 
 def load_pipeline(folder: Path, device: str, dtype: str, processes: Processes, kind: type[P]) -> P:

@@ -28,6 +28,7 @@ class Comfy:
         progress: (value, total, preview) of every step that was shown; "prepared" has those before a training's first step.
         cancel_at: how often the nodes may look for a cancel before there is one.
         cancel_at_step: the step that is cancelled when it is shown.
+        handlers: functions that ComfyUI calls with each graph that it is given.
     """
 
     def __init__(self):
@@ -36,6 +37,7 @@ class Comfy:
         self.prepared: list[tuple] = []
         self.cancel_at: int | None = None
         self.cancel_at_step: int | None = None
+        self.handlers: list = []
         self.looked = 0
         self._told: int | None = None
 
@@ -94,7 +96,11 @@ def comfy(monkeypatch, tmp_path):
         },
         "comfy_execution": {},
         "comfy_execution.utils": {"get_executing_context": lambda: SimpleNamespace(node_id="7")},
-        "server": {"PromptServer": SimpleNamespace(instance=SimpleNamespace(send_progress_text=say))},
+        "server": {
+            "PromptServer": SimpleNamespace(
+                instance=SimpleNamespace(send_progress_text=say, add_on_prompt_handler=state.handlers.append)
+            )
+        },
         "folder_paths": {"models_dir": str(tmp_path / "models"), "folder_names_and_paths": {}},
     }
     for name, content in modules.items():
@@ -106,6 +112,8 @@ def comfy(monkeypatch, tmp_path):
     paths = sys.modules["folder_paths"]
     paths.get_folder_paths = lambda kind: paths.folder_names_and_paths[kind][0]
     paths.get_input_directory = lambda: str(tmp_path / "input")
+    paths.get_temp_directory = lambda: str(tmp_path / "temp")
+    paths.get_user_directory = lambda: str(tmp_path / "user")
     for name in [name for name in sys.modules if name.startswith("comfy_nodes.")]:
         monkeypatch.delitem(sys.modules, name)
     importlib.import_module("comfy_nodes.model_folders").register_model_folder()

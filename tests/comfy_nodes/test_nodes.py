@@ -105,10 +105,17 @@ def test_nodes_of_others_take_the_model(nodes, comfy, tiny_folder):
     assert type(raised.value).__name__ == "InterruptProcessingException"
 
 
-def test_the_default_model_is_that_of_the_command_line(nodes):
+def test_the_list_of_models_has_own_ones_first_and_says_what_each_is_for(nodes, comfy, tiny_folder):
+    import folder_paths
+
+    shutil.copytree(tiny_folder, Path(folder_paths.models_dir) / "qartsr" / "zebra")
     model = nodes["QArtSRLoadModel"].define_schema().inputs[0]
     assert model.id == "model" and model.default == DEFAULT_CHECKPOINT
-    assert all(f"\n{name}: {label}" in model.tooltip for name, label in shipped_labels().items())
+    assert model.options[:3] == ["zebra", DEFAULT_CHECKPOINT, "photo-w8a8"] and set(model.options[1:]) == set(shipped_labels())
+    labels = model.extra_dict["qartsr_labels"]
+    assert labels == {"zebra": labels["zebra"], **shipped_labels()} and labels["zebra"].startswith("full precision")
+    (Path(folder_paths.models_dir) / "qartsr" / "zebra" / "unet" / "config.json").write_text("{")
+    assert "zebra" in nodes["QArtSRLoadModel"].define_schema().inputs[0].options
 
 
 def test_a_schema_that_comfyui_would_refuse_is_refused_here():
@@ -149,13 +156,20 @@ def test_models_are_found_in_every_path_and_other_folders_are_not(comfy, tiny_fo
         folder_of("mine")
 
 
-def test_values_that_are_not_in_the_list_are_refused(nodes):
-    load = nodes["QArtSRLoadModel"].validate_inputs
-    assert load(model="tiny-w4a4", hub_id="", backend="auto", dtype="auto") is True
-    assert load(model="gone", hub_id="owner/name", backend="auto", dtype="auto") is True
-    assert "gone" in load(model="gone", hub_id="", backend="auto", dtype="auto")
-    assert "'no-such'" in load(model="tiny-w4a4", hub_id="", backend="no-such", dtype="auto")
-    assert "'int5'" in load(model="tiny-w4a4", hub_id="", backend="auto", dtype="int5")
+def test_values_that_are_not_in_the_list_are_refused(nodes, comfy):
+    """Before the run where a single input of the node is checked, because ComfyUI repeats the message for each of them."""
+    load = nodes["QArtSRLoadModel"]
+    assert load.validate_inputs(model="tiny-w4a4") is True and "'gone' any more" in load.validate_inputs(model="gone")
+    inputs = {"model": "gone", "hub_id": "", "backend": "auto", "dtype": "auto"}
+    (remember,) = comfy.handlers
+    for hub_id, said in (("owner/name", True), (["3", 0], True), (" ", "any more")):
+        request = {"prompt": {"2": {"class_type": "QArtSRLoadModel", "inputs": inputs | {"hub_id": hub_id}}, "3": None}}
+        assert remember(request) is request
+        answer = load.validate_inputs(model="gone")
+        assert answer is True if said is True else said in answer
+    for name, value in (("backend", "no-such"), ("dtype", "int5"), ("model", "gone")):
+        with pytest.raises(ValueError, match=f"'{value}'"):
+            load.execute(**inputs | {"model": "tiny-w4a4", name: value})
     assert "'x'" in nodes["QArtSRUpscale"].validate_inputs(color_fix="x")
 
 
@@ -163,7 +177,6 @@ def test_connected_and_missing_inputs_are_not_judged_before_they_are_known(nodes
     for node in nodes.values():
         if "validate_inputs" in vars(node):
             assert node.validate_inputs() is True, node
-    assert nodes["QArtSRLoadModel"].validate_inputs(model=None, hub_id=None, backend=None, dtype=None) is True
     assert nodes["QArtSRLoadModel"].fingerprint_inputs(model=None, hub_id=None, backend="auto", dtype="auto") is None
 
 
@@ -193,7 +206,7 @@ def test_the_output_is_the_pipelines_image_by_image(nodes, model, comfy, tiny_fo
     assert not transparency[0].any()
     values, totals, previews = zip(*comfy.progress, strict=True)
     assert list(values) == list(range(1, totals[0] + 1)) and set(totals) == {len(values)}
-    assert previews[-1][1].size == (307, 512)
+    assert previews[0][1].size == previews[-1][1].size == (60, 100), "ComfyUI writes the preview's size below it"
 
 
 def test_long_side_and_one_pixel(nodes, model):
@@ -218,7 +231,7 @@ def test_bad_input_is_explained(nodes, model):
     image = torch.rand(3, 16, 16, 3)
     with pytest.raises(ValueError, match="2 masks for 3 images"):
         upscale(nodes, model, image, torch.zeros(2, 16, 16))
-    with pytest.raises(ValueError, match="choose long_side from 16 to 128"):
+    with pytest.raises(ValueError, match="is not possible: choose long_side up to 128"):
         upscale(nodes, model, image, long_side=4000)
     with pytest.raises(MemoryError, match="smaller scale"):
         upscale(nodes, model, torch.zeros(1).expand(1, 200_000, 200_000, 3))
@@ -258,7 +271,7 @@ def test_the_draw_is_the_same_after_memory_ran_out(nodes, model, monkeypatch):
         return result
 
     monkeypatch.setattr(QArtSRPipeline, "__call__", full_once)
-    monkeypatch.setattr("comfy_nodes.upscale.automatic_tile", lambda *_: 1024)
+    monkeypatch.setattr("comfy_nodes.upscale_batch.automatic_tile", lambda *_: 1024)
     assert torch.equal(upscale(nodes, model, image, sample_posterior=True, seed=3)[0], expected)
 
 
@@ -278,12 +291,14 @@ def test_weights_that_comfyui_left_in_main_memory_are_moved(model):
     assert {tensor.device.type for tensor in model.patcher.model.parameters()} == {"meta"}
 
 
-def test_the_preview_never_works_on_more_than_it_shows(nodes, model, monkeypatch):
-    sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest))
+def test_the_preview_of_a_large_result_is_reduced_and_not_shown_for_every_tile(nodes, model, comfy, monkeypatch):
+    monkeypatch.setattr("comfy_nodes.progress.LARGEST_PREVIEW", 32 * 32)
+    monkeypatch.setattr("comfy_nodes.progress.EVERY", 3600)
+    upscale(nodes, model, torch.rand(1, 32, 32, 3), tile_size=64)
+    previews = [preview for _, _, preview in comfy.progress]
+    assert len(previews) > 2 and previews[0][1].size == previews[-1][1].size == (32, 32) and set(previews[1:-1]) == {None}
     upscale(nodes, model, torch.rand(1, 1, 1, 3))
     upscale(nodes, model, torch.rand(1, 2, 90, 3), tile_size=128)
-    assert max(max(size) for size in sizes) <= 512
 
 
 def test_model_info_says_where_it_runs(nodes, comfy):
@@ -293,6 +308,9 @@ def test_model_info_says_where_it_runs(nodes, comfy):
     output = nodes["QArtSRModelInfo"].execute(model=loaded)
     text = output.args[0]
     assert output.ui == {"text": (text,)}
+    assert re.match(
+        r"tiny-w4a4: clean images, 4 bits, 4 MB, x4, on the CPU, about \S+ s for a megapixel of the result here.\n\n", text
+    )
     assert "conv2d W4A4 x 38: reference" in text and text.endswith("running on: cpu, float32, kernels reference")
 
 
