@@ -38,7 +38,7 @@ class Comparison {
   constructor() {
     this.box = element(null, "div", "display:flex;flex-direction:column;gap:6px;width:100%;height:100%;font:12px sans-serif");
     this.stage = element(this.box, "div",
-      "position:relative;flex:1;min-height:0;overflow:hidden;background:#161616;border-radius:4px;cursor:ew-resize");
+      "position:relative;flex:1;min-height:180px;overflow:hidden;background:#161616;border-radius:4px;cursor:ew-resize");
     const whole = "position:absolute;inset:0;width:100%;height:100%;object-fit:contain;pointer-events:none;user-select:none";
     this.before = element(this.stage, "img", whole);
     this.after = element(this.stage, "img", whole);
@@ -94,6 +94,19 @@ class Comparison {
   }
 }
 
+// What was shown while it ran; the frontend leaves it on the node.
+function removePreview(node) {
+  const at = node.widgets?.findIndex((widget) => widget.name === "$$canvas-image-preview") ?? -1;
+  if (at >= 0) {
+    node.widgets[at].onRemove?.();
+    node.widgets.splice(at, 1);
+  }
+  node.imgs = undefined;
+  const stores = document.querySelector("#vue-app")?.__vue_app__?.config?.globalProperties?.$pinia?._s; // Vue nodes keep it there
+  stores?.get("nodeOutput")?.revokePreviewsByExecutionId?.(String(node.id));
+  node.setDirtyCanvas?.(true, true);
+}
+
 function showComparison(node, message) {
   if (!message?.qartsr_pair?.length) return;
   if (!node.qartsrComparison) {
@@ -104,10 +117,12 @@ function showComparison(node, message) {
       getMinHeight: () => HEIGHT,
     });
     widget.serialize = false;
-    node.setSize([Math.max(node.size[0], 400), node.size[1] + HEIGHT + 10]);
+    removePreview(node);
+    node.setSize([node.size[0], node.computeSize()[1] + 10]);
   }
   node.qartsrComparison.fill(message.text ?? [], message.qartsr_pair);
-  node.setDirtyCanvas?.(true, true);
+  removePreview(node);
+  setTimeout(() => removePreview(node), 700); // the last one may be loading
 }
 
 app.registerExtension({
@@ -127,7 +142,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     const variation = find(node, "sample_posterior");
-    if (variation) variation.label ??= "add variation";
+    if (variation && (variation.label ?? variation.name) === variation.name) variation.label = "add variation";
     for (const name of ["size", "long_side", "sample_posterior"]) {
       const widget = find(node, name);
       if (!widget) continue;
