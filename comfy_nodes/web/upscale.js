@@ -6,6 +6,8 @@ const NODE = "QArtSRUpscale";
 const BY_SCALE = "scale, or long_side";
 const HEIGHT = 260; // of slider and line, in pixels, at least
 
+const stores = () => document.querySelector("#vue-app")?.__vue_app__?.config?.globalProperties?.$pinia?._s;
+
 const find = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
 function greyOut(node) {
@@ -102,8 +104,7 @@ function removePreview(node) {
     node.widgets.splice(at, 1);
   }
   node.imgs = undefined;
-  const stores = document.querySelector("#vue-app")?.__vue_app__?.config?.globalProperties?.$pinia?._s; // Vue nodes keep it there
-  stores?.get("nodeOutput")?.revokePreviewsByExecutionId?.(String(node.id));
+  stores()?.get("nodeOutput")?.revokePreviewsByExecutionId?.(String(node.id)); // of Vue nodes
   node.setDirtyCanvas?.(true, true);
 }
 
