@@ -17,7 +17,6 @@ WEB_DIRECTORY = "web"
 async def comfy_entrypoint() -> ComfyExtension:
     """Returns the nodes to ComfyUI. If packages are missing there are none, and one line in the log says what to install."""
     from comfy_api.latest import ComfyExtension, io
-
     from server import PromptServer
 
     from .installation import copy_samples, import_own_package, what_is_missing

@@ -17,7 +17,6 @@ from pathlib import Path
 import comfy_schema
 import pytest
 import torch
-from PIL import Image
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_checkpoints, shipped_labels

@@ -43,7 +43,6 @@ def upscale(nodes, model, image, mask=None, **changes):
 )
 def test_each_way_to_give_a_size(comfy, inputs, size):
     from comfy_nodes.target_size import Sizing
-
     from qartsr_pipeline.image.resize import enlarged_size
 
     assert enlarged_size((30, 50), Sizing(**inputs).factor((30, 50))) == size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +20,7 @@ NAMES = {"clone": "QArtSR", "registry": "qartsr", "link": "comfy_nodes"}
 
 
 class Server:
-    """Context manager: the server runs with the nodes installed one of the ways of `LINKED`, and our sample inputs.
+    """Context manager: the server runs with the nodes installed one of the ways of `LINKED`.
 
     Args:
         hub: address of the Hub that it downloads from; without one it is offline.
@@ -35,7 +34,6 @@ class Server:
         for folder in ("custom_nodes", "input", "output", "models"):
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / self.name).symlink_to(LINKED[way])
-        shutil.copytree(INPUTS, base / "input", dirs_exist_ok=True)
 
     def __enter__(self) -> Server:
         with socket.socket() as probe:
