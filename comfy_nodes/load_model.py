@@ -197,7 +197,8 @@ def describe(model: ManagedModel) -> str:
     lines = [
         f"{', '.join(known)}.",
         "",
-        f"timestep {config.timestep}; {packed / 1e6:.2f} MB loaded, {prepared / 1e6:.2f} MB more for the kernels; {fp16 / 1e6:.2f} MB at 16 bits",
+        f"timestep {config.timestep}; {packed / 1e6:.2f} MB loaded, {prepared / 1e6:.2f} MB more for the kernels;"
+        f" {fp16 / 1e6:.2f} MB at 16 bits",
         *(line for report in reports for line in _component(report)),
         f"running on: {model.device}, {dtype}, kernels {model.backend}",
     ]

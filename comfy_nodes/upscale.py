@@ -46,7 +46,8 @@ class QArtSRUpscale(io.ComfyNode):
                     min=0,
                     max=65536,
                     step=1,
-                    tooltip="Pixels of the result's longer side, in place of scale. 0: use scale. Only used while `size` says so.",
+                    tooltip="Pixels of the result's longer side, in place of scale. 0: use scale. Only used while `size` says"
+                    " so.",
                 ),
                 advanced(
                     io.Int.Input(
@@ -66,7 +67,7 @@ class QArtSRUpscale(io.ComfyNode):
                         min=0,
                         max=4096,
                         step=16,
-                        tooltip="How far tiles overlap at least, in the same pixels. 0: automatic, at most a quarter of the tile.",
+                        tooltip="How far tiles overlap at least, in the same pixels. 0: automatic, at most a quarter of a tile.",
                     )
                 ),
                 advanced(
@@ -107,9 +108,9 @@ class QArtSRUpscale(io.ComfyNode):
                     options=list(SIZES),
                     default=BY_SCALE,
                     optional=True,
-                    tooltip=f"What decides the size. {BY_SCALE}: these two inputs, long_side first unless it is 0. x2, x4: as they"
-                    " say. long side, short side: the pixels in `side`. megapixels: as much as there is below. An image that is"
-                    " larger already is reduced, without the model, and the line below says so.",
+                    tooltip=f"What decides the size. {BY_SCALE}: these two inputs, long_side first unless it is 0. x2, x4: always"
+                    " that. long side, short side: the pixels in `side`. megapixels: as many as below. An image that is larger"
+                    " already is reduced, without the model, and the line below says so.",
                 ),
                 io.Int.Input(
                     "side",
