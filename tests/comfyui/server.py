@@ -120,6 +120,8 @@ class Server:
                 if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
                     default = spec[1].get("default") if len(spec) > 1 else None  # of inputs that the workflow is older than
                     inputs[name] = next(widgets, default)
+                    if len(spec) > 1 and spec[1].get("control_after_generate"):
+                        next(widgets, None)  # what the editor does with a seed after a run
             graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
         return graph
 
