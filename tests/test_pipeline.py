@@ -107,6 +107,29 @@ def test_color_fix_brings_the_tone_back(tiny_pipeline, color_fix):
     assert np.abs(aligned.mean((0, 1)) - flat[0, 0]).max() < 0.01 < np.abs(raw.mean((0, 1)) - flat[0, 0]).max()
 
 
+@pytest.mark.parametrize("color_fix", ["wavelet", None])
+def test_fidelity_is_the_share_of_the_plain_enlargement(tiny_pipeline, color_fix):
+    kept = []
+
+    def call(**arguments):
+        arguments |= {"callback_on_step_end": lambda pipe, step, timestep, tensors: kept.append(tensors["image"])}
+        return tiny_pipeline(photo(), output_type="pt", color_fix=color_fix, upscale=4, **arguments).images
+
+    plain = torch.nn.functional.interpolate(
+        torch.from_numpy(PHOTO).permute(2, 0, 1)[None] / 255, size=(84, 136), mode="bicubic", antialias=True
+    )
+    assert torch.equal(call(fidelity=0), call())
+    torch.testing.assert_close(call(fidelity=1), plain.clamp(0, 1))
+    assert 0.2 < float((call(fidelity=np.float32(0.5)) - plain).abs().mean() / (call() - plain).abs().mean()) < 0.8
+    assert all(torch.equal(tile, kept[0]) for tile in kept), "a tile that a callback keeps stays the network's"
+
+
+@pytest.mark.parametrize("fidelity", [-0.1, 1.5, float("nan"), True, "0.5", None])
+def test_a_fidelity_that_is_no_share_is_refused(tiny_pipeline, fidelity):
+    with pytest.raises((TypeError, ValueError), match="`fidelity` must be"):
+        tiny_pipeline(photo(), fidelity=fidelity)
+
+
 def test_the_callback_sees_every_tile_and_may_replace_it(tiny_pipeline):
     seen = []
 
