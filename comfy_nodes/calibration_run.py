@@ -7,8 +7,10 @@ that begin with a dot are never listed as models, and a restart of ComfyUI leave
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from .model_folders import model_folder, typed_path
 from .progress import interruptible_unless
 
 RUNS = ".runs"
+SAY_EVERY = 1.0  # seconds between lines on the node
 SHOWN = "pictures-1.png"  # the first comparison of the report
 
 
@@ -157,8 +160,8 @@ def move_out(working: Path, target: Path) -> Made:
 
 
 class StepProgress:
-    """Shows on the node how far a run is: the parts of its preparation one after another, said below the node's inputs, then its
-    steps. A cancel during the steps stops the run after the step, so that it is saved.
+    """Shows on the node how far a run is: the parts of its preparation one after another, then its steps, each with the time
+    that is left, said below the node's inputs. A cancel during the steps stops the run after the step, so that it is saved.
     """
 
     def __init__(self) -> None:
@@ -166,24 +169,43 @@ class StepProgress:
 
         self.bar, self.training = ProgressBar(1), False
         self.cancelled: Exception | None = None
+        self._part, self._begun, self._first = "", 0.0, 0  # what runs now, since when, and how much was done by then
+        self._said = -math.inf
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Raises InterruptProcessingException once the user cancels."""
-        say_on_node(f"{what}: {done} of {total}")
+        self._say(what, done, total)
         self.bar.update_absolute(done, total)
 
     def stepped(self, step: int, steps: int, loss: float) -> bool:
         """True once the user cancels."""
         from comfy.model_management import InterruptProcessingException
 
-        if not self.training:
-            say_on_node("train")
+        self._say("train", step, steps)
         self.training = step < steps
         try:
             self.bar.update_absolute(step, steps)
         except InterruptProcessingException as cancelled:
             self.cancelled = cancelled
         return self.cancelled is not None
+
+    def _say(self, part: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if part != self._part:
+            self._part, self._begun, self._first, self._said = part, now, done, -math.inf
+        if now - self._said < SAY_EVERY and done < total:
+            return
+        self._said = now
+        made = done - self._first
+        left = (now - self._begun) / made * (total - done) if made else 0.0
+        say_on_node(f"{part}: {done} of {total}{f', about {duration(left)} left' if left >= 1 else ''}")
+
+
+def duration(seconds: float) -> str:
+    """Such as "40 s", "12 min" or "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def say_on_node(text: str) -> None:

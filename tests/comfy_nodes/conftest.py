@@ -60,7 +60,7 @@ def comfy(monkeypatch, tmp_path):
 
         def update_absolute(self, value, total=None, preview=None):
             state.throw_if_cancelled()
-            preparing = state.said[-1:] not in ([], ["train"])
+            preparing = bool(state.said) and not state.said[-1].startswith("train: ")
             if value == state.cancel_at_step and not preparing:
                 raise InterruptProcessingException
             (state.prepared if preparing else state.progress).append((value, total, preview))

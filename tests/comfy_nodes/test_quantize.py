@@ -80,9 +80,9 @@ def test_a_run_makes_a_folder_that_loads_and_shows_the_comparison(nodes, comfy, 
     assert comparison.shape[0] == 1 and comparison.shape[3] == 3 and 0 <= comparison.min() < comparison.max() <= 1
     assert output.ui["images"] is comparison and str(models / "mine") in text
     assert comfy.progress == [(step, STEPS, None) for step in range(1, STEPS + 1)]
-    assert comfy.said[:2] == ["observe: 0 of 1", "observe: 1 of 1"] and comfy.said[-1] == "train"
+    assert comfy.said[:2] == ["observe: 0 of 1", "observe: 1 of 1"] and comfy.said[-1].startswith(f"train: {STEPS} of {STEPS}")
     assert {line.partition(":")[0] for line in comfy.said} == {"observe", "set layers", "train"}
-    assert len(comfy.prepared) == len(comfy.said) - 1
+    assert len(comfy.prepared) > 3
     loaded = load_model("mine", find_models()["mine"], "auto", "auto").pipeline
     assert loaded.vae.encoder.mid_block.resnets[0].conv1.spec.weight_bits == 3
     record = json.loads((models / "mine" / "quantization.json").read_text())
@@ -119,6 +119,25 @@ def test_a_cancelled_run_goes_on_to_the_same_checkpoint(nodes, comfy, models):
     one, other = weights(models / "straight"), weights(models / "mine")
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[file][name]) for file in one for name, tensor in one[file].items())
+
+
+def test_the_time_left_is_said_at_most_once_a_second(comfy, monkeypatch):
+    from comfy_nodes.calibration_run import StepProgress, duration
+
+    clock = [0.0]
+    monkeypatch.setattr("comfy_nodes.calibration_run.time.monotonic", lambda: clock[0])
+    progress = StepProgress()
+    for done, now in ((0, 0.0), (1, 0.5), (2, 40.0), (4, 60.0)):
+        clock[0] = now
+        progress.preparing("set layers", done, 4)
+    for step, now in ((1, 61.0), (2, 61.5), (3, 65.0)):
+        clock[0] = now
+        progress.stepped(step, 1000, 0.0)
+    assert comfy.said == [
+        *("set layers: 0 of 4", "set layers: 2 of 4, about 40 s left", "set layers: 4 of 4"),
+        *("train: 1 of 1000", "train: 3 of 1000, about 33 min left"),
+    ]
+    assert [duration(seconds) for seconds in (5.2, 99, 150, 9000)] == ["5 s", "99 s", "2 min", "2.5 h"]
 
 
 def test_what_cannot_be_made_is_explained_before_anything_runs(nodes, models, tmp_path, monkeypatch):
