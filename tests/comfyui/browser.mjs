@@ -38,16 +38,28 @@ try {
   for (let waited = 0; report.run === null && waited < 240; waited++) await page.waitForTimeout(500)
   await page.waitForTimeout(1000)
   await page.screenshot({ path: screenshot })
+  // What our files in web/ make of the nodes: the line after a run, inputs without effect, the label in the list of models.
+  report.upscaled = await page.evaluate(() => window.app.graph.nodes.filter((n) => n.type === 'QArtSRUpscale').map((n) => ({
+    line: n.qartsrComparison?.line.textContent,
+    shown: [n.qartsrComparison?.before, n.qartsrComparison?.after].every((image) => image?.naturalWidth > 0),
+    grey: n.widgets.filter((w) => w.disabled).map((w) => w.name),
+  })))
+  report.labels = await page.evaluate(() => window.app.graph.nodes.filter((n) => n.type === 'QArtSRLoadModel').map((n) =>
+    n.widgets[0].options.getOptionLabel(n.widgets[0].value)))
 
   const types = () => page.evaluate(() => window.app.graph.nodes.map((n) => n.type))
-  const before = await types()
-  await page.mouse.dblclick(700, 850)
-  await page.waitForTimeout(1000)
-  await page.keyboard.type(search, { delay: 20 })
-  await page.waitForTimeout(1000)
-  await page.keyboard.press('Enter')
-  await page.waitForTimeout(1000)
-  report.added = (await types()).slice(before.length)
+  report.added = []
+  for (const typed of [search, 'QArtSR']) {
+    const before = await types()
+    await page.mouse.dblclick(700, 850)
+    await page.waitForTimeout(1000)
+    await page.keyboard.type(typed, { delay: 20 })
+    await page.waitForTimeout(1000)
+    await page.keyboard.press('Enter')
+    await page.waitForTimeout(1000)
+    report.added.push(...(await types()).slice(before.length))
+    await page.keyboard.press('Escape')
+  }
 } finally {
   await browser.close()
 }

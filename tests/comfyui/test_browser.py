@@ -29,7 +29,9 @@ def server(tmp_path_factory, request):
         yield running
 
 
-@pytest.mark.parametrize("name", ["QArtSR simple upscale", "QArtSR compare precisions", "QArtSR batch folder"])
+@pytest.mark.parametrize(
+    "name", ["QArtSR simple upscale", "QArtSR compare precisions", "QArtSR batch folder", "QArtSR core upscale node"]
+)
 def test_a_template_loads_runs_and_takes_another_node(server, name):
     """The screenshot is kept in COMFYUI_SCREENSHOTS, if that is set, for a person to look at."""
     kept = Path(os.environ.get("COMFYUI_SCREENSHOTS", server.base)) / f"{name}, {Path(server.frontend or 'pinned').name}.png"
@@ -38,5 +40,10 @@ def test_a_template_loads_runs_and_takes_another_node(server, name):
     done = subprocess.run(["node", script, *map(str, arguments)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report == {"errors": [], "run": "execution_success", "missing": [], "added": ["QArtSRModelInfo"]}, server.log[-3000:]
+    upscaled, labels = report.pop("upscaled"), report.pop("labels")
+    added = ["QArtSRModelInfo", "QArtSRUpscale"]
+    assert report == {"errors": [], "run": "execution_success", "missing": [], "added": added}, server.log[-3000:]
+    for node in upscaled:
+        assert " 1 tile, " in node["line"] and node["shown"] and node["grey"] == ["seed", "side", "megapixels"]
+    assert all(label.endswith(" MB") for label in labels)
     assert kept.stat().st_size > 10_000
