@@ -132,3 +132,11 @@ def nodes(comfy):
         schema.validate()
         found[schema.node_id] = node
     return found
+
+
+@pytest.fixture
+def model(comfy, tiny_folder):
+    """A loaded model with a few thousand random weights."""
+    from comfy_nodes.managed_model import load_model
+
+    return load_model("tiny", tiny_folder, "auto", "auto")

@@ -18,7 +18,6 @@ import comfy_schema
 import pytest
 import torch
 
-from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT, shipped_checkpoints, shipped_labels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,19 +29,6 @@ IDS = [
     "QArtSRImport",
     "QArtSRLoadFolder",
 ]  # only ever added to: they stand in users' workflows
-
-
-@pytest.fixture
-def model(comfy, tiny_folder):
-    from comfy_nodes.managed_model import load_model
-
-    return load_model("tiny", tiny_folder, "auto", "auto")
-
-
-def upscale(nodes, model, image, mask=None, **changes):
-    options = {"scale": 4.0, "long_side": 0, "tile_size": 0, "tile_overlap": 0, "color_fix": "wavelet"}
-    options |= {"sample_posterior": False, "seed": 0} | changes
-    return nodes["QArtSRUpscale"].execute(model=model, image=image, mask=mask, **options).args
 
 
 def test_every_node_has_its_id_tooltips_and_a_help_page(nodes):
@@ -70,38 +56,6 @@ def test_search_finds_upscale_by_what_people_call_it(nodes, monkeypatch):
     older = [(field.name, field.type, field) for field in fields(comfy_schema.Schema) if field.name != "search_aliases"]
     monkeypatch.setattr(comfy_schema.io, "Schema", make_dataclass("Schema", older))
     assert node.define_schema().node_id == "QArtSRUpscale"
-
-
-def test_nodes_of_others_take_the_model(nodes, comfy, tiny_folder):
-    """As core's Upscale Image (using Model) does: bytes, device, a call for each tile, and `cpu` at the end."""
-    import folder_paths
-
-    shutil.copytree(tiny_folder, Path(folder_paths.models_dir) / "qartsr" / "base")
-    node = nodes["QArtSRLoadModel"]
-    assert [output.io_type for output in node.define_schema().outputs] == ["QARTSR_MODEL", "UPSCALE_MODEL"]
-    loaded, upscale_model = node.execute(model="base", hub_id="", backend="auto", dtype="auto").args
-    assert sum(tensor.numel() for tensor in upscale_model.model.state_dict().values()) > 1000 and upscale_model.scale == 4
-    image = torch.rand(2, 12, 10, 3)
-    upscale_model.to(torch.device("cpu"))
-    result = upscale_model(image.movedim(-1, -3))
-    assert torch.equal(result.movedim(-3, -1), upscale(nodes, loaded, image)[0])
-    grey, clear = torch.rand(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
-    rgb = grey.expand(1, 3, 8, 8)
-    assert (
-        torch.equal(upscale_model(grey), upscale_model(torch.cat([rgb, clear], 1)))
-        and upscale_model(grey.half()).dtype == torch.half
-    )
-    # newer versions of core, and nodes of others
-    assert upscale_model.patcher is loaded.patcher and upscale_model.device == upscale_model.patcher.load_device
-    assert upscale_model.cpu() is upscale_model.eval() is upscale_model.to(dtype=torch.half) is upscale_model
-    assert not upscale_model.supports_half and upscale_model.input_channels == upscale_model.output_channels == 3
-    dtypes = [tensor.dtype for tensor in upscale_model.model.state_dict().values()]
-    upscale_model.model.to(torch.device("cpu"), torch.half).half()  # would round the scales of quantized layers
-    assert dtypes == [tensor.dtype for tensor in upscale_model.model.state_dict().values()]
-    comfy.cancel_at = comfy.looked
-    with pytest.raises(Exception) as raised:
-        upscale_model(rgb)
-    assert type(raised.value).__name__ == "InterruptProcessingException"
 
 
 def test_the_list_of_models_has_own_ones_first_and_says_what_each_is_for(nodes, comfy, tiny_folder):
@@ -190,114 +144,11 @@ def test_a_checkpoint_that_was_deleted_is_made_again(nodes, tmp_path):
     assert nodes["QArtSRImport"].fingerprint_inputs(name="mine", scale=4) != before
 
 
-def test_the_output_is_the_pipelines_image_by_image(nodes, model, comfy, tiny_folder):
-    images = torch.rand(2, 40, 24, 3)
-    mask = torch.zeros(2, 40, 24)
-    mask[1, :20] = 1
-    result, transparency = upscale(nodes, model, images, mask, scale=2.5, tile_size=64, sample_posterior=True, seed=7)
-    assert result.shape == (2, 100, 60, 3) and transparency.shape == (2, 100, 60)
-    pipe = QArtSRPipeline.from_pretrained(tiny_folder)
-    images = [images[0].permute(2, 0, 1), torch.cat([images[1].permute(2, 0, 1), 1 - mask[1:2]])]
-    options = {"upscale": 2.5, "tile_size": 64, "sample_posterior": True, "generator": torch.Generator().manual_seed(7)}
-    expected = pipe(images, output_type="pt", **options).images
-    torch.testing.assert_close(result, torch.stack([one[:3].permute(1, 2, 0) for one in expected]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(transparency[1], 1 - expected[1][3])
-    assert not transparency[0].any()
-    values, totals, previews = zip(*comfy.progress, strict=True)
-    assert list(values) == list(range(1, totals[0] + 1)) and set(totals) == {len(values)}
-    assert previews[0][1].size == previews[-1][1].size == (60, 100), "ComfyUI writes the preview's size below it"
-
-
-def test_long_side_and_one_pixel(nodes, model):
-    assert upscale(nodes, model, torch.rand(1, 30, 50, 3), long_side=173)[0].shape == (1, 104, 173, 3)
-    assert upscale(nodes, model, torch.rand(1, 1, 1, 3))[0].shape == (1, 4, 4, 3)
-
-
-def test_cancel_stops_between_layers_and_leaves_nothing(nodes, model, comfy):
-    image = torch.rand(1, 32, 32, 3)
-    before = upscale(nodes, model, image)[0]
-    comfy.cancel_at = comfy.looked + 20
-    with pytest.raises(Exception) as raised:
-        upscale(nodes, model, image)
-    assert type(raised.value).__name__ == "InterruptProcessingException"
-    assert comfy.looked == comfy.cancel_at + 1
-    comfy.cancel_at = None
-    assert not any(module._forward_pre_hooks for module in model.patcher.model.modules())
-    assert torch.equal(upscale(nodes, model, image)[0], before)
-
-
-def test_bad_input_is_explained(nodes, model):
-    image = torch.rand(3, 16, 16, 3)
-    with pytest.raises(ValueError, match="2 masks for 3 images"):
-        upscale(nodes, model, image, torch.zeros(2, 16, 16))
-    with pytest.raises(ValueError, match="is not possible: choose long_side up to 128"):
-        upscale(nodes, model, image, long_side=4000)
-    with pytest.raises(MemoryError, match="smaller scale"):
-        upscale(nodes, model, torch.zeros(1).expand(1, 200_000, 200_000, 3))
-    image[1, 3, 3, 0] = float("nan")
-    with pytest.raises(ValueError, match="image 2 of 3: .*NaN"):
-        upscale(nodes, model, image)
-    with pytest.raises(ValueError, match="image has 2 channels"):
-        upscale(nodes, model, image[..., :2])
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-@pytest.mark.parametrize(
-    "automatic, overlap, expected", [(None, 0, [None, 512, 256]), (None, 300, [None, 512]), (256, 0, [None])]
-)
-def test_smaller_tiles_are_tried_when_memory_runs_out(nodes, model, monkeypatch, error, automatic, overlap, expected):
-    tried = []
-
-    def full(self, image, **options):
-        tried.append(options["tile_size"])
-        raise error
-
-    monkeypatch.setattr(QArtSRPipeline, "__call__", full)
-    monkeypatch.setattr("qartsr_pipeline.image.tiles.choose_tile_size", lambda *_: automatic)
-    with pytest.raises(MemoryError, match="smaller tile_size"):
-        upscale(nodes, model, torch.rand(1, 200, 200, 3), tile_overlap=overlap)
-    assert tried == expected
-
-
-def test_the_draw_is_the_same_after_memory_ran_out(nodes, model, monkeypatch):
-    image, call, failures = torch.rand(2, 16, 16, 3), QArtSRPipeline.__call__, [1]
-    expected = upscale(nodes, model, image, sample_posterior=True, seed=3)[0]
-
-    def full_once(self, image, **options):
-        result = call(self, image, **options)
-        if failures:
-            raise torch.OutOfMemoryError(str(failures.pop()))
-        return result
-
-    monkeypatch.setattr(QArtSRPipeline, "__call__", full_once)
-    monkeypatch.setattr("comfy_nodes.upscale_batch.automatic_tile", lambda *_: 1024)
-    assert torch.equal(upscale(nodes, model, image, sample_posterior=True, seed=3)[0], expected)
-
-
-def test_errors_that_are_not_of_memory_are_told_as_they_are(nodes, model, monkeypatch):
-    def broken(self, image, **options):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(QArtSRPipeline, "__call__", broken)
-    with pytest.raises(RuntimeError, match="mat1"):
-        upscale(nodes, model, torch.rand(1, 16, 16, 3))
-
-
 def test_weights_that_comfyui_left_in_main_memory_are_moved(model):
     """As with --novram."""
     model.patcher.load_device = torch.device("meta")
     model.bring_to_device()
     assert {tensor.device.type for tensor in model.patcher.model.parameters()} == {"meta"}
-
-
-def test_the_preview_of_a_large_result_is_reduced_and_not_shown_for_every_tile(nodes, model, comfy, monkeypatch):
-    monkeypatch.setattr("comfy_nodes.progress.LARGEST_PREVIEW", 32 * 32)
-    monkeypatch.setattr("comfy_nodes.progress.EVERY", 3600)
-    upscale(nodes, model, torch.rand(1, 32, 32, 3), tile_size=64)
-    previews = [preview for _, _, preview in comfy.progress]
-    assert len(previews) > 2 and previews[0][1].size == previews[-1][1].size == (32, 32) and set(previews[1:-1]) == {None}
-    upscale(nodes, model, torch.rand(1, 1, 1, 3))
-    upscale(nodes, model, torch.rand(1, 2, 90, 3), tile_size=128)
 
 
 def test_model_info_says_where_it_runs(nodes, comfy):
