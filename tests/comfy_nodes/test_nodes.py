@@ -38,6 +38,26 @@ def test_every_node_has_its_id_tooltips_and_a_help_page(nodes):
         assert (ROOT / "comfy_nodes" / "web" / "docs" / f"{name}.md").is_file()
 
 
+def test_inputs_are_only_ever_appended(nodes):
+    """Workflows store values by position: of required inputs first, then of optional ones."""
+    known = {
+        "QArtSRLoadModel": ["model", "hub_id", "backend", "dtype"],
+        "QArtSRUpscale": ["model", "image", "scale", "long_side", "tile_size", "tile_overlap", "color_fix", "sample_posterior"]
+        + ["seed", "mask", "size", "side", "megapixels", "fidelity"],
+        "QArtSRModelInfo": ["model"],
+        "QArtSRQuantize": ["model", "pictures", "recipe", "bits", "steps", "seed", "name"],
+        "QArtSRImport": ["kind", "base", "checkpoint", "name", "prompt_embedding", "timestep", "scale"],
+        "QArtSRLoadFolder": ["folder", "first", "limit", "as_batch"],
+    }
+    for name, ids in known.items():
+        inputs = nodes[name].define_schema().inputs
+        assert [each.id for each in inputs][: len(ids)] == ids
+        assert [each.optional for each in inputs] == sorted(each.optional for each in inputs)
+    upscale = nodes["QArtSRUpscale"].define_schema().inputs
+    hidden = [each.id for each in upscale if (each.extra_dict or {}).get("advanced")]
+    assert hidden == ["tile_size", "tile_overlap", "color_fix", "sample_posterior", "seed"], "what newer frontends fold away"
+
+
 def test_nodes_take_what_their_schemas_declare(nodes):
     """ComfyUI passes inputs by name: all to `execute`, and to the other two those that they name, or all with `**`."""
     for name, node in nodes.items():
