@@ -6,6 +6,7 @@ that oneDNN adds to the product in place.
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,32 +20,57 @@ from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 BRANCH_OPERATORS = ("mkldnn._linear_pointwise", "mkldnn._convolution_pointwise_")
 
 
-@dataclass(frozen=True)
-class Branch:
-    """Both factors in the dtype computed in; `down` (r, C) has phi in it."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-
-
-def prepare_branch(layer: StoredLayer, dtype: torch.dtype) -> Branch | None:
-    """None at rank 0."""
-    if not layer.spec.rank:
-        return None
-    return Branch((layer.branch_down * layer.smooth).to(dtype), layer.branch_up.to(dtype))
+@cache
+def has_bfloat16() -> bool:
+    """Whether products of bfloat16 are faster than those of float32 here. oneDNN takes them on any processor with AVX512, and
+    computes them many times slower where instructions for them are missing.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    x86 = platform.machine().lower() in X86
+    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the branch is computed in and the product is returned in, for inputs of this dtype; float16 is too slow or absent on
     processors, and so is bfloat16 on older ones.
     """
-    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if dtype == torch.bfloat16 and has_bfloat16() else torch.float32
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Both factors in the dtype computed in; `down` (r, C) has phi in it. Where their product (N, C[, kh, kw]) takes no more
+    multiplications, as in branches of full rank, `up` is this product, and `down` is None.
+    """
+
+    down: torch.Tensor | None
+    up: torch.Tensor
+
+
+def prepare_branch(layer: StoredLayer, dtype: torch.dtype) -> Branch | None:
+    """None at rank 0."""
+    spec = layer.spec
+    if not spec.rank:
+        return None
+    down, up = layer.branch_down * layer.smooth, layer.branch_up
+    inputs, outputs = spec.in_channels, spec.out_channels * spec.taps
+    if inputs * outputs > spec.rank * (inputs + outputs):
+        return Branch(down.to(dtype), _channels_last(up.to(dtype)))
+    product = torch.einsum("nr...,rc->nc...", up.float(), down)
+    return Branch(None, _channels_last(product.to(dtype)))
+
+
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous(memory_format=torch.channels_last if weight.dim() == 4 else torch.contiguous_format)
 
 
 def hidden_rows(rows: torch.Tensor, branch: Branch) -> torch.Tensor:
-    """(rows, C) -> (rows, r), the branch's down-projection. oneDNN's: the BLAS is several times slower for so few outputs."""
-    return torch.ops.mkldnn._linear_pointwise(rows.to(branch.down.dtype), branch.down, None, "none", [], "")
+    """(rows, C) -> (rows, r), the branch's down-projection, or the rows themselves where it has none. oneDNN's: the BLAS is
+    several times slower for so few outputs.
+    """
+    rows = rows.to(branch.up.dtype)
+    return rows if branch.down is None else torch.ops.mkldnn._linear_pointwise(rows, branch.down, None, "none", [], "")
 
 
 def add_branch(y: torch.Tensor, hidden: torch.Tensor, branch: Branch, spec: LayerSpec) -> None:
@@ -160,13 +186,13 @@ class Prepacked:
     branch: Branch | None
 
 
-def _make_prepacked(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
+def _make_prepacked(layer: StoredLayer, dtype: torch.dtype, side: int) -> Prepacked:
     spec, weight = layer.spec, weight_bytes(layer)
     input_scale, input_zero_point = float(layer.input_scale), int(layer.input_zero_point)
     if spec.kind == "conv2d":
-        weight = torch.ops.onednn.qconv_prepack(
-            weight, layer.weight_scale, input_scale, input_zero_point, spec.stride, spec.padding, (1, 1), 1, None
-        )
+        shape = (1, spec.in_channels, *(max(side, kernel) for kernel in spec.kernel_size))
+        quantizer, geometry = (input_scale, input_zero_point), (spec.stride, spec.padding, (1, 1), 1)
+        weight = torch.ops.onednn.qconv_prepack(weight, layer.weight_scale, *quantizer, *geometry, shape)
     else:
         weight = torch.ops.onednn.qlinear_prepack(weight, None)
     return Prepacked(
@@ -180,9 +206,15 @@ def _make_prepacked(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
     )
 
 
-def _prepacked(layer: StoredLayer, dtype: torch.dtype) -> Prepacked:
-    computed = compute_dtype(dtype)
-    return layer.prepared.get(layer, ("onednn", computed), lambda stored: _make_prepacked(stored, computed))
+SMALL_MAP, LARGE_MAP = 8, 16  # sides of the maps that weights are laid out for
+
+
+def _prepacked(layer: StoredLayer, dtype: torch.dtype, small: bool = False) -> Prepacked:
+    """For inputs of this dtype. The layout that oneDNN wants of a convolution's weights differs between small and other maps, of
+    which it is told by an example; weights in another one it lays out anew in every call.
+    """
+    computed, side = compute_dtype(dtype), SMALL_MAP if small else LARGE_MAP
+    return layer.prepared.get(layer, ("onednn", computed, side), lambda stored: _make_prepacked(stored, computed, side))
 
 
 def _input_codes(rows: torch.Tensor, packed: Prepacked, spec: LayerSpec) -> torch.Tensor:
@@ -231,7 +263,7 @@ class OneDNN(Backend):
 
     def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         """The result is channels-last."""
-        packed, rows = _prepacked(layer, x.dtype), as_rows(x)
+        packed, rows = _prepacked(layer, x.dtype, x.shape[2] * x.shape[3] <= SMALL_MAP**2), as_rows(x)
         codes = as_map(_input_codes(rows, packed, layer.spec), x)
         y = _conv2d_product(codes, packed, layer, compute_dtype(x.dtype))
         if packed.branch is not None:

@@ -155,7 +155,7 @@ def run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 
 
 def _run_layer(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    if layer.spec.activation_bits < 16:
+    if layer.spec.hides_what_is_not_finite:
         note_input(x)
     backend: Backend = REFERENCE  # the others have no gradient, and nothing to gain from an empty batch
     if x.numel() and not (x.requires_grad and torch.is_grad_enabled()):

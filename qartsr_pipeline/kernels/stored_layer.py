@@ -39,6 +39,14 @@ class LayerSpec:
         """Whether every output pixel is made of the input pixel at the same place alone."""
         return self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0)
 
+    @property
+    def hides_what_is_not_finite(self) -> bool:
+        """Whether NaN or infinity in the input can be missing in the output: the quantize step makes integers of them. 16-bit
+        activations pass them on, and so does a branch that reads every pixel.
+        """
+        all_read = all(step <= kernel for step, kernel in zip(self.stride, self.kernel_size, strict=True))
+        return self.activation_bits < 16 and not (self.rank and all_read)
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The layer's output shape for an input of this shape: (..., C), (C, H, W) or (B, C, H, W)."""
         if self.kind == "linear":

@@ -19,7 +19,8 @@ from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes
 from qartsr_pipeline.kernels import BACKENDS, low_memory, use_backend
-from qartsr_pipeline.kernels.codes import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, blocks, quantized_rows
+from qartsr_pipeline.kernels.codes import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_rows, quantized_rows
+from qartsr_pipeline.kernels.cpu import prepare_branch
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 BIT_PAIRS = list(itertools.product(BITS, BITS))
@@ -107,8 +108,9 @@ def test_unusual_shapes(backend: str):
 @pytest.mark.parametrize("backend", FAST)
 def test_large_feature_maps_are_computed_in_parts(backend: str, monkeypatch):
     monkeypatch.setattr("qartsr_pipeline.kernels.int_mm.PATCH_BYTES", 10_000)
+    monkeypatch.setattr("qartsr_pipeline.kernels.codes.BLOCK_ELEMENTS", 30_000)
     x = inputs(2, 16, 65, 70)
-    assert x.numel() > 2 * BLOCK_ELEMENTS
+    assert len(x[:, 0].flatten()) > 2 * block_rows(16)
     assert_close(backend, random_layer(nn.Conv2d(16, 8, 3, padding=1), LayerScheme(4, 4, 2)), x)
     assert_close(backend, random_layer(nn.Conv2d(16, 8, 3, padding=1), LayerScheme(6, 8)), x)
 
@@ -190,12 +192,42 @@ def test_weights_that_stay_packed_give_the_same(bits: tuple[int, int], monkeypat
             assert torch.equal(compute(x, layer), unpacked) and layer.prepared.bytes < 2048
 
 
-def test_blocks_cover_all_rows_and_are_larger_on_other_devices():
-    rows, columns = 3 * DEVICE_BLOCK_ELEMENTS // 64, 64
-    for device, elements in (("cpu", BLOCK_ELEMENTS), ("cuda", DEVICE_BLOCK_ELEMENTS)):
-        parts = list(blocks(rows, columns, device))
-        assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])] and parts[-1].stop == rows
-        assert max(part.stop - part.start for part in parts) * columns == elements
+def test_blocks_have_their_size_for_each_thread_and_are_larger_on_other_devices(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    assert block_rows(64) * 64 == 3 * BLOCK_ELEMENTS and block_rows(64, "cuda") * 64 == DEVICE_BLOCK_ELEMENTS
+    assert block_rows(0) > 0 and block_rows(10**9) == 1
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_branch_of_full_rank_is_one_product(kernel: int):
+    """Where it takes fewer multiplications; in bfloat16 the factors' product is also rounded less often."""
+    for rank, factors in ((4, True), (16, False)):
+        layer = random_layer(nn.Conv2d(16, 16, kernel, padding=kernel // 2), LayerScheme(4, 4, rank))
+        branch = prepare_branch(layer, torch.float32)
+        assert branch is not None and (branch.down is not None) == factors
+        assert branch.up.shape == (16, rank if factors else 16, kernel, kernel)
+
+
+@pytest.mark.parametrize(("bits", "rank", "stride"), [((4, 4), 2, 1), ((4, 4), 0, 1), ((4, 4), 2, 2), ((8, 16), 0, 1)])
+def test_nan_comes_out_of_layers_that_are_said_not_to_hide_it(bits: tuple[int, int], rank: int, stride: int):
+    layer = random_layer(nn.Conv2d(8, 8, 1, stride), LayerScheme(*bits, rank))
+    assert layer.spec.hides_what_is_not_finite == (bits == (4, 4) and (rank == 0 or stride == 2))
+    for backend in (*FAST, "reference"):
+        if layer.spec.hides_what_is_not_finite or BACKENDS[backend].unsupported(layer.spec, "cpu"):
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            for value in (torch.nan, torch.inf):
+                x = inputs(1, 8, 6, 6, dtype=dtype)
+                x[0, 3, 2, 1] = value
+                assert not torch.isfinite(compute(backend, layer, x)).all()
+
+
+@pytest.mark.skipif("onednn" not in FAST, reason="oneDNN's byte products are not available")
+@pytest.mark.parametrize("sides", [(8, 8), (8, 9)])
+def test_small_and_large_maps_have_a_layout_each(sides: tuple[int, int]):
+    layer = random_layer(nn.Conv2d(96, 96, 3, padding=1), LayerScheme(4, 4))
+    for x in (inputs(1, 96, *sides), inputs(1, 96, 20, 20)):
+        assert_close("onednn", layer, x)
 
 
 def test_gradients_come_from_the_reference():
