@@ -88,7 +88,8 @@ class QArtSRLoadModel(io.ComfyNode):
                         "dtype",
                         options=list(DTYPES),
                         default=AUTO,
-                        tooltip="Number format of what is not quantized. auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
+                        tooltip="Number format of what is not quantized. auto: bfloat16 or float16 on a GPU, bfloat16 on a"
+                        " CPU that computes faster in it, otherwise float32.",
                     )
                 ),
             ],

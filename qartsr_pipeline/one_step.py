@@ -177,12 +177,16 @@ def run_tile(
     latent_factor: int,
     decode: bool,
 ) -> dict[str, torch.Tensor]:
-    """One pass over a batch of B tiles: "latents", z_H (B, C, h/f, w/f), and if `decode` "image", (B, 3, h, w), about [0, 1]."""
+    """One pass over a batch of B tiles: "latents", z_H (B, C, h/f, w/f), and if `decode` "image", float32 (B, 3, h, w), about
+    [0, 1].
+    """
     x = torch.cat([tile.cut(padded) for tile in tiles]) * 2 - 1
     if noise is not None:
         noise = torch.cat([tile.cut(noise, latent_factor) for tile in tiles])
     latents = network.step(network.encode(x, noise))
-    return {"latents": latents, "image": network.decode(latents) / 2 + 0.5} if decode else {"latents": latents}
+    if not decode:
+        return {"latents": latents}
+    return {"latents": latents, "image": network.decode(latents).float() / 2 + 0.5}  # 16 bits have too few just below 1
 
 
 def shared_statistics(

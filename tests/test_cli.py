@@ -1,5 +1,6 @@
 """The command line: what it writes, what it says, and that every bad input ends in one line and exit code 2."""
 
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from qartsr_pipeline.cli.device import choose_device, choose_dtype
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.image_files import ImageFile, Metadata, read_image, write_image
+from qartsr_pipeline.kernels.cpu import has_bfloat16
 from qartsr_pipeline.offloading import quantized_layers
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
@@ -40,7 +42,8 @@ def test_default_output_stands_beside_the_input(upscale, photo, capsys):
     with Image.open(photo.with_name("photo_x4.png")) as result:
         assert result.size == (28, 36)
     said = capsys.readouterr().out
-    assert "full-precision model" in said and "device: cpu (" in said and "dtype: float32 (" in said
+    assert "full-precision model" in said and "device: cpu (" in said
+    assert re.search(r"dtype: (float32|bfloat16) \(this processor ", said)
     assert "kernels:" not in said
 
 
@@ -219,7 +222,25 @@ def test_device_and_dtype_are_chosen_with_a_reason(monkeypatch):
     capabilities = {"cuda": (9, 0), "cuda:0": (8, 0), "cuda:1": (7, 5)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
     assert [choose_dtype("auto", device)[0] for device in capabilities] == [torch.bfloat16, torch.bfloat16, torch.float16]
-    assert choose_dtype("auto", "cpu")[0] == torch.float32 and choose_dtype("float16", "cpu")[0] == torch.float32
+
+
+def test_a_cpu_computes_in_bfloat16_if_it_has_it_and_says_what_it_costs_otherwise(monkeypatch):
+    for has_it, auto in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("qartsr_pipeline.cli.device.has_bfloat16", lambda has_it=has_it: has_it)
+        assert choose_dtype("auto", "cpu")[0] == auto and choose_dtype("float16", "cpu")[0] == torch.float32
+        dtype, reason = choose_dtype("bfloat16", "cpu")
+        assert dtype == torch.bfloat16 and ("many times as long" in reason) != has_it
+        assert choose_dtype("float32", "cpu") == (torch.float32, "as asked")
+
+
+def test_bfloat16_needs_instructions_for_it(monkeypatch):
+    """oneDNN would take it on any processor with AVX512."""
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    for machine, instructions, expected in (("x86_64", True, True), ("x86_64", False, False), ("aarch64", False, True)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda instructions=instructions: instructions)
+        assert has_bfloat16.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(
