@@ -53,6 +53,7 @@ class Comfy:
 def comfy(monkeypatch, tmp_path):
     """Stands in for ComfyUI, with an empty models folder under `tmp_path`."""
     state, cpu = Comfy(), torch.device("cpu")
+    monkeypatch.setattr("qartsr_pipeline.cli.device.has_bfloat16", lambda: False)  # images are compared with float32's
 
     class ProgressBar:
         def __init__(self, total):
