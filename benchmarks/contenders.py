@@ -20,6 +20,7 @@ from torch import nn
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.arithmetic.affine import affine_parameters, centred_codes
 from qartsr_pipeline.arithmetic.packing import pack
+from qartsr_pipeline.cli.device import choose_dtype
 from qartsr_pipeline.convert import stable_diffusion_2_1
 from qartsr_pipeline.kernels.cpu import compute_dtype
 from qartsr_pipeline.kernels.stored_layer import LOW_MEMORY_VARIABLE
@@ -126,6 +127,17 @@ def _fused(network: OneStepNetwork) -> OneStepNetwork:
     return network
 
 
+def _ours(network: OneStepNetwork, device: str) -> OneStepNetwork:
+    """What is not quantized is in the float type that the command line chooses."""
+    dtype = choose_dtype("auto", device)[0]
+    for model in (network.unet, network.vae):
+        for module in model.modules():
+            if not isinstance(module, DeployedLayer):  # whose tensors keep the dtypes that they are stored in
+                module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+    network.prompt_embeds = network.prompt_embeds.to(dtype)
+    return _in(network, device)
+
+
 def _low_memory(network: OneStepNetwork) -> OneStepNetwork:
     os.environ[LOW_MEMORY_VARIABLE] = "1"  # of this contender's process
     return network
@@ -187,21 +199,26 @@ CONTENDERS: dict[str, Contender] = {
     "fp32 channels-last": Contender(lambda s, d: _channels_last(_in(full_precision(s), d))),
     "fp16": Contender(lambda s, d: _in(full_precision(s), d, torch.float16), devices=("cuda",)),
     "bf16": Contender(lambda s, d: _in(full_precision(s), d, BF16)),
+    "bf16 channels-last": Contender(lambda s, d: _channels_last(_in(full_precision(s), d, BF16))),
     "bf16 compiled": Contender(lambda s, d: _compiled(_in(full_precision(s), d, BF16)), listed=False),
     "quanto int8 weights": Contender(lambda s, d: _quanto(_in(full_precision(s), d), 8)),
     "quanto int4 weights": Contender(lambda s, d: _quanto(_in(full_precision(s), d), 4), listed=False),
     "torchao int8": Contender(lambda s, d: _torchao(_in(full_precision(s), d, _fast_float(d))), "torchao"),
     "sdnq int8": Contender(lambda s, d: _sdnq(_in(full_precision(s), d, _fast_float(d))), "sdnq"),
-    **{f"ours W{bits}A{bits}": Contender(lambda s, d, bits=bits: _in(shipped(s, bits), d)) for bits in (8, 4, 2)},
+    **{f"ours W{bits}A{bits}": Contender(lambda s, d, bits=bits: _ours(shipped(s, bits), d)) for bits in (8, 4, 2)},
     **{
-        f"ours W{bits}A{bits}, {how}": Contender(lambda s, d, bits=bits, make=make: _in(make(s, bits), d), listed=False)
+        f"ours W{bits}A{bits}, float32": Contender(lambda s, d, bits=bits: _in(shipped(s, bits), d), listed=False)
+        for bits in (8, 4, 2)
+    },
+    **{
+        f"ours W{bits}A{bits}, {how}": Contender(lambda s, d, bits=bits, make=make: _ours(make(s, bits), d), listed=False)
         for bits in (8, 4, 2)
         for how, make in (
             ("diffusers' blocks", lambda s, bits: quantize_without_data(full_precision(s), bits)),
             ("not folded", lambda s, bits: _fused(quantize_without_data(full_precision(s), bits, folded=False))),
         )
     },
-    "ours W4A4, low memory": Contender(lambda s, d: _low_memory(_in(shipped(s, 4), d)), listed=False),
-    "ours W4A4, compiled": Contender(lambda s, d: _compiled(_in(shipped(s, 4), d)), listed=False),
+    "ours W4A4, low memory": Contender(lambda s, d: _low_memory(_ours(shipped(s, 4), d)), listed=False),
+    "ours W4A4, compiled": Contender(lambda s, d: _compiled(_ours(shipped(s, 4), d)), listed=False),
 }
 WITHOUT_DATA = [name for name in CONTENDERS if name.endswith(("blocks", "folded"))]  # whose error means nothing at any shape

@@ -5,8 +5,10 @@
 
 Every contender lives in a process of its own, so that its peak of memory is its own; the processes take turns, one at a time.
 Medians and ranges over the rounds; ratios are against the first contender, and who is `PATIENCE` times slower is timed in the
-first round only. `--size` is the side of the enlarged picture. Peers that are not installed are left out: torchao comes with
-`pip install -e .[bench]`, sdnq is installed by hand, for its licence. The JSON has bits, rank and kernel of every layer of ours.
+first round only. "Processor" is the processor time of a whole enlargement, in all threads together; with `--threads 1` it can
+be compared on a machine that does other work, too. `--size` is the side of the enlarged picture. Peers that are not installed
+are left out: torchao comes with `pip install -e .[bench]`, sdnq is installed by hand, for its licence. The JSON has bits, rank
+and kernel of every layer of ours.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,7 +49,7 @@ def work(connection: Connection, name: str, args: argparse.Namespace) -> None:
     """A contender's process: builds it, then runs it as often as it is told to."""
     import torch
 
-    from qartsr_pipeline.cli.timing import kinds_timed, tensor_bytes, time_stages
+    from qartsr_pipeline.cli.timing import OperatorTimes, tensor_bytes, time_stages
 
     torch.set_num_threads(args.threads)
     try:
@@ -58,13 +61,16 @@ def work(connection: Connection, name: str, args: argparse.Namespace) -> None:
         loaded, picture = peak_megabytes(args.device), time_stages(network, up)[1]
         connection.send({"loaded_mb": loaded, "picture": picture.float().cpu().numpy()})
         while (order := connection.recv()) == "time":
-            connection.send(time_stages(network, up)[0])
+            begun = time.process_time()
+            stages = time_stages(network, up)[0]
+            connection.send({"stages": stages, "processor": time.process_time() - begun})
         facts: dict[str, Any] = {"peak_mb": peak_megabytes(args.device), "weights_mb": tensor_bytes(network) / 1e6}
         facts |= {"floats": str(dtype).removeprefix("torch."), "layers": layers_of(network)}
-        with kinds_timed(network) as seconds:
-            if order == "kinds" and "compiled" not in name:
+        times = OperatorTimes(network.device)
+        if order == "kinds" and "compiled" not in name:
+            with times:
                 time_stages(network, up)
-            connection.send(facts | {"kinds": seconds()})
+        connection.send(facts | {"kinds": times.seconds})
     except Exception as error:  # told to the parent, which goes on without this contender
         connection.send({"error": f"{type(error).__name__}: {error}"})
 
@@ -118,14 +124,18 @@ def time_in_turns(args: argparse.Namespace) -> list[dict[str, Any]]:
         process.start()
         other.close()
         processes.append(process)
-        rows[name] = {"name": name, "rounds": []} | ask(pipes[name])
+        rows[name] = {"name": name, "rounds": [], "processor": []} | ask(pipes[name])
     alive = [name for name in args.contenders if "error" not in rows[name]]
     timed = alive
     for turn in range(args.rounds):
         print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
         for name in timed:
             found = ask(pipes[name], "time")
-            rows[name] |= found if "error" in found else {"rounds": [*rows[name]["rounds"], found]}
+            if "error" in found:
+                rows[name] |= found
+                continue
+            rows[name]["rounds"].append(found["stages"])
+            rows[name]["processor"].append(found["processor"])
         alive = [name for name in alive if "error" not in rows[name]]
         seconds = {name: sum(rows[name]["rounds"][0].values()) for name in alive}
         timed = [name for name in timed if name in alive and seconds[name] < PATIENCE * seconds[alive[0]]]
@@ -147,21 +157,24 @@ def table(result: Result) -> str:
     lines = [
         f"{setting['size']} x {setting['size']} pixels out, {TITLES[setting['shape']]}. {result.environment['hardware']}."
         f" Median (range) of {setting['rounds']} rounds, in turns.\n",
-        "| | floats | seconds | ratio | encode | UNet | decode | peak MB | weights MB | dB to the first |",
-        "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "| | floats | seconds | ratio | processor | ratio | encode | UNet | decode | peak MB | weights MB | dB to the first |",
+        "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    base = None
+    base, processor_base = None, None
     for row in result.rows:
         if "error" in row:
-            lines.append(f"| {row['name']} | {row['error'].splitlines()[0][:100]} | | | | | | | | |")
+            lines.append(f"| {row['name']} | {row['error'].splitlines()[0][:100]} | | | | | | | | | | |")
             continue
         sums = [sum(stages.values()) for stages in row["rounds"]]
         median = statistics.median(sums)
-        base = base or median
+        processor = statistics.median(row["processor"]) if row.get("processor") else None  # results of before have none
+        base, processor_base = base or median, processor_base or processor
         stages = [f"{statistics.median(r[stage] for r in row['rounds']):.3f}" for stage in row["rounds"][0]]
         decibels = row["psnr_to_first"]
         spread = f"({min(sums):.3f}-{max(sums):.3f})" if len(sums) == setting["rounds"] else "(one round)"
-        cells = [row["name"], row.get("floats", ""), f"{median:.3f} {spread}", f"{median / base:.2f}", *stages]
+        cells = [row["name"], row.get("floats", ""), f"{median:.3f} {spread}", f"{median / base:.2f}"]
+        cells += [f"{processor:.3f}", f"{processor / processor_base:.2f}"] if processor and processor_base else ["", ""]
+        cells += stages
         means_nothing = decibels is None or row["name"] in WITHOUT_DATA
         cells += [f"{row['peak_mb']:.0f}", f"{row['weights_mb']:.1f}", "" if means_nothing else f"{decibels:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -178,11 +191,11 @@ def layer_counts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def kinds_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Seconds of each kind of layer, where they were timed."""
+    """Seconds of each kind of operator (of layer, in earlier results), where they were timed."""
     rows = [row for row in rows if row.get("kinds")]
     kinds = sorted({kind for row in rows for kind in row["kinds"]})
     lines = [
-        "| seconds by kind of layer, one by one; without SiLU inside of our blocks | " + " | ".join(kinds) + " |",
+        "| seconds by kind, one by one | " + " | ".join(kinds) + " |",
         "| :-- |" + " --: |" * len(kinds),
     ]
     return lines + [

@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from torch import nn
 
-from qartsr_pipeline.calls import access_to, alone_where_needed, registry_of_hooks
+from qartsr_pipeline.calls import access_to, all_modules, alone_where_needed, registry_of_hooks
 from qartsr_pipeline.kernels import watched_inputs
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 
@@ -131,7 +131,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 def _casting_hooks(module: nn.Module) -> Iterator[LayerwiseCastingHook]:
-    for registry in (registry_of_hooks(one) for one in module.modules()):
+    for registry in (registry_of_hooks(one) for one in all_modules(module)):
         for hook in registry.hooks.values() if registry else ():
             if isinstance(hook, LayerwiseCastingHook):
                 yield hook

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qartsr_pipeline.calls import Access, access_to, alone_where_needed
+from qartsr_pipeline.calls import Access, access_to, all_modules, alone_where_needed
 from qartsr_pipeline.forwards import exchanged_forwards, other_forward, own_forward
 from tiny_models import build_tiny_pipeline
 
@@ -303,3 +303,11 @@ def test_a_call_waits_for_hooks_that_another_takes_off_for_a_moment():
         assert not entered.wait(0.1)
     other.join()
     assert entered.is_set()
+
+
+def test_modules_are_found_in_torchs_order():
+    """Also where one stands in two places, or a place is empty."""
+    shared = nn.Sequential(nn.ReLU(), nn.ReLU())
+    module = nn.Sequential(nn.Sequential(shared, nn.Linear(1, 1)), shared, shared[1], nn.Sequential(nn.Tanh()))
+    module.register_module("none", None)
+    assert list(all_modules(module)) == list(module.modules())

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.cli.main import main
-from qartsr_pipeline.cli.timing import STAGES, kinds_timed, medians, tensor_bytes, time_stages
+from qartsr_pipeline.cli.timing import STAGES, OperatorTimes, kind_of, medians, tensor_bytes, time_stages
 from qartsr_pipeline.kernels import list_backends
 from tiny_models import build_tiny_pipeline
 
@@ -33,14 +34,17 @@ def test_stages_are_timed_apart_and_give_the_pipelines_picture():
         assert torch.equal(picture, network.decode(network.step(network.encode(up))))
 
 
-def test_layers_are_timed_by_kind_and_left_without_hooks():
+def test_operators_are_timed_by_kind():
     network = build_tiny_pipeline().network()
-    with kinds_timed(network) as seconds:
-        times, _ = time_stages(network, torch.zeros(1, 3, 32, 32))
-        found = seconds()
-    assert {"convolution 3 x 3", "linear", "normalization", "activation"} <= found.keys()
-    assert 0 < sum(found.values()) < sum(times.values())
-    assert not any(module._forward_hooks for module in network.unet.modules())
+    with OperatorTimes(network.device) as times:
+        time_stages(network, torch.zeros(1, 3, 32, 32))
+    assert {"convolutions", "linear layers", "attention", "normalization", "activations", "sums"} <= times.seconds.keys()
+    assert all(seconds >= 0 for seconds in times.seconds.values())
+    with OperatorTimes(network.device) as times:
+        time_stages(QArtSRPipeline.from_pretrained("tiny-w2a2").network(), torch.zeros(1, 3, 32, 32))
+    expected = {"onednn": {"byte products", "branches", "quantize steps"}, "int_mm": {"byte products"}}
+    chosen = next(name for name, reason in list_backends().items() if reason is None)
+    assert expected.get(chosen, set()) <= times.seconds.keys() and kind_of("aten.addmm.default") == "linear layers"
 
 
 def test_medians_are_of_stages_and_of_sums():

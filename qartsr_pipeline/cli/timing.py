@@ -1,4 +1,4 @@
-"""Times checkpoints: their three stages (encode, UNet, decode), the kinds of layers inside them, and several in turns."""
+"""Times checkpoints: their three stages (encode, UNet, decode), the kinds of operators inside them, and several in turns."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from qartsr_pipeline.calibration.data.fingerprint import processor
 from qartsr_pipeline.checkpoint_files import fetch
@@ -51,49 +51,40 @@ def time_stages(network: OneStepNetwork, up: torch.Tensor) -> tuple[dict[str, fl
     return {name: end - start for name, start, end in zip(STAGES, times[:-1], times[1:], strict=True)}, x
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """The kind that the module is counted as; None for modules that only hold other modules."""
-    if isinstance(module, DeployedLayer):
-        kernel = module.spec.kernel_size
-        return "linear" if module.spec.kind == "linear" else f"convolution {kernel[0]} x {kernel[1]}"
-    if isinstance(module, nn.Conv2d):
-        return "convolution {} x {}".format(*module.kernel_size)
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-        return "normalization"
-    return "activation" if isinstance(module, nn.SiLU) else None
+# Kinds of operators, and how their names begin; the first that fits counts.
+KINDS = {
+    "byte products": ("onednn.", "aten._int_mm"),
+    "branches": ("mkldnn.", "aten.addmm_"),
+    "quantize steps": ("aten.mul.out", "aten.round", "aten.clamp_", "aten.copy_"),
+    "convolutions": ("aten.convolution",),
+    "linear layers": ("aten.addmm", "aten.mm"),
+    "attention": ("aten._scaled_dot_product", "aten.bmm", "aten._softmax"),
+    "normalization": ("aten.native_",),
+    "activations": ("aten.silu", "aten.gelu"),
+    "sums": ("aten.add", "aten.sum"),
+}
 
 
-@contextmanager
-def kinds_timed(network: OneStepNetwork) -> Iterator[Callable[[], dict[str, float]]]:
-    """Measures layers by kind while it is open; the function it yields returns the seconds of each kind so far.
+def kind_of(operator: str) -> str:
+    """The kind that an operator counts as, such as "attention" for "aten.bmm.default"."""
+    return next((kind for kind, beginnings in KINDS.items() if operator.startswith(beginnings)), "other")
 
-    The device is waited for before and after every layer.
+
+class OperatorTimes(TorchDispatchMode):
+    """While it is entered, the seconds of all operators are added up by kind. On a CPU these are processor seconds of all threads;
+    other devices are waited for before and after every operator.
     """
-    seconds: dict[str, float] = defaultdict(float)
-    begun: dict[nn.Module, float] = {}
-    kinds = {
-        module: kind
-        for model in (network.unet, network.vae)
-        for module in model.modules()
-        if (kind := kind_of(module)) is not None
-    }
 
-    def before(module: nn.Module, _: object) -> None:
-        begun[module] = clock(network.device)
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.clock = time.process_time if device.type == "cpu" else partial(clock, device)
+        self.seconds: dict[str, float] = defaultdict(float)
 
-    def after(module: nn.Module, *_: object) -> None:
-        seconds[kinds[module]] += clock(network.device) - begun[module]
-
-    handles = [
-        handle for module in kinds for handle in (module.register_forward_pre_hook(before), module.register_forward_hook(after))
-    ]
-    try:
-        yield lambda: dict(seconds)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        begun = self.clock()
+        result = func(*args, **(kwargs or {}))
+        self.seconds[kind_of(str(func))] += self.clock() - begun
+        return result
 
 
 def tensor_bytes(network: OneStepNetwork) -> int:

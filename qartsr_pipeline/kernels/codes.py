@@ -52,10 +52,10 @@ def quantized_rows(x: torch.Tensor, multiplier: torch.Tensor, zero_point: int, b
     """
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     low, high = -zero_point, 2**bits - 1 - zero_point
-    rows = min(len(x), block_rows(x.shape[1], x.device.type))
-    scratch = torch.empty((rows, x.shape[1]), dtype=torch.float32, device=x.device)
-    for source, target in zip(x.split(rows), codes.split(rows), strict=True) if rows else ():
-        block = scratch if len(source) == rows else scratch[: len(source)]
+    rows, count = block_rows(x.shape[1], x.device.type), x.shape[0]
+    scratch = torch.empty((min(rows, count), x.shape[1]), dtype=torch.float32, device=x.device)
+    for source, target in ((x, codes),) if count <= rows else zip(x.split(rows), codes.split(rows), strict=True):
+        block = scratch if source.shape[0] == scratch.shape[0] else scratch[: source.shape[0]]
         torch.mul(source, multiplier, out=block).round_().clamp_(low, high)
         # a float outside the range of the integer it is converted to has no defined result, so 9-bit codes take a detour
         target.copy_(block if bits < 8 else block.to(torch.int16))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from quantized_models import quantized_pipeline, run
 from torch import nn
 
@@ -14,7 +15,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.image.tile_statistics import SharedStatistics
 from qartsr_pipeline.kernels import BACKENDS
 from qartsr_pipeline.quantization import fuse as fusing
-from qartsr_pipeline.quantization.fuse import LeanResnetBlock, convolution_of_normalized, fuse
+from qartsr_pipeline.quantization.fuse import LeanResnetBlock, ProductAttention, convolution_of_normalized, fuse
 from tiny_models import build_tiny_pipeline
 
 REFERENCE = BACKENDS["reference"]
@@ -182,3 +183,38 @@ def test_the_blocks_input_is_left_as_it_was():
     with torch.no_grad():
         block(x, None)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("scores", [1 << 21, 500])
+@pytest.mark.parametrize(("crossed", "shape"), [(False, (2, 30, 32)), (True, (2, 30, 32)), (False, (2, 32, 5, 6))])
+def test_attention_by_products_gives_what_diffusers_gives(monkeypatch, scores: int, crossed: bool, shape: tuple[int, ...]):
+    """Rounded to bfloat16 once more; in one piece or in several."""
+    monkeypatch.setattr(fusing, "SCORES", scores)
+    monkeypatch.setattr(fusing, "FEWEST_TOKENS", 8)
+    monkeypatch.setattr(fusing, "compute_dtype", lambda dtype: dtype)
+    in_vae = len(shape) == 4
+    torch.manual_seed(0)
+    usual = Attention(32, 24 if crossed else None, heads=4, dim_head=8, residual_connection=in_vae, bias=in_vae,
+                      norm_num_groups=8 if in_vae else None, rescale_output_factor=2.0 if in_vae else 1.0)  # fmt: skip
+    ours = copy.deepcopy(usual).to(torch.bfloat16)
+    ours.set_processor(ProductAttention())
+    x, context = torch.randn(shape), torch.randn(2, 19, 24) if crossed else None
+    with torch.no_grad():
+        expected = usual(x, context)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # not called
+            y = ours(x.bfloat16(), None if context is None else context.bfloat16())
+    assert y.shape == expected.shape and y.dtype == torch.bfloat16
+    assert (y.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_attention_of_quantized_layers_is_exchanged_unless_somebody_has_done_so():
+    unet, other = quantized_pipeline().unet, type("Other", (AttnProcessor2_0,), {})()
+    modules = [m for m in unet.modules() if isinstance(m, Attention)]
+    modules[0].set_processor(other)
+    fuse(unet)
+    assert modules[0].processor is other and len(modules) > 1
+    assert all(type(m.processor) is ProductAttention for m in modules[1:])
+    full_precision = build_tiny_pipeline().unet
+    fuse(full_precision)
+    assert not any(isinstance(one, ProductAttention) for one in full_precision.attn_processors.values())
