@@ -138,8 +138,8 @@ def is_changed_by_running(module: nn.Module) -> bool:
 
 
 def all_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Like `module.modules()`, in the same order. That one also makes their names, and is several times as slow: for a network this
-    is asked of in every call, a tenth of the time of a small image.
+    """Like `module.modules()`, in the same order. That one also makes their names, and is several times as slow: for a network
+    that is asked this in every call, a tenth of the time of a small image.
     """
     waiting: list[nn.Module | None] = [module]
     seen: set[nn.Module] = set()

@@ -71,8 +71,8 @@ def kind_of(operator: str) -> str:
 
 
 class OperatorTimes(TorchDispatchMode):
-    """While it is entered, the seconds of all operators are added up by kind. On a CPU these are processor seconds of all threads;
-    other devices are waited for before and after every operator.
+    """While it is entered, the seconds of all operators are added up by kind. On a CPU these are processor seconds of all
+    threads; other devices are waited for before and after every operator.
     """
 
     def __init__(self, device: torch.device):
