@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qartsr_pipeline.cli import upscale_images
 from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.cli.processes import Processes, join_processes
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
@@ -61,6 +62,25 @@ def test_an_interrupted_run_continues_where_it_stopped(upscale, photos, tmp_path
     assert "2 of 4 images are skipped" in said and "--overwrite" in said and "4 images: 2 written, 2 skipped, 0 failed" in said
     assert upscale(photos, "-o", out, "--overwrite") == 0 and len(calls) == 6
     assert "skipped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_disk_that_takes_two_names_for_one_loses_no_result(upscale, tmp_path, capsys, monkeypatch, overwrite):
+    """As a memory card does, on which A.png and a.png have no room beside each other."""
+    draw(tmp_path / "photos" / "A.png")
+    draw(tmp_path / "photos" / "a.png", side=5)
+    write, out = upscale_images.write_image, tmp_path / "out"
+
+    def write_as_both(path, *arguments):
+        notices = write(path, *arguments)
+        os.link(path, path.with_name(path.name.swapcase().replace(".PNG", ".png").replace("X4", "x4")))
+        return notices
+
+    monkeypatch.setattr(upscale_images, "write_image", write_as_both)
+    assert upscale(tmp_path / "photos", "-o", out, *overwrite) == 2
+    said = capsys.readouterr()
+    assert "a_x4.png is the same file as" in said.err and "2 images: 1 written, 1 failed" in said.out
+    assert Image.open(out / "A_x4.png").size == (32, 32)
 
 
 def test_a_finished_run_does_not_even_load_the_model(upscale, photos, capsys, monkeypatch):

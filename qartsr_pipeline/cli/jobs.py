@@ -176,7 +176,8 @@ def _check_target(job: Job, taken: dict[str, Path]) -> None:
     if sys.platform in ("win32", "darwin"):  # their file systems take some different names for the same
         name = unicodedata.normalize("NFC", name).casefold()
     if name in taken:
-        way = " or add --format same" if taken[name].suffix.lower() != job.source.suffix.lower() else ""
+        suffixes = {one.suffix.lower() for one in (taken[name], job.source)}
+        way = " or add --format same" if len(suffixes) == 2 and suffixes <= WRITABLE_FORMATS.keys() else ""
         raise UsageError(f"{job.source} would be written to {job.target} like {taken[name]} before it. Rename one of them{way}.")
     taken[name] = job.source
 
@@ -233,18 +234,23 @@ def _is_dir(path: str | Path) -> bool:
 
 
 def _apart_from_results(sources: list[_Source], options: OutputOptions) -> tuple[list[_Source], list[Path], set[Path]]:
-    """The sources without what runs with any factor wrote beside other sources; those results; and which of them were named.
+    """The sources without what runs with any factor made of other sources; those results; and which of them were named.
 
-    A result has the name and the size of one. Where sizes cannot be read, what was named is taken for no result.
+    A result has the name and the size of one, and is beside its original; those that are found in folders may be in another one.
+    Where sizes cannot be read, what was named, or is in another folder, is taken for no result.
     """
-    suffixes = {one: _suffix(one.path, options.format or "png").lower() for one in sources}
-    written = {(one.path.parent, one.path.stem, suffix): one.path for one, suffix in suffixes.items()}
+    written: dict[tuple[str, str], list[Path]] = {}
+    for one in sources:
+        written.setdefault((one.path.stem, _suffix(one.path, options.format or "png").lower()), []).append(one.path)
     kept: list[_Source] = []
     results: list[_Source] = []
     for source in sources:
         match = re.fullmatch(r"(.+)_x(\d+(?:\.\d+)?)", source.path.stem, re.DOTALL)
-        original = match and written.get((source.path.parent, match[1], source.path.suffix.lower()))
-        is_result = match and original and _is_enlargement(source.path, original, float(match[2]), unknown=not source.named)
+        is_result = match and any(
+            _is_enlargement(source.path, original, float(match[2]), unknown=beside and not source.named)
+            for original in written.get((match[1], source.path.suffix.lower()), [])
+            if (beside := original.parent == source.path.parent) or not source.named
+        )
         (results if is_result else kept).append(source)
     return kept, [one.path for one in results], {one.path.resolve() for one in results if one.named}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,11 +37,14 @@ def one_line(error: BaseException) -> str:
 
 
 def say(line: str, error: bool = False) -> None:
-    """Prints a line, above the progress bars if there are any. What the stream cannot show becomes a code such as ``\\xe9``."""
+    """Prints a line, above the progress bars if there are any. What the stream cannot show becomes a code such as ``\\xe9``, and
+    so do control characters, which names of files may have.
+    """
     stream = sys.stderr if error else sys.stdout
     if stream is None or stream.closed:  # as in programs without a console
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = "".join(one if unicodedata.category(one) != "Cc" else f"\\x{ord(one):02x}" for one in line)
     tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
     stream.flush()
 

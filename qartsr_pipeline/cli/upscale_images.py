@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from qartsr_pipeline.bands import Bands, enlarge_in_bands
 from qartsr_pipeline.checkpoint_files import quantization_configs
 from qartsr_pipeline.cli.device import choose_device, choose_dtype
 from qartsr_pipeline.cli.jobs import Job, OutputOptions, is_done
-from qartsr_pipeline.cli.messages import Counts, image_bar, one_line, say
+from qartsr_pipeline.cli.messages import Counts, UsageError, image_bar, one_line, say
 from qartsr_pipeline.cli.processes import Processes
 from qartsr_pipeline.image.resize import enlarged_size
 from qartsr_pipeline.image_files import check_writable, read_image, write_image
@@ -66,15 +66,19 @@ def upscale_images(
 ) -> Counts:
     """Does this process's jobs; errors are printed, with their tracebacks if `debug`."""
     counts = Counts()
+    written: dict[tuple[int, int], Path] = {}
     pipeline.check_inputs(**asdict(options))
     with image_bar(len(jobs), processes) as bar:
         for job in jobs:
             try:
+                _check_case(job, written)
                 if is_done(job, output.overwrite):  # by another run at the same time
                     counts.skipped += 1
                 else:
                     _upscale_file(pipeline, job, options, may_create_folder=output.output is not None)
                     counts.written += 1
+                    status = job.target.stat()
+                    written[status.st_dev, status.st_ino] = job.target
             except Exception as error:
                 counts.add_failure(_naming(job, error))
                 if debug:
@@ -82,6 +86,24 @@ def upscale_images(
                 say(f"qartsr: error: {counts.failures[-1]}", error=True)
             bar.update()
     return counts
+
+
+def _check_case(job: Job, written: Mapping[tuple[int, int], Path]) -> None:
+    """Raises UsageError where the disk takes this job's target for one that this run has written, such as A_x4.png for a_x4.png.
+
+    Args:
+        written: the files by device and number.
+    """
+    try:
+        status = job.target.stat()
+    except OSError:  # the usual case: there is no such file
+        return
+    before = written.get((status.st_dev, status.st_ino))
+    if before is not None:
+        raise UsageError(
+            f"{job.target} is the same file as {before} on this disk, which was just written. Rename {job.source}, or write to"
+            " another folder with -o."
+        )
 
 
 def _upscale_file(pipeline: QArtSRPipeline, job: Job, options: ModelOptions, may_create_folder: bool) -> None:

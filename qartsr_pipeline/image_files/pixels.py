@@ -65,7 +65,10 @@ def read_pixels(image: Image.Image, reopen: Opener, file: BinaryIO) -> tuple[np.
     if pixels is not None:
         return pixels, True, []
     notices = ["stores more than 8 bits in a way that can only be read at 8 bits."] if _deeper(image, file) else []
-    return *_eight_bits(image), notices
+    pixels, in_profile = _eight_bits(image)
+    if not in_profile:
+        notices.append(f"has {image.mode} colours, which become sRGB.")
+    return pixels, in_profile, notices
 
 
 def _sixteen_bits(image: Image.Image, reopen: Opener) -> np.ndarray | None:

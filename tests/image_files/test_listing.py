@@ -95,6 +95,19 @@ def test_a_photograph_with_the_name_of_a_result_is_enlarged_and_not_replaced(tmp
         assert "p_x4.png is another of the inputs, which would be lost" in plan.refusals[0]
 
 
+def test_results_in_another_folder_are_left_out_where_they_are_found(tmp_path):
+    for name in ("out", "in"):
+        (tmp_path / name).mkdir()
+    draw(tmp_path, p_png=2)
+    draw(tmp_path / "in", p_png=3)
+    draw(tmp_path / "out", p_x4_png=8, p_x2_png=5)
+    found, left_out = plan_jobs([str(tmp_path)], 4.0, OutputOptions(), recursive=True)
+    assert [job.source for job in found] == [tmp_path / "p.png", tmp_path / "in/p.png", tmp_path / "out/p_x2.png"]
+    assert "out/p_x4.png is what an earlier run wrote" in " ".join(left_out)
+    named = [tmp_path / "p.png", tmp_path / "out/p_x4.png"]
+    assert [job.source for job in plan_jobs([str(one) for one in named], 4.0, OutputOptions())[0]] == named
+
+
 def test_what_cannot_be_read_is_left_out_of_folders_and_never_where_it_is_named(tmp_path):
     touch(tmp_path, "p.png", "p_x4.png")
     assert set(planned([tmp_path])[0]) == {"p.png"}
@@ -120,6 +133,10 @@ def test_two_names_for_one_result(tmp_path, monkeypatch):
     assert f"{tmp_path / 'a.png'} would be written to" in refusal and "a.jpg before it" in refusal and "--format same" in refusal
     same, _ = plan_jobs([str(tmp_path)], 4.0, OutputOptions(None, "same"))
     assert sort_out(same, overwrite=True).refusals == []
+    touch(tmp_path, "a.gif")
+    same_gif, _ = plan_jobs([str(tmp_path)], 4.0, OutputOptions(None, "same"))
+    assert "--format same" not in sort_out(same_gif, overwrite=True).refusals[0], "a GIF becomes a PNG all the same"
+    (tmp_path / "a.gif").unlink()
     monkeypatch.setattr(jobs, "sys", types.SimpleNamespace(platform="darwin"))
     (refusal,) = sort_out(same, overwrite=True).refusals
     assert "b.png would be written to" in refusal, "file systems that do not tell B from b"
@@ -148,6 +165,11 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ImageFileError, match="is a pipe or a device"):
         read_image(tmp_path / "a.png")
+
+
+def test_control_characters_of_names_do_nothing(capsys):
+    say("a\nb\x1b[2J\x9b.png")
+    assert capsys.readouterr().out == "a\\x0ab\\x1b[2J\\x9b.png\n"
 
 
 @pytest.mark.parametrize(

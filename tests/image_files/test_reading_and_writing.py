@@ -131,6 +131,7 @@ def test_structure_of_a_tiff_does_not_leak_into_other_files(tmp_path):
 def test_modes_without_red_green_and_blue(tmp_path):
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
     red = read_image(tmp_path / "cmyk.jpg").pixels[2, 2]
+    assert read_image(tmp_path / "cmyk.jpg").notices == ["cmyk.jpg has CMYK colours, which become sRGB."]
     assert red[0] > 240 and red[1:].max() < 20
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
