@@ -24,7 +24,8 @@ from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_tile, shared_
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 REACH = 2**WAVELET_LEVELS - 1  # rows beyond a band on which its colours depend
-# Bytes a pixel of the result that writing its file takes: the pixels, Pillow's copy, and what is encoded. Twice for 16 bits.
+# Bytes a pixel of the result that writing its file takes: the pixels, a copy of them, and what is encoded. Measured 10 for JPEG, 13
+# for PNG, and of 16 bits, for which it counts twice, 20 for PNG and 25 for TIFF. With alpha, a third more.
 WRITING = 16
 ROWS = 80  # bytes a pixel of the rows that are computed at a time
 SOURCE = 64  # bytes a pixel of the input
@@ -109,7 +110,8 @@ def enlarge_in_bands(
     """
     height, width = (pipeline.config["scale"] * side for side in image.shape[:2])
     free, on_cpu = free_main_memory() if free is None else free, pipeline._execution_device.type == "cpu"
-    writing = WRITING * image.itemsize * height * width + SOURCE * image.shape[0] * image.shape[1]
+    channels = max(3, image.shape[2])
+    writing = WRITING * image.itemsize * channels // 3 * height * width + SOURCE * image.shape[0] * image.shape[1]
     if tile_size is None:
         left = free - writing if on_cpu else free_memory(pipeline._execution_device)
         tile_size = choose_tile_size((height, width), pipeline._pixel_bytes(), left) or TILE_SIZES[0]
