@@ -83,7 +83,10 @@ class Bands:
             if end <= aligned:
                 continue
             reference = enlarged[..., first:last, : self.width]
-            yield align_color(done, reference, self.settings.color_fix)[..., aligned - first : end - first, :]
+            colours = align_color(done, reference, self.settings.color_fix)
+            if self.settings.fidelity:
+                colours = torch.lerp(colours, reference, self.settings.fidelity)
+            yield colours[..., aligned - first : end - first, :]
             aligned, kept = end, max(0, end - REACH)
             done, first = done[..., kept - first :, :].clone(), kept
 
@@ -94,6 +97,7 @@ def enlarge_in_bands(
     tile_size: int | None = None,
     tile_overlap: int | None = None,
     color_fix: str | None = "wavelet",
+    fidelity: float = 0.0,
     keep_hidden_colors: bool = False,
     free: int | None = None,
 ) -> Bands:
@@ -101,7 +105,7 @@ def enlarge_in_bands(
 
     Args:
         image: (H, W, C) uint8 or uint16; C: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
-        tile_size, tile_overlap, keep_hidden_colors: as in `QArtSRPipeline.__call__`.
+        tile_size, tile_overlap, fidelity, keep_hidden_colors: as in `QArtSRPipeline.__call__`.
         color_fix: "wavelet" or None.
         free: bytes of main memory; None for what `free_main_memory` says.
 
@@ -128,7 +132,7 @@ def enlarge_in_bands(
     (one,) = to_images(image, keep_hidden_colors=keep_hidden_colors)
     plan = pipeline.plan(one, tile_size, tile_overlap)
     scale = pipeline.config["scale"]
-    settings = Settings(scale, scale, color_fix, True, False, None, pipeline.share_tile_statistics)
+    settings = Settings(scale, scale, color_fix, True, False, None, pipeline.share_tile_statistics, fidelity=fidelity)
     return Bands(pipeline, one, plan, settings, *enlarged_size((one.height, one.width), scale))
 
 

@@ -30,11 +30,13 @@ def pipe():
     st.sampled_from([np.uint8, np.uint16]),
     st.sampled_from([(64, None), (64, 0), (64, 48), (96, 40), (None, None)]),
     st.sampled_from(["wavelet", None]),
+    st.sampled_from([0.0, 0.3, 1.0]),
     st.booleans(),
 )
-def test_bands_are_what_a_call_gives(pipe, size, channels, kind, tiles, color_fix, kept):
+def test_bands_are_what_a_call_gives(pipe, size, channels, kind, tiles, color_fix, fidelity, kept):
     image = np.random.default_rng(size[0]).integers(0, np.iinfo(kind).max, (*size, channels), kind)
-    options = {"tile_size": tiles[0], "tile_overlap": tiles[1], "color_fix": color_fix, "keep_hidden_colors": kept}
+    options = {"tile_size": tiles[0], "tile_overlap": tiles[1], "color_fix": color_fix, "fidelity": fidelity}
+    options |= {"keep_hidden_colors": kept}
     found = enlarge_in_bands(pipe, image, **options, free=PLENTY)
     if tiles[0] is None:
         options["tile_size"] = 1024
