@@ -122,12 +122,14 @@ def _finite(stage: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> t
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """What the module computes in: that of layerwise casting, or the dtype of its first floating parameter (or buffer).
 
-    Eight bits are only stored, never computed in.
+    Eight bits are only stored, never computed in; and what diffusers keeps in float32 in any case says nothing.
     """
     for hook in _casting_hooks(module):
         return hook.compute_dtype
-    tensors = (t for tensors in (module.parameters(), module.buffers()) for t in tensors)
-    return next((t.dtype for t in tensors if t.is_floating_point() and t.element_size() > 1), torch.float32)
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    tensors = (named for tensors in (module.named_parameters(), module.named_buffers()) for named in tensors)
+    floating = ((name, t) for name, t in tensors if t.is_floating_point() and t.element_size() > 1)
+    return next((t.dtype for name, t in floating if not any(part in name for part in kept)), torch.float32)
 
 
 def _casting_hooks(module: nn.Module) -> Iterator[LayerwiseCastingHook]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from group_offload import needs_group_offload
 
 from qartsr_pipeline import CheckpointError, LSGQuantVideoPipeline, QArtSRPipeline
 from qartsr_pipeline.memory import NotEnoughMemory
+from qartsr_pipeline.overflow import compute_dtype
 from tiny_models import build_tiny_video_pipeline
 
 
@@ -243,3 +246,33 @@ def test_what_is_not_finite_is_reported():
         broken.transformer.proj_out.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="'transformer' gave NaN"):
         broken(clip(2))
+
+
+@needs_group_offload
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_offloaded_in_groups_gives_the_same(pipeline, kind):
+    offloaded = build_tiny_video_pipeline()
+    offloaded.enable_group_offload(torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
+    assert np.array_equal(offloaded(clip(2), output_type="np").frames, pipeline(clip(2), output_type="np").frames)
+
+
+def test_bfloat16_computes_in_bfloat16(pipeline, tmp_path):
+    """WAN's tables and norms stay in float32, as diffusers has it; they do not decide what the transformer computes in."""
+    pipeline.save_pretrained(tmp_path / "video")
+    loaded = LSGQuantVideoPipeline.from_pretrained(tmp_path / "video", dtype=torch.bfloat16)
+    loaded.set_progress_bar_config(disable=True)
+    assert compute_dtype(loaded.transformer) == torch.bfloat16 != loaded.transformer.scale_shift_table.dtype
+    made, exact = (one(clip(2), output_type="np").frames for one in (loaded, pipeline))
+    assert 0 < np.abs(made - exact).mean() < 0.01
+
+
+def test_threads_share_a_pipeline(pipeline):
+    video = clip(3)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: pipeline(video, output_type="np").frames, range(2)))
+    assert np.array_equal(*made) and np.array_equal(made[0], pipeline(video, output_type="np").frames)
+
+
+def test_the_generic_pipeline_of_diffusers_loads_it(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "video")
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "video", trust_remote_code=True), LSGQuantVideoPipeline)

@@ -20,6 +20,7 @@ would cost more than all else, and what it learned on small patches would not ho
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -45,6 +46,14 @@ SCALES = (
     + (1.2, 0.16, 0.16, 0.1)
 )
 GAIN = 2.5  # weight of the norms in residual branches: SiLU is nearly linear on small values
+SHARP_PAIRS = 3  # pairs of channels of each axis that find the position: those that turn fastest
+SHARPNESS = 2.0
+OFFSETS = (  # frame, row, column of the tokens that the heads of a block look at when training starts
+    ((0, 0, -1), (0, 0, 1), (0, -1, 0), (0, 1, 0)),
+    ((-1, 0, 0), (1, 0, 0), (0, -1, -1), (0, 1, 1)),
+    ((0, 0, -1), (0, 0, 1), (0, -1, 0), (0, 1, 0)),
+    ((-1, 0, 0), (1, 0, 0), (0, -1, 1), (0, 1, -1)),
+)
 CARRIED = 0.5  # latents are carried through the norm at this size, small beside the anchors
 LUMA = (0.299, 0.587, 0.114)  # BT.601
 BLUE, RED = 0.564, 0.713  # of its colour differences
@@ -170,12 +179,38 @@ def start_as_identity(transformer: WanTransformer3DModel) -> None:
         _bias(layer).zero_()
     transformer.scale_shift_table.zero_()
     _bias(transformer.patch_embedding).normal_(std=0.5)  # so that the norms keep differences of contrast
-    for block in _blocks(transformer):
+    for index, block in enumerate(_blocks(transformer)):
         block.scale_shift_table.zero_()
         block.scale_shift_table[:, 2] = 1
         block.scale_shift_table[:, 5] = 1
+        _look_at(block.attn1, OFFSETS[index % len(OFFSETS)])
         for name in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2"):
             block.get_parameter(f"{name}.weight").mul_(1 / math.sqrt(len(transformer.blocks)))
+
+
+def _look_at(attention: WanAttention, offsets: Sequence[tuple[int, int, int]]) -> None:
+    """Makes every head attend mostly to the token at its offset (frame, row, column), whatever the tokens hold.
+
+    As in ConViT (arXiv 2103.10697), attention starts as a soft convolution, or it would take thousands of steps to find out what
+    a neighbour is. Rotary embeddings turn pairs of channels of queries and keys by their positions: where a constant query is
+    turned ahead of a constant key by the angle of the offset, their product is largest there.
+    """
+    width = attention.inner_dim // attention.heads
+    side = 2 * (width // 6)
+    query, key = torch.zeros(2, attention.heads, width)
+    for head, offset in enumerate(offsets[: attention.heads]):
+        start = 0
+        for length, distance in zip((width - 2 * side, side, side), offset, strict=True):
+            for pair in range(min(SHARP_PAIRS, length // 2)):
+                angle = distance * 10000.0 ** (-2 * pair / length)
+                query[head, start + 2 * pair : start + 2 * pair + 2] = torch.tensor([math.cos(angle), math.sin(angle)])
+                key[head, start + 2 * pair] = 1
+            start += length
+    for linear, bias in ((attention.to_q, query), (attention.to_k, key)):
+        linear.weight *= 0.1
+        _bias(linear).copy_(bias.flatten())
+    for norm in (attention.norm_q, attention.norm_k):
+        norm.weight.fill_(SHARPNESS)
 
 
 def _blocks(transformer: WanTransformer3DModel) -> list[WanTransformerBlock]:

@@ -6,7 +6,8 @@
 Four phases, each with its own steps and learning rate (`retraining.settings.Phase`; patches are the frames' sides):
 
 1. ``images``: the autoencoder learns to reproduce frames, high-resolution and bicubic ones, each by itself.
-2. ``latent``: autoencoder frozen. The transformer learns the step from the latents of the bicubic clip to those of the original.
+2. ``latent``: autoencoder frozen. The transformer learns the step from the latents of the bicubic frames to those of the
+   originals, with an error that is about that of their pixels. Without this phase the decoder would do all the work.
 3. ``pixel``: transformer and decoder learn together, on decoded frames, each by itself: for the same time a batch shows five
    times as many different images as clips of five frames would.
 4. ``joint``: everything trains on clips and on the differences of their frames, and the decoder's convolutions see the frames
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.teacher.video.clips import MovingClips, VideoData, as_clips
-from calibration.teacher.video.model import LUMA, TIMESTEP, VideoModel, new_model
+from calibration.teacher.video.model import LUMA, SCALES, TIMESTEP, VideoModel, new_model
 from qartsr_pipeline.calibration.data.fingerprint import versions
 from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
 from qartsr_pipeline.calibration.retraining.losses import image_quality
@@ -39,8 +40,8 @@ from qartsr_pipeline.cli.training_bar import TrainingBar
 from qartsr_pipeline.whole_files import SavingError
 
 PHASES = ("images", "latent", "pixel", "joint")
-DEFAULT_PHASES = ("pixel:6000:5e-4:96:8", "joint:4000:2e-4:96:2", "joint:1000:1e-4:128:2")
-STILL = ("images", "pixel")  # phases that see frames by themselves
+DEFAULT_PHASES = ("latent:600:1e-3:96:8", "pixel:6000:5e-4:96:8", "joint:4000:2e-4:96:2", "joint:1000:1e-4:128:2")
+STILL = ("images", "latent", "pixel")  # phases that see frames by themselves
 DIFFERENCES = 0.5  # weight of the frames' differences in time
 
 
@@ -91,7 +92,7 @@ class VideoTrainer(Trainer):
         if phase.name == "latent":
             with torch.no_grad():
                 source, target = model.encode(up), model.encode(high).float()
-            weight = model.latents_std.view(1, -1, 1, 1, 1)  # the transform is nearly orthonormal: as if it were pixels
+            weight = (model.latents_std * model.latents_std.new_tensor(SCALES)).view(1, -1, 1, 1, 1)
             return F.l1_loss(model.step(source).float() * weight, target * weight)
         joint = phase.name == "joint"
         with torch.set_grad_enabled(joint):
