@@ -14,7 +14,8 @@ from calibration.teacher.video import export as export_video
 from calibration.teacher.video import model as video_model
 from calibration.teacher.video import train as training
 from calibration.teacher.video.clips import MovingClips, Shares, _shifted, read_clips
-from calibration.teacher.video.model import PlainAttention, cosine_transform, new_model
+from calibration.teacher.video.model import PlainAttention, new_model
+from calibration.teacher.video.start import ANCHORS, LUMA, cosine_transform
 from calibration.teacher.video.train import VideoTrainer, frame_loss
 from qartsr_pipeline import LSGQuantVideoPipeline
 from qartsr_pipeline.calibration.retraining.trainer import load_state
@@ -43,7 +44,7 @@ def images(count: int) -> torch.Tensor:
 
 def test_block_transform_loses_no_luma():
     encode, decode = cosine_transform()
-    luma = torch.kron(torch.tensor([video_model.LUMA]), torch.eye(16))  # (16, 48): luma of every pixel of a block
+    luma = torch.kron(torch.tensor([LUMA]), torch.eye(16))  # (16, 48): luma of every pixel of a block
     assert torch.allclose(luma @ decode @ encode, luma, atol=1e-5)
     assert torch.allclose(encode @ decode, torch.eye(24), atol=1e-5)
 
@@ -137,8 +138,13 @@ def test_trained_stopped_resumed_and_exported(small, photographs, tmp_path, monk
     once, twice = (load_state(tmp_path / name / "state.pt") for name in ("once", "twice"))
     assert all(torch.equal(value, twice["average"][name]) for name, value in once["average"].items())
     assert {"model", "bypass", "bicubic", "autoencoder", "flicker_model"} <= once["history"][-1].keys()
-    anchors = once["model"]["vae.decoder.conv_in.weight"][-video_model.ANCHORS :]
+    anchors = once["model"]["vae.decoder.conv_in.weight"][-ANCHORS:]
     assert not anchors.any()  # constants, whatever was trained
+    start = new_model(0).state_dict()
+    for name in ("patch_embedding.bias", "blocks.0.attn1.to_out.0.weight", "scale_shift_table", "blocks.0.scale_shift_table"):
+        held, whole = (state[f"transformer.{name}"] for state in (once["model"], start))
+        last = (..., slice(-2, None)) if "table" in name else slice(-2, None)
+        assert torch.allclose(held[last], whole[last], rtol=1e-4) and not torch.equal(held, whole)
     taps = once["model"]["vae.decoder.mid_block.resnets.0.conv1.weight"][:, :, 0]
     assert taps.any()  # the frames before are seen after the joint phase
     export_video.main([str(tmp_path / "once" / "state.pt"), str(tmp_path / "video-fp")])
