@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from PIL import Image
 
 from calibration.teacher.video import export as export_video
 from calibration.teacher.video import model as video_model
 from calibration.teacher.video import train as training
-from calibration.teacher.video.clips import MovingClips, Shares, _shifted, read_clips
+from calibration.teacher.video.clips import MovingClips, Shares, _shifted
 from calibration.teacher.video.model import PlainAttention, new_model
 from calibration.teacher.video.start import ANCHORS, LUMA, cosine_transform
 from calibration.teacher.video.train import VideoTrainer, frame_loss
@@ -88,15 +87,6 @@ def test_clips_move_as_they_are_told_and_depend_on_the_seed_only():
     steps = [(y, x) for y in range(-4, 5) for x in range(-4, 5)]
     inner = clip[:, :, 8:-8, 8:-8]
     assert any(torch.equal(clip[1, :, 8 + y : 32 + y, 8 + x : 32 + x], inner[2]) for y, x in steps)
-
-
-def test_clips_of_different_sizes_in_one_folder_are_refused(photographs, tmp_path):
-    clips = read_clips(photographs)
-    assert [clip.shape for clip in clips] == [(4, 203, 206, 3)]
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    Image.new("RGB", (8, 9)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match="must have one size"):
-        read_clips(tmp_path)
 
 
 def test_the_loss_sees_errors_in_time():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from qartsr_pipeline.calibration.data.clips import clip_files, read_clip
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import photographs_record
 from qartsr_pipeline.calibration.data.pairs import MARGIN, Pair, TrainingSet, choose_held_out, degraded_pair
@@ -160,21 +161,6 @@ def _real(clip: np.ndarray, frames: int, size: int, rng: np.random.Generator) ->
     return torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float() / 255
 
 
-def read_clips(folder: Path) -> list[np.ndarray]:
-    """One clip for each folder below ``folder``: its images in the order of their names, (F, H, W, 3) uint8.
-
-    Raises:
-        FileNotFoundError: no such folder, or no image in it. ValueError: a clip's images differ in size.
-    """
-    clips: dict[Path, list[np.ndarray]] = {}
-    for path in list_photographs(folder):
-        clips.setdefault(path.parent, []).append(read_photograph(path))
-    for name, images in clips.items():
-        if len({image.shape for image in images}) > 1:
-            raise ValueError(f"{name}: the images of a clip must have one size, these have {sorted({i.shape for i in images})}")
-    return [np.stack(images) for images in clips.values()]
-
-
 @dataclass(frozen=True)
 class VideoData:
     """What a video model is trained on.
@@ -198,7 +184,7 @@ class VideoData:
         rest = [read_photograph(path) for path in paths if path not in held]
         if paths and not rest:
             raise ValueError(f"all {len(paths)} photographs are kept for validation: give more, or hold out fewer")
-        clips = read_clips(Path(self.clips)) if self.clips else []
+        clips = [read_clip(*clip) for clip in clip_files(self.clips).items()] if self.clips else []
         record = {
             "data": photographs_record(paths) if paths else None,
             "clips": photographs_record(list_photographs(self.clips)) if self.clips else None,

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 SECONDS = "seconds"
+TEMPORAL = "temporal_error"  # of clips
 COLUMNS = {
     "psnr_y": ("PSNR-Y", "{:.2f}"),
     "ssim_y": ("SSIM-Y", "{:.4f}"),
     "lpips": ("LPIPS", "{:.4f}"),
     "lpips_vgg": ("LPIPS (VGG)", "{:.4f}"),
     "dists": ("DISTS", "{:.4f}"),
+    TEMPORAL: ("temporal error", "{:.3f}"),
     "gain": ("over bicubic", "{:+.2f}"),
     "share_of_gain": ("of full precision's gain", "{:.1%}"),
     "psnr_y_to_full_precision": ("PSNR-Y to full precision", "{:.2f}"),
