@@ -24,8 +24,8 @@ from qartsr_pipeline.one_step import OneStepNetwork, Settings, run_tile, shared_
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 REACH = 2**WAVELET_LEVELS - 1  # rows beyond a band on which its colours depend
-# Bytes a pixel of the result that writing its file takes: the pixels, a copy of them, and what is encoded. Measured 10 for JPEG,
-# 13 for PNG, and of 16 bits, for which it counts twice, 20 for PNG and 25 for TIFF. With alpha, a third more.
+# Bytes a pixel of the result that writing its file takes: the pixels, a copy of them, and what is encoded. Measured 6 for JPEG,
+# 13 for PNG; of 16 bits, for which it counts twice, 20 for PNG and 25 for TIFF. With alpha, a third more.
 WRITING = 16
 ROWS = 80  # bytes a pixel of the rows that are computed at a time
 SOURCE = 64  # bytes a pixel of the input

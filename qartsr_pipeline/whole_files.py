@@ -68,6 +68,8 @@ def _write(path: Path, content: bytes | memoryview, keep: bool) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if os.path.lexists(path) and not os.lstat(path).st_mode & 0o222:  # renaming asks for the folder's permission alone
+            raise PermissionError(errno.EACCES, "the file is write-protected")
         with open(temporary, "xb") as file:
             file.write(content)
             file.flush()

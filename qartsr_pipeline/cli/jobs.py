@@ -86,7 +86,10 @@ def plan_jobs(
     if options.output is None or is_folder(options.output):
         jobs = [_named_job(source, f"_x{upscale:g}", options, many) for source in sources]
     elif many:
-        raise UsageError(f"{options.output} names one file, but there may be several images. Give a folder after -o.")
+        raise UsageError(
+            f"{options.output} names one file, but there may be several images. Give a folder after -o,"
+            " with a / at the end if there is a dot in its name."
+        )
     else:
         jobs = [Job(sources[0].path, Path(options.output))]
         _check_format(jobs[0], options)
@@ -201,7 +204,7 @@ def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[l
             if _is_dir(path):
                 listing = list_images(path, recursive, Path(output) if output and is_folder(output) else None)
                 found = [_Source(one, one.parent.relative_to(path)) for one in listing.images]
-                said = listing.left_out("; --recursive searches them")
+                said = listing.left_out("; links are not followed" if recursive else "; --recursive searches them")
                 left_out += [said] if said else []
                 empty += [str(path)] if not found else []
             sources |= {os.path.abspath(source.path): source for source in found if os.path.abspath(source.path) not in sources}

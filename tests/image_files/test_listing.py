@@ -55,7 +55,7 @@ def test_folders_within_folders_keep_their_places_and_results_are_not_searched(t
     found, left_out = planned([tmp_path], str(tmp_path / "out"), recursive=True)
     out = tmp_path / "out"
     assert found == {"a.png": out / "a_x4.png", "b.png": out / "x/b_x4.png", "c.png": out / "x/y/c_x4.png"}
-    assert "1 hidden entry (.git)" in left_out and "loop" in left_out
+    assert "1 hidden entry (.git)" in left_out and "1 folder (loop; links are not followed)" in left_out
     assert set(planned([tmp_path])[0]) == {"a.png"}
 
 

@@ -212,6 +212,18 @@ def test_unwritable_places_are_reported_beforehand(tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
+def test_a_write_protected_file_is_not_replaced(tmp_path):
+    target = tmp_path / "a.png"
+    target.write_bytes(b"kept")
+    target.chmod(0o444)
+    for write in (check_writable, lambda path: write_image(path, np.zeros((2, 2, 3)), ImageFile(np.zeros((1, 1, 3), np.uint8)))):
+        with pytest.raises(ImageFileError, match="write-protected.*change the permissions"):
+            write(target)
+    assert target.read_bytes() == b"kept" and list(tmp_path.iterdir()) == [target]
+    target.chmod(0o644)
+    check_writable(target)
+
+
 def test_no_permission(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
