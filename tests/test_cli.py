@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and that every bad input ends in one line and exit code 2."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -186,6 +187,19 @@ def test_debug_shows_the_traceback(upscale, tmp_path, capsys):
     assert upscale(tmp_path / "none.png", "--debug") == 2
     text = capsys.readouterr().err
     assert "Traceback" in text and text.splitlines()[-1].startswith("qartsr: error: ")
+
+
+def test_an_interruption_that_a_library_makes_another_error_of_is_one(upscale, photo, capsys, monkeypatch):
+    def swallowing(*arguments):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RecursionError("maximum recursion depth exceeded") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("qartsr_pipeline.cli.upscale.plan_jobs", swallowing)
+    assert upscale(photo) == 130
+    assert "qartsr: interrupted (RecursionError" in capsys.readouterr().err and signal.getsignal(signal.SIGINT) is before
 
 
 def test_interruption_leaves_nothing_behind(upscale, photo, capsys, monkeypatch):

@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import NamedTuple
 
 from qartsr_pipeline.cli.arguments import list_shipped
@@ -52,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: None for those of the process.
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    interrupts: list[int] = []
     try:
-        return options.run(options)
+        with _noted(interrupts):
+            return options.run(options)
     except KeyboardInterrupt:
         print("qartsr: interrupted", file=sys.stderr)
         return 130
@@ -64,8 +70,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             traceback.print_exc()
+        if interrupts:
+            say(f"qartsr: interrupted ({one_line(error)})", error=True)
+            return 130
         say(f"qartsr: error: {one_line(error)}", error=True)
         return 2
+
+
+@contextmanager
+def _noted(interrupts: list[int]) -> Iterator[None]:
+    """Within this context every Ctrl-C is also added to the list: libraries that are being imported make other errors of it."""
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
