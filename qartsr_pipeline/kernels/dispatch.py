@@ -197,4 +197,5 @@ def _operator(x: torch.Tensor, number: int) -> torch.Tensor:
 
 @_operator.register_fake
 def _(x: torch.Tensor, number: int) -> torch.Tensor:
-    return _in_order(x.new_empty(_layers[number].spec.output_shape(x.shape)))
+    # int: for the second layer that a graph is compiled for, PyTorch 2.6 has a symbol in the place of the number
+    return _in_order(x.new_empty(_layers[int(number)].spec.output_shape(x.shape)))
