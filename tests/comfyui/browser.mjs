@@ -49,14 +49,14 @@ try {
 
   const types = () => page.evaluate(() => window.app.graph.nodes.map((n) => n.type))
   report.added = []
-  for (const typed of [search, 'QArtSR']) {
+  for (const [typed, x] of [[search, 700], ['QArtSR', 250]]) {
     const before = await types()
-    await page.mouse.dblclick(700, 850)
-    await page.waitForTimeout(1000)
+    await page.mouse.dblclick(x, 850)
+    await page.waitForTimeout(2000)
     await page.keyboard.type(typed, { delay: 20 })
-    await page.waitForTimeout(1000)
+    await page.waitForTimeout(2000)
     await page.keyboard.press('Enter')
-    await page.waitForTimeout(1000)
+    await page.waitForTimeout(2000)
     report.added.push(...(await types()).slice(before.length))
     await page.keyboard.press('Escape')
   }
