@@ -48,7 +48,7 @@ class Layer:
         adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0, or at what keeps
             the residual weight as it is, as far as this rank goes, when a branch is fitted; 0 for none.
         rounding: of weights, when parameters are set: "nearest", or "patches": errors of taps and channels make up for each other
-            on patches of the layer's input, and for errors of the quantized inputs; the adapter holds the difference.
+            on patches of the layer's input; the adapter holds the difference.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
         rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix.

@@ -7,11 +7,14 @@ import torch
 from recipes_for_tests import COMPONENTS, calibrated, picture, small_recipe
 from torch import nn
 
-from qartsr_pipeline.calibration.recipe import RecipeError
+from qartsr_pipeline.calibration.recipe import Layer, RecipeError
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
-from qartsr_pipeline.calibration.start.budget import Choice, Limits, assign, ways
+from qartsr_pipeline.calibration.start.budget import Choice, Limits, assign, errors_of_ways, ways
+from qartsr_pipeline.calibration.start.observers import observe
+from qartsr_pipeline.calibration.start.ranks import RankedLayer
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.accounting import account
+from qartsr_pipeline.quantization.calibrating import CalibratingConv2d
 from qartsr_pipeline.quantization.freeze import freeze
 from qartsr_pipeline.quantization.scheme import LayerScheme
 from tiny_models import build_tiny_pipeline
@@ -48,6 +51,27 @@ def test_the_best_assignment_within_all_limits():
     assert found.curve == [(200, 19.0), (250, 12.0)]
     with pytest.raises(ValueError, match="more than"):
         assign(choices, Limits(199, 0, 0))
+
+
+def test_what_the_image_really_loses_corrects_the_other_errors_of_a_layer():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 16, 3, padding=1)
+    ranked = RankedLayer(plain, LayerScheme(4, 4, 8), observe({"": plain}, plain, [torch.randn(2, 16, 16, 16)])[""])
+
+    def errors(factor: float) -> dict[LayerScheme, float]:
+        def measured(layer: nn.Module) -> float:
+            assert isinstance(layer, CalibratingConv2d) and not layer.has_branch
+            return factor * as_predicted[W4A4]
+
+        return errors_of_ways(ranked, torch.ones(16), CalibratingConv2d, Layer(bounds="mse", branch_rank=8), measured)
+
+    as_predicted = {W4A4: 1.0}
+    scale = errors(1e-9)[W4A4]  # 100 times less than predicted, at most
+    as_predicted = {W4A4: 100 * scale}
+    once, thrice = errors(1.0), errors(3.0)
+    fine = {way for way in once if way.activation_bits == 8}
+    assert all(thrice[way] == pytest.approx(once[way] * (1 if way in fine else 3)) for way in once)
+    assert fine and once[LayerScheme(4, 4, 4)] < once[W4A4]
 
 
 def test_a_budget_is_kept_and_lowers_the_error():

@@ -3,7 +3,9 @@
 Each layer can be quantized in several ways: at the stated bits, with activations of 8 bits (kernels carry bytes, so these take
 no more time), or with all of 8 bits and then without a branch. The others may have branches of a few ranks, none of which costs
 more than half the multiplications of the layer itself. For each way the layer is set up as for calibration, its branch fitted,
-and the error of its outputs measured, weighted by how errors there reach the image (`ranks.sensitivities`).
+and the error of its outputs measured, weighted by how errors there reach the image (`ranks.sensitivities`) if those of different
+positions are independent. They are not where few bits shift whole areas, as in the first blocks at full resolution: so the
+network is also run with each layer alone at the stated bits, and what the image really loses corrects the layer's other errors.
 
 The least total error under the limits is a knapsack with several sizes. It is approached greedily: the change of one layer that
 lowers the error most for its cost, again and again. The cost is a weighted sum of what it takes of each limit, and the best of
@@ -12,6 +14,7 @@ several weightings is kept (our reading: the papers say nothing about it).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -30,6 +33,8 @@ from qartsr_pipeline.quantization.scheme import LayerScheme
 
 RANKS, RANK_WIDER = (4, 8, 16, 32), (8,)  # tried at the stated bits, and at others
 WEIGHTINGS = tuple(product((0.25, 1.0, 4.0), repeat=3))
+MOST_CORRECTION = 100.0
+MeasuredWith = Callable[[nn.Module], float]
 HEADER = stored_bytes({})
 
 
@@ -96,13 +101,14 @@ def ways(stated: LayerScheme, layer: nn.Linear | nn.Conv2d) -> list[LayerScheme]
 
 @torch.no_grad()
 def errors_of_ways(
-    ranked: RankedLayer, weights: torch.Tensor, kind: type[CalibratingMixin], recipe: Layer
+    ranked: RankedLayer, weights: torch.Tensor, kind: type[CalibratingMixin], recipe: Layer, measured: MeasuredWith
 ) -> dict[LayerScheme, float]:
     """Way -> what the layer's error adds to the image's; branches are fitted where the recipe says so and that helps.
 
     Args:
         weights: (N,), see `ranks.Sensitivity`.
         kind: class of the calibrating layer.
+        measured: the image's real sum of squared errors with another layer in the place of this one.
     """
     layer, sample = ranked.layer, ranked.sample
     options = Initialisation(recipe.bounds, recipe.percentile, smoothing=(0.5,))
@@ -128,6 +134,11 @@ def errors_of_ways(
         if recipe.branch_fit:
             fit_branch(candidate, rows)
             errors[scheme] = min(errors[scheme], error(candidate))
+    bits = ranked.scheme.weight_bits, ranked.scheme.activation_bits
+    predicted = errors[LayerScheme(*bits)]
+    if bits[1] < 8 and predicted > 0:  # finer activations shift nothing
+        correction = min(max(measured(plain[bits]) / predicted, 1 / MOST_CORRECTION), MOST_CORRECTION)
+        errors = {way: error * (correction if way.activation_bits < 8 else 1) for way, error in errors.items()}
     return errors
 
 

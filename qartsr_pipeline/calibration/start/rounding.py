@@ -1,13 +1,9 @@
 """Rounding of a layer's weight so that the errors of its taps and channels make up for each other, on patches of its input.
 
-With X patches of the smoothed input, X^ the same after quantization, and M the weight that is left beside the branch, the codes Q
-are sought that minimise |X M^T - X^ Q^T|^2: first without rounding, by least squares,
-
-    W = M + (X^^T X^ + r I)^-1 X^^T (X - X^) M^T        r: a ridge that holds W to M where the patches say little
-
-which makes up for what is lost in the inputs, then column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and
-its error is made up for by the columns that are not rounded yet. The merged adapter becomes the difference to the original
-weight, so that training starts from there, as far as the adapter's rank goes. Nothing that is stored or run is larger for it.
+With X patches of the smoothed and quantized input, and M the weight that is left beside the branch, the codes Q are sought that
+minimise |X M^T - X Q^T|^2, column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and its error is made up for by
+the columns that are not rounded yet. The merged adapter becomes the difference to the original weight, so that training starts
+from there, as far as the adapter's rank goes. Nothing that is stored or run is larger for it.
 
 Patches hold all taps of a convolution together: neighbours in an image are nearly equal, so errors of taps can cancel.
 """
@@ -53,7 +49,7 @@ def relative_patch_error(layer: CalibratingMixin, inputs: torch.Tensor) -> float
 
 
 class Patches:
-    """Inputs of a layer as it is set up: smoothed, and smoothed and quantized, of which some are held out.
+    """Inputs of a layer as it is set up, smoothed and quantized, and some that are held out, also as they were before.
 
     Args:
         inputs: (B, C, h, w) windows of a convolution's input, or (positions, C).
@@ -62,9 +58,9 @@ class Patches:
     def __init__(self, layer: CalibratingMixin, inputs: torch.Tensor):
         over = layer.smooth.view(1, -1, 1, 1) if inputs.dim() == 4 else layer.smooth
         held = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == HELD_OUT - 1
-        full, quantized = inputs * over, layer.quantized_input(inputs, over)
-        self.full, self.quantized = patches_of(layer, full[~held]), patches_of(layer, quantized[~held])
-        self._held = patches_of(layer, full[held]), patches_of(layer, quantized[held])
+        quantized = layer.quantized_input(inputs, over)
+        self.quantized = patches_of(layer, quantized[~held])
+        self._held = patches_of(layer, (inputs * over)[held]), patches_of(layer, quantized[held])
 
     def error(self, layer: CalibratingMixin, beside: torch.Tensor) -> float:
         """Squared error of the layer's output on what is held out; ``beside``: M, (N, K)."""
@@ -95,13 +91,10 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
     hessian = patches.quantized.T @ patches.quantized
     ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-12)
     hessian.diagonal().add_(ridge)
-    wanted = patches.quantized.T @ ((patches.full - patches.quantized) @ matrix.T)
-    factor = torch.linalg.cholesky(hessian)
-    target = matrix + torch.cholesky_solve(wanted, factor).T
-    lower, upper = row_bounds(target, hessian.diagonal().expand_as(target), layer.layer_scheme.weight_bits)
+    lower, upper = row_bounds(matrix, hessian.diagonal().expand_as(matrix), layer.layer_scheme.weight_bits)
     layer.weight_lower.copy_(lower)
     layer.weight_upper.copy_(upper)
-    rounded = _rounded(layer, target, torch.cholesky_inverse(factor))
+    rounded = _rounded(layer, matrix, torch.cholesky_inverse(torch.linalg.cholesky(hessian)))
     set_adapter(layer, (rounded - matrix).view(shape) * over_inputs)
     if patches.error(layer, matrix) < before:
         return True
@@ -110,7 +103,7 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
     return False
 
 
-def _rounded(layer: CalibratingMixin, target: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def _rounded(layer: CalibratingMixin, matrix: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """(N, K) on the layer's grid, GPTQ's way; columns in the order of their inputs' energy, the largest first."""
     bits = layer.layer_scheme.weight_bits
     symmetric = bits == 8
@@ -118,7 +111,7 @@ def _rounded(layer: CalibratingMixin, target: torch.Tensor, inverse: torch.Tenso
     smallest, largest = code_range(bits, symmetric=symmetric)
     low, high = smallest - zero_point, largest - zero_point
     order = inverse.diagonal().argsort()
-    weight, chol = target[:, order].clone(), torch.linalg.cholesky(inverse[order][:, order], upper=True)
+    weight, chol = matrix[:, order].clone(), torch.linalg.cholesky(inverse[order][:, order], upper=True)
     result = torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
         end = min(start + COLUMNS, weight.shape[1])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -21,7 +23,7 @@ from qartsr_pipeline.calibration.training.progress import follow
 from qartsr_pipeline.quantization.accounting import Work, stored_bytes
 from qartsr_pipeline.quantization.calibrating import Kinds
 from qartsr_pipeline.quantization.deployed import deployed_like
-from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers
+from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers, replace_module
 
 Schemes = dict[str, QuantizationScheme]  # by component
 Samples = dict[str, InputSample]  # by "component.layer"
@@ -113,10 +115,10 @@ def give_bits(context: CalibrationContext, schemes: Schemes, kinds: Kinds, sampl
     recipe, family = context.recipe, context.family
     layers, reach = _free_layers(context, schemes, samples), _sensitivities(context, schemes, samples)
     work = family.work(context.pipeline)
-    choices = {}
+    choices, image_errors = {}, _ImageErrors(context)
     for name, ranked in follow(context.progress, layers.items(), "choose bits"):
         kind = kinds[isinstance(ranked.layer, nn.Conv2d)]
-        errors = errors_of_ways(ranked, reach[name].weights, kind, recipe.layer)
+        errors = errors_of_ways(ranked, reach[name].weights, kind, recipe.layer, partial(image_errors, name))
         choices[name] = choices_of(name, ranked, errors, work, context.bits)
     rest, total = _rest(context, schemes, layers, work)
     least = rest + sum(rows[0].size for rows in choices.values())
@@ -167,19 +169,44 @@ def _free_layers(context: CalibrationContext, schemes: Schemes, samples: Samples
     }
 
 
+class _ImageErrors:
+    """Sum of squared errors of an image, averaged over a few, with one layer replaced in the full-precision network."""
+
+    def __init__(self, context: CalibrationContext):
+        self.family, self.pipeline = context.family, context.pipeline
+        self.batch = next(_small_batches(context))
+        with torch.no_grad():
+            self.wanted = self.family.run(self.pipeline, self.batch).image
+
+    @torch.no_grad()
+    def __call__(self, name: str, layer: nn.Module) -> float:
+        component, _, path = name.partition(".")
+        model = self.family.models(self.pipeline)[component]
+        own = model.get_submodule(path)
+        replace_module(model, path, layer)
+        try:
+            image = self.family.run(self.pipeline, self.batch).image
+        finally:
+            replace_module(model, path, own)
+        return float((image - self.wanted).square().sum()) / len(self.batch)
+
+
+def _small_batches(context: CalibrationContext) -> Iterator[torch.Tensor]:
+    """Batches of small images, as they are in training."""
+    family, side = context.family, min(context.recipe.image_size, SENSITIVITY_SIDE)
+    for index in range(SENSITIVITY_BATCHES):
+        rng = np.random.default_rng([context.seed, index])
+        batch = family.training_batch(context.patches, SENSITIVITY_COUNT, side, context.degradation, rng)
+        yield batch.to(context.device)
+
+
 def _sensitivities(context: CalibrationContext, schemes: Schemes, samples: Samples) -> dict[str, Sensitivity]:
     """Of those layers, on a few small images."""
     family, pipeline = context.family, context.pipeline
     for model in family.models(pipeline).values():
         model.requires_grad_(False)
-    side = min(context.recipe.image_size, SENSITIVITY_SIDE)
-    generators = (np.random.default_rng([context.seed, index]) for index in range(SENSITIVITY_BATCHES))
-    batches = (
-        family.training_batch(context.patches, SENSITIVITY_COUNT, side, context.degradation, rng).to(context.device)
-        for rng in generators
-    )
     layers = {name: ranked.layer for name, ranked in _free_layers(context, schemes, samples).items()}
-    return sensitivities(layers, lambda batch: family.run(pipeline, batch).image, batches)
+    return sensitivities(layers, lambda batch: family.run(pipeline, batch).image, _small_batches(context))
 
 
 def _with(schemes: Schemes, chosen: dict[str, LayerScheme]) -> Schemes:
