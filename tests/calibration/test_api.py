@@ -18,7 +18,11 @@ from qartsr_pipeline.calibration import api, job, timestep
 from qartsr_pipeline.calibration.api import _continued
 from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, Order, RunArguments
 from qartsr_pipeline.calibration.data.pairs import TrainingData
+from qartsr_pipeline.calibration.job import recorded_recipe
+from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.recipe_files import load_recipe
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, TimestepSearch, parse_phase
+from qartsr_pipeline.calibration.training.calibration_state import load_calibration
 from qartsr_pipeline.whole_files import SavingError
 from tiny_models import build_tiny_pipeline
 
@@ -262,3 +266,27 @@ def test_the_example_in_its_documentation_runs():
 def test_a_learning_rate_of_a_phase_is_kept_to_the_last_digit():
     kept = RunArguments(phases=("latent:1:1.23456789e-4:64:1",)).phases
     assert [parse_phase(text).lr for text in kept] == [1.23456789e-4]
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_was_begun_with(tmp_path):
+    """As packages before this one wrote it: without keys that have come since, and with other defaults."""
+    older = load_recipe("qartsr").to_dict() | {"steps": 7}
+    del older["budget"], older["layer"]["rounding"], older["stages"][0]["rates"]
+    entries = dict.fromkeys(("parameters", "stage_index", "turn_index", "step", "turns", "errors_before", "optimizer"))
+    torch.save({"identity": {"recipe": older}, "losses": {}, **entries}, tmp_path / "state.pt")
+    order = Order(RunArguments(steps=350), tmp_path, continues=True)
+    recipe = recorded_recipe(order)
+    assert recipe is not None and recipe.steps == 7 and not recipe.budget.is_set and recipe.layer.rounding == "nearest"
+    assert recorded_recipe(replace(order, continues=False)) is None
+    assert recorded_recipe(replace(order, arguments=RunArguments(recipe=older))) is None  # the arguments hold it themselves
+    (tmp_path / "state.pt").unlink()
+    assert recorded_recipe(order) is None
+    with pytest.raises(ValueError, match="run with other seed, or of another"):
+        _load_with(tmp_path, {"recipe": older, "seed": 0}, {"recipe": Recipe.from_dict(older).to_dict(), "seed": 1})
+    _load_with(tmp_path, {"recipe": older, "seed": 0}, {"recipe": Recipe.from_dict(older).to_dict(), "seed": 0})
+
+
+def _load_with(folder: Path, written: dict, identity: dict) -> None:
+    entries = dict.fromkeys(("stage_index", "turn_index", "step", "losses", "turns", "errors_before", "optimizer"))
+    torch.save({"identity": written, "parameters": {}, **entries}, folder / "state.pt")
+    load_calibration(folder / "state.pt", {}, identity)
