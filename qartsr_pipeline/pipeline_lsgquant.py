@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 from qartsr_pipeline.video.causal_vae import bytes_per_pixel, skip_idle_attention, spatial_factor, temporal_factor
 from qartsr_pipeline.video.clip_color import COLOR_FIXES
 from qartsr_pipeline.video.frames import checked_frames, frames_of
+from qartsr_pipeline.video_files.reading import open_clip, read_frames
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 MINIMUM_SIDE = 64  # enlarged frames that are smaller are padded by mirroring
@@ -93,7 +95,7 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        video: list | np.ndarray | torch.Tensor,
+        video: list | np.ndarray | torch.Tensor | str | os.PathLike,
         upscale: float = 4,
         frames_per_chunk: int | None = None,
         chunk_overlap: int | None = None,
@@ -106,7 +108,9 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
 
         Args:
             video: a list of frames as in `stream`, a numpy array (F, H, W, C) or a torch tensor (F, C, H, W), of uint8, uint16 or
-                float in [0, 1]. Any length from one frame, any size from 1 x 1.
+                float in [0, 1]; or a video file, or an image sequence such as "frames/%05d.png", read with PyAV (the extra
+                `video`). Any length from one frame, any size from 1 x 1. Files keep their sound and frame times with
+                `qartsr upscale` alone.
             upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix: see `stream`.
             output_type: "pil": list with one list of PIL images. "np": float32 array (1, F, H, W, 3) in [0, 1]. "pt": float32 CPU
                 tensor (1, F, 3, H, W) in [0, 1].
@@ -119,11 +123,12 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
         Raises:
             TypeError, ValueError: an argument is not as described; the message names it.
             NotEnoughMemory: a MemoryError, before anything is computed: the result does not fit into main memory.
+            VideoFileError: the file cannot be read, or PyAV is not installed.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(map(repr, OUTPUT_TYPES))}, but is {output_type!r}.")
-        frames = frames_of(video)
+        frames = list(_frames_in(video)) if isinstance(video, (str, os.PathLike)) else frames_of(video)
         first = next(checked_frames(frames[:1]))
         _check_result_memory(len(frames), enlarged_size((first.shape[-2], first.shape[-1]), check_upscale(upscale)), output_type)
         arguments = (upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix)
@@ -144,7 +149,7 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
 
     def stream(
         self,
-        frames: Iterable[np.ndarray | torch.Tensor | PIL.Image.Image],
+        frames: Iterable[np.ndarray | torch.Tensor | PIL.Image.Image] | str | os.PathLike,
         upscale: float = 4,
         frames_per_chunk: int | None = None,
         chunk_overlap: int | None = None,
@@ -157,7 +162,7 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
 
         Args:
             frames: anything to iterate over: numpy arrays (H, W, C) of uint8, uint16 or float in [0, 1], torch tensors
-                (C, H, W) of the same, or PIL images, grey or colour, all of one size.
+                (C, H, W) of the same, or PIL images, grey or colour, all of one size. Or a file, as in the call.
             upscale: enlargement, above 0 and up to 16. The network works at its own scale; another one is resampled.
             frames_per_chunk: how many frames the transformer sees at once, at least 1; rounded up to whole latents. None: the
                 model's own.
@@ -175,6 +180,8 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             TypeError, ValueError: an argument is not as described, or a frame, once it is read; the message names it.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
+        if isinstance(frames, (str, os.PathLike)):
+            frames = _frames_in(frames)
         for frame in self._stream(checked_frames(frames), upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix):
             yield frame[0].permute(1, 2, 0).contiguous().numpy()
 
@@ -256,6 +263,10 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
         tile = choose_tile_size(padded, pixel_bytes, free_memory(self._execution_device))
         return None if tile is None else tile // self.multiple * self.multiple
+
+
+def _frames_in(file: str | os.PathLike) -> Iterator[np.ndarray]:
+    return (frame.pixels for frame in read_frames(open_clip(file)))
 
 
 def _overlap(tile: int | None, multiple: int) -> int:

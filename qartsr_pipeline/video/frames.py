@@ -13,7 +13,7 @@ from qartsr_pipeline.image.conversion import to_images
 
 ACCEPTED = (
     "a list of PIL images or of arrays (H, W, C); a numpy array (F, H, W, C) or a torch tensor (F, C, H, W) of uint8, uint16 or"
-    " float in [0, 1]"
+    " float in [0, 1]; or a video file"
 )
 DIFFERENCE = 0.12  # mean change of luma from frame to frame above which there may be a cut
 SUDDEN = 4  # and so many times that of the frames before

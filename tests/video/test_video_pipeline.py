@@ -16,6 +16,7 @@ from group_offload import needs_group_offload
 from qartsr_pipeline import CheckpointError, LSGQuantVideoPipeline, QArtSRPipeline
 from qartsr_pipeline.memory import NotEnoughMemory
 from qartsr_pipeline.overflow import compute_dtype
+from qartsr_pipeline.video_files import VideoFileError
 from tiny_models import build_tiny_video_pipeline
 
 
@@ -197,7 +198,8 @@ def with_nan() -> np.ndarray:
         ([clip(1)[0], clip(1, 18)[0]], {}, ValueError, r"frames\[1\].*20 x 18.*20 x 16"),
         (with_nan(), {}, ValueError, r"frames\[1\].*NaN"),
         (clip(1)[0], {}, ValueError, r"expected \(F, H, W, C\)"),
-        ("clip.mp4", {}, TypeError, "is str"),
+        ("none.mp4", {}, VideoFileError, "none.mp4"),
+        (b"clip.mp4", {}, TypeError, "is bytes"),
         (iter(clip(2)), {}, TypeError, r"pipeline.stream\(frames\)"),
         (np.zeros((2, 16, 16, 4), np.uint8), {}, ValueError, "partly transparent"),
         (clip(2), {"upscale": 0}, ValueError, "upscale"),
@@ -212,6 +214,15 @@ def with_nan() -> np.ndarray:
 def test_bad_input_is_refused(pipeline, video, arguments, error, message):
     with pytest.raises(error, match=message):
         pipeline(video, **arguments)
+
+
+def test_frames_may_come_from_files(pipeline, tmp_path):
+    video = (clip(3) * 255).round().astype(np.uint8)
+    for number, frame in enumerate(video):
+        PIL.Image.fromarray(frame).save(tmp_path / f"{number:03}.png")
+    made = pipeline(tmp_path / "%03d.png", output_type="np").frames[0]
+    assert np.array_equal(made, pipeline(video, output_type="np").frames[0])
+    assert np.array_equal(made, np.stack(list(pipeline.stream(str(tmp_path / "%03d.png")))))
 
 
 def test_an_empty_stream_is_refused(pipeline):
