@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -17,6 +18,7 @@ from torch import nn
 
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.fold import fold_structure
+from qartsr_pipeline.quantization.fold_wan import fold_wan_structure
 from qartsr_pipeline.quantization.fuse import fuse
 from qartsr_pipeline.quantization.scheme import FORMAT_VERSION, QuantizationScheme, quantizable_layers, replace_module
 from qartsr_pipeline.stored_values import StoredValueError, check_finite
@@ -74,9 +76,14 @@ class QArtSRQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: ModelMixin, **kwargs: Any) -> None:
         scheme = self.quantization_config.scheme()
         if scheme.folding is not None:
-            if not isinstance(model, UNet2DConditionModel):
-                raise ValueError(f"quantization_config has folding={scheme.folding}, but only a UNet can be folded")
-            fold_structure(model, scheme.folding)
+            if isinstance(model, UNet2DConditionModel):
+                fold_structure(model, scheme.folding)
+            elif isinstance(model, WanTransformer3DModel):
+                fold_wan_structure(model, scheme.folding)
+            else:
+                raise ValueError(
+                    f"quantization_config has folding={scheme.folding}, but only a UNet or a transformer can be folded"
+                )
         for name, (layer, layer_scheme) in quantizable_layers(model, scheme).items():
             replace_module(model, name, deployed_like(layer, layer_scheme, layer.weight.device))
 

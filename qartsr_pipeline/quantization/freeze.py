@@ -12,6 +12,7 @@ from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrati
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.diffusers_quantizer import attach_quantizer
 from qartsr_pipeline.quantization.fold import FoldedConstant
+from qartsr_pipeline.quantization.fold_wan import FoldedConditions
 from qartsr_pipeline.quantization.scheme import QuantizationScheme, quantizable_layers, replace_module
 
 TOO_LARGE = "float16 holds up to 65504; its smoothing factors may be too small"
@@ -74,7 +75,7 @@ def _check_scheme(model: nn.Module, scheme: QuantizationScheme) -> None:
     if other or not layers:
         found = f"{len(other)} layers are prepared otherwise, the first is {other[0]!r}" if other else "no layer is prepared"
         raise ValueError(f"the model was not prepared with this scheme: {found}. Call `prepare` with the scheme to freeze with")
-    folded = any(isinstance(module, FoldedConstant) for module in model.modules())
+    folded = any(isinstance(module, (FoldedConstant, FoldedConditions)) for module in model.modules())
     if folded != (scheme.folding is not None):
         raise ValueError(f"the model is {'' if folded else 'not '}folded, but its scheme has folding={scheme.folding}")
 

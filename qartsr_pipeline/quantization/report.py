@@ -14,6 +14,7 @@ from qartsr_pipeline.kernels import Backend, choose_backend
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 from qartsr_pipeline.quantization.fold import FoldedConstant
+from qartsr_pipeline.quantization.fold_wan import FoldedCrossAttention
 
 
 def kernel_summary(*models: nn.Module, device: str) -> str:
@@ -140,7 +141,8 @@ def describe_model(name: str, model: nn.Module, device: str = "cpu") -> Componen
     rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
     layers = [describe_layer(n, m, device, _dtype(model)) for n, m in deployed.items()]
     parameters = sum(m.weight_count for m in deployed.values()) + sum(p.numel() for p in model.parameters())
-    constants = sum(m.value.numel() for m in model.modules() if isinstance(m, FoldedConstant))
+    folded = (m for m in model.modules() if isinstance(m, (FoldedConstant, FoldedCrossAttention)))
+    constants = sum(buffer.numel() for m in folded for buffer in m.buffers(recurse=False))
     packed = sum(layer.packed_bytes for layer in layers) + sum(t.numel() * t.element_size() for t in rest)
     fp16, prepared = 2 * (parameters + constants), sum(layer.prepared_bytes for layer in layers)
     bits = _bits(model, layers)

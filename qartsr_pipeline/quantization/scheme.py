@@ -58,7 +58,7 @@ class LayerScheme:
 
 @dataclass(frozen=True)
 class Folding:
-    """Which constants were folded: those of this timestep, and of a prompt embedding of so many tokens (see `fold`)."""
+    """Which constants were folded: those of this timestep, and of a prompt of so many tokens (see `fold` and `fold_wan`)."""
 
     timestep: int
     tokens: int
@@ -80,7 +80,7 @@ class QuantizationScheme:
         default: for every linear and convolution layer that no override names.
         overrides: shell-style pattern of qualified layer names -> its scheme, or None to leave the layer as it is. The first
             matching pattern wins.
-        folding: set if the model is a UNet whose constants were folded.
+        folding: set if the constants of a UNet or a WAN transformer were folded.
     """
 
     default: LayerScheme = field(default_factory=LayerScheme)
