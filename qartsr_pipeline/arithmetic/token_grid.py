@@ -1,0 +1,130 @@
+"""The token grid: weights symmetric for each output channel, activations symmetric for each token, rotations before both.
+
+    y[t, n] = d_t s_n sum_c q_w[n, c] q_x[t, c]
+
+Scales do not depend on c, so a layer is one integer product. LSGQuant's activations (DRAQ, arXiv 2602.03182) also have a scale
+for each input channel, s_c = max_t |X_tc|, beside that of the token, d_t = max_c |X_tc| / s_c, as FlashVSR_ptq reads the paper:
+`draq` simulates them. With s_c = 2^e_c, a power of two, the channel's scale goes into the codes, which still fit into a byte, and
+the layer stays one product: `token_codes` with exponents.
+
+Float32 throughout, rounding half to even.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+BYTE = 127  # the largest code that an integer product takes
+
+
+class Codes(NamedTuple):
+    """Attributes:
+    codes: int8, (rows, C): a row is a token, or an output channel.
+    scales: float32, (rows,): codes times these are the values.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def values(self) -> torch.Tensor:
+        """(rows, C) float32."""
+        return self.codes.float() * self.scales[:, None]
+
+
+def largest_code(bits: int) -> int:
+    """7 for 4 bits: the grid is symmetric.
+
+    Raises:
+        ValueError: not 2 to 8 bits.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"the token grid has 2 to 8 bits, not {bits}.")
+    return 2 ** (bits - 1) - 1
+
+
+def largest_exponent(bits: int) -> int:
+    """The largest power of two that codes can be multiplied with and still fit into a byte: 4 for 4 bits, 2 for 6, 0 for 8."""
+    return (BYTE // largest_code(bits)).bit_length() - 1
+
+
+def channel_exponents(maxima: torch.Tensor, bits: int) -> torch.Tensor:
+    """Exponents e_c from the largest magnitude of every input channel over calibration data.
+
+    The largest channels get `largest_exponent`, each of half their size one less, and everything below 0.
+
+    Args:
+        maxima: (C,), not negative.
+
+    Returns:
+        int8 (C,).
+    """
+    most = largest_exponent(bits)
+    relative = torch.log2(maxima.float() / maxima.max().clamp_min(torch.finfo(torch.float32).tiny))
+    return (relative.round() + most).clamp(0, most).to(torch.int8)
+
+
+def token_codes(x: torch.Tensor, bits: int, exponents: torch.Tensor | None = None) -> Codes:
+    """Quantizes the rows of ``x``: tokens as they come, or the output channels of a weight.
+
+    q_tc = clamp(rint(x_tc / (2^e_c d_t))), d_t = max_c |x_tc| / 2^e_c / largest code; the code is q_tc 2^e_c.
+
+    Args:
+        x: (rows, C), any float type.
+        exponents: int8 (C,) from `channel_exponents`; None for zeros. The result of a token depends on no other token.
+    """
+    most, x = largest_code(bits), x.float()
+    powers = torch.ones_like(x[0]) if exponents is None else torch.exp2(exponents.float())
+    scaled = x / powers
+    scales = _scales(scaled, most)
+    codes = (scaled / scales[:, None]).round().clamp(-most, most) * powers
+    return Codes(codes.to(torch.int8), scales)
+
+
+def draq(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """DRAQ, simulated: (rows, C) -> its quantized values in float32. A channel's scale depends on all rows that come together."""
+    most, x = largest_code(bits), x.float()
+    channels = x.abs().amax(0)
+    channels = torch.where(channels > 0, channels, 1.0)
+    scaled = x / channels
+    scales = _scales(scaled, most)[:, None]
+    return (scaled / scales).round().clamp(-most, most) * scales * channels
+
+
+def product(x: Codes, weight: Codes) -> torch.Tensor:
+    """y (tokens, outputs) float32: the integer product, exact in 32 bits, then both scales."""
+    sums = x.codes.to(torch.int32) @ weight.codes.to(torch.int32).T
+    return sums.float() * x.scales[:, None] * weight.scales
+
+
+def _scales(x: torch.Tensor, most: int) -> torch.Tensor:
+    """(rows,): the largest magnitude of a row becomes the largest code. Rows of zeros get 1, rows with NaN NaN."""
+    largest = x.abs().amax(1)
+    return torch.where(largest == 0, 1.0, largest / most)
+
+
+def rotation_size(channels: int, most: int = 256) -> int:
+    """The largest power of two up to ``most`` that divides the channels: the blocks that `rotated` turns."""
+    return min(most, channels & -channels)
+
+
+def rotated(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x H, H block-diagonal of normalized Hadamard matrices: (..., C) -> (..., C), which spreads outliers over a block.
+
+    H is symmetric and its own inverse, so that a layer with rotated weights and activations is the layer, (x H) (W H)^T = x W^T.
+    A matrix of size 256 takes 8 additions for each number.
+
+    Args:
+        size: of the blocks, a power of two that divides C.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if size < 1 or size & (size - 1) or x.shape[-1] % size:
+        raise ValueError(f"the rotation's size must be a power of two that divides {x.shape[-1]} channels, but is {size}.")
+    turned, step = x.float().unflatten(-1, (-1, size)), 1
+    while step < size:
+        first, second = turned.unflatten(-1, (-1, 2, step)).unbind(-2)
+        turned, step = torch.stack([first + second, first - second], -2).flatten(-3), 2 * step
+    return turned.flatten(-2) * size**-0.5
