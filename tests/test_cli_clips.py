@@ -62,7 +62,9 @@ def test_a_clip_frame_by_frame(upscale, clip, tmp_path, capsys, tiny_pipeline):
     expected = tiny_pipeline(frames_of(clip)[3][1], output_type="np").images[0]
     assert np.abs(frames_of(target)[3][1] - expected).mean() < 0.02
     assert upscale(clip) == 2 and "exists already. Add --overwrite" in capsys.readouterr().err
-    assert upscale(clip, "--overwrite", "--codec", "hevc", "--crf", "30") == 0
+    assert upscale(clip, "--overwrite", "--codec", "hevc", "--crf", "4", "--fidelity", "1") == 0
+    from_input = tiny_pipeline(frames_of(clip)[3][1], output_type="np", fidelity=1.0).images[0]
+    assert np.abs(frames_of(target)[3][1] - from_input).mean() < 0.02
 
 
 @pytest.mark.parametrize("chunk", [None, 100])  # longer than the clip
@@ -137,6 +139,7 @@ def test_kinds_of_models_and_files_that_do_not_fit(upscale, upscale_whole, clip,
         (upscale, [clip, "--frames-per-chunk", "8"], "for video models"),
         (upscale_whole, [clip, "--color-fix", "wavelet"], "for image models"),
         (upscale_whole, [clip, "--tile-overlap", "8"], "for image models"),
+        (upscale_whole, [clip, "--fidelity", "0.5"], "--fidelity is for image models"),
         (upscale, [tmp_path / "missing.mp4"], "There is no file"),
     ):
         assert run(*arguments) == 2

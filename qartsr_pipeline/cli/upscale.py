@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="enlarge colours under transparency as they are, for textures; default: they become those of visible neighbours",
     )
     add_device_and_dtype(parser)
-    clips = parser.add_argument_group("clips", "video files, GIF, and numbered images such as frames/%%05d.png")
+    clips = parser.add_argument_group("clips", "video files, GIF, and numbered images such as frames/%05d.png")
     clips.add_argument("--codec", choices=tuple(CODECS), help="default: h264 for 8 bits, hevc for more; av1 in .webm")
     clips.add_argument("--crf", type=int, metavar="N", help="quality, 0 is best; default: 18 for h264, 20 for hevc, 24 for av1")
     clips.add_argument("--fps", type=float, metavar="N", help="frames a second of numbered images; default: 25")
@@ -156,6 +156,7 @@ def _run_clips(options: argparse.Namespace) -> int:
             options.color_fix,
             options.frames_per_chunk,
             options.chunk_overlap,
+            options.fidelity,
         )
         model = load_model(folder, options.device, options.dtype, model_options, processes)
         counts = upscale_clips(model, options.model, pending, model_options, files, processes, options.debug)

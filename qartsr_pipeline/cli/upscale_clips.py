@@ -57,6 +57,7 @@ class ClipModelOptions:
     color_fix: str | None = None
     frames_per_chunk: int | None = None
     chunk_overlap: int | None = None
+    fidelity: float = 0.0
 
 
 class FrameByFrame:
@@ -81,6 +82,7 @@ class FrameByFrame:
             "tile_size": options.tile_size,
             "tile_overlap": options.tile_overlap,
             "color_fix": None if options.color_fix == "none" else "wavelet",
+            "fidelity": options.fidelity,
         }
         pipeline.check_inputs(upscale=options.upscale, **self._arguments)
 
@@ -98,6 +100,8 @@ class WholeClip:
             raise UsageError("--color-fix wavelet is for image models. Video models take adain (the default) or none.")
         if options.tile_overlap is not None:
             raise UsageError("--tile-overlap is for image models. Leave it out; --tile-size is for both.")
+        if options.fidelity:
+            raise UsageError("--fidelity is for image models. Leave it out.")
         self._pipeline = pipeline
         self._arguments: dict[str, Any] = {
             "tile_size": options.tile_size,
