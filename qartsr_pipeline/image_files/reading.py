@@ -40,7 +40,7 @@ READABLE_SUFFIXES = (
 # What Pillow reports broken content with.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, IndexError, OverflowError, struct.error)
 _IPTC, _CLIPPING_PATHS = 0x0404, range(0x07D0, 0x0BB7)  # Photoshop's numbers for what it stores in a file
-_TIFF_XMP, _TIFF_IPTC, _TIFF_ICC = 700, 33723, 34675
+_TIFF_XMP, _TIFF_IPTC, _TIFF_ICC, _SAMPLES_PER_PIXEL = 700, 33723, 34675, 277
 # What a TIFF file's directory holds besides its structure and a description of the photograph, and must not go unmentioned.
 _TIFF_LOST = {
     301: "the transfer function, so that colours may look different",
@@ -128,6 +128,8 @@ def _read(path: Path, file: BinaryIO) -> ImageFile:
     with reopen() as image:
         frames = parts.frames if parts else getattr(image, "n_frames", 1)
         metadata, turn, problems = _metadata_of_png(parts) if parts else _metadata(image, file)
+        samples = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if isinstance(image, TiffImagePlugin.TiffImageFile) else 0
+        bands = len(image.getbands())
         # Loading exchanges the sides of TIFF files, so everything about how it is stored has been read before.
         pixels, in_profile, notices = read_pixels(image, reopen, file)
     if parts and parts.transparency:
@@ -135,6 +137,9 @@ def _read(path: Path, file: BinaryIO) -> ImageFile:
     if not in_profile:
         metadata = replace(metadata, icc_profile=None)
     notices = [f"{path.name} {notice}" for notice in notices]
+    further = samples - (pixels.shape[2] if in_profile else bands)
+    if further > 0:
+        notices.append(f"{path.name} has {further} more {'channel' if further == 1 else 'channels'}, such as a mask; left out.")
     if frames > 1:
         notices.append(f"{path.name} has {frames} frames or pages; only the first is read.")
     if problems:

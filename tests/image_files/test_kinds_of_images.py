@@ -229,6 +229,27 @@ def test_deeper_colour_that_pillow_cannot_deliver_is_said(folder):
     assert read_image(folder / "plain.ppm").notices == []
 
 
+@pytest.mark.parametrize("channels", [3, 4, 5, 6])
+@pytest.mark.parametrize("meaning", ["unassalpha", "assocalpha", "unspecified"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_channels_that_are_not_read_are_counted(folder, channels, meaning, dtype):
+    """Photoshop stores masks so."""
+    extra = [meaning, *["unspecified"] * 2][: channels - 3]
+    options = {"extrasamples": extra} if extra else {}
+    tifffile.imwrite(
+        folder / "a.tif", random_values(dtype, (9, 8, channels), 0), photometric="rgb", planarconfig="contig", **options
+    )
+    try:
+        found = read_image(folder / "a.tif")
+    except ImageFileError as error:
+        assert "Convert it to PNG" in str(error) and channels > 3
+        return
+    said = [one for one in found.notices if "more channel" in one]
+    assert len(said) == (found.pixels.shape[2] < channels)
+    if said:
+        assert f"a.tif has {channels - found.pixels.shape[2]} more" in said[0]
+
+
 def test_lab_is_converted_by_its_meaning(folder):
     Image.new("LAB", (4, 4), (255, 128, 128)).save(folder / "lab.tif")
     assert read_image(folder / "lab.tif").pixels.min() > 250
