@@ -15,10 +15,11 @@ from qartsr_pipeline.calibration.family import family_of
 from qartsr_pipeline.calibration.instances import check_not_offloaded
 from qartsr_pipeline.calibration.perceptual import Lpips
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits
+from qartsr_pipeline.calibration.retraining.move_timestep import check_patches
 from qartsr_pipeline.calibration.retraining.settings import Settings, TimestepSearch
 from qartsr_pipeline.calibration.saving import whole_folder
 from qartsr_pipeline.calibration.training.progress import Progress
-from qartsr_pipeline.calibration.trq import TRQ, check_patches
+from qartsr_pipeline.calibration.trq import TRQ
 
 
 def search_of(arguments: RunArguments) -> TimestepSearch:

@@ -29,7 +29,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,11 +37,10 @@ from typing import Any
 import torch
 
 from qartsr_pipeline.calibration.data.fingerprint import versions, without_files
-from qartsr_pipeline.calibration.data.pairs import MARGIN, TrainingSet
-from qartsr_pipeline.calibration.data.patches import Patches, check_size
+from qartsr_pipeline.calibration.data.pairs import TrainingSet
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD, check_target, save_pipeline
 from qartsr_pipeline.calibration.retraining.losses import image_quality, validate
-from qartsr_pipeline.calibration.retraining.move_timestep import check_fit_size, latents_for_fit, move_timestep
+from qartsr_pipeline.calibration.retraining.move_timestep import check_patches, latents_for_fit, move_timestep
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel, add_adapters, is_large, merge_adapters
 from qartsr_pipeline.calibration.retraining.report import write_sweep
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, Settings, TimestepSearch, check_made_with
@@ -111,13 +109,6 @@ def choose(candidates: list[Candidate], rule: Rule) -> Candidate:
     best = max(candidate.full_precision for candidate in working)
     good = [candidate for candidate in working if candidate.full_precision >= best - rule.quality_margin]
     return min(good, key=lambda candidate: candidate.z_error)
-
-
-def check_patches(patches: Patches, phases: Iterable[Phase]) -> None:
-    """Raises ValueError unless images are large enough for all phases and for the fit before them: at once, not in an hour."""
-    check_fit_size(patches)
-    for phase in phases:
-        check_size(patches, phase.patch + 2 * MARGIN)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import numpy as np
@@ -32,15 +32,17 @@ from torch import nn
 from qartsr_pipeline.calibration.data.pairs import MARGIN, sample_pair
 from qartsr_pipeline.calibration.data.patches import Patches, check_size
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
+from qartsr_pipeline.calibration.retraining.settings import Phase
 
 FIT_SIDE = 128  # pixels of the patches that the fit sees
 RIDGE = 1e-9  # of the fit, relative to the features' mean square
 LINEAR = (4.0, 0.5)  # mean and deviation at which SiLU is nearly linear
 
 
-def check_fit_size(patches: Patches) -> None:
-    """Raises ValueError if no image is large enough for `latents_for_fit`."""
-    check_size(patches, FIT_SIDE + 2 * MARGIN)
+def check_patches(patches: Patches, phases: Iterable[Phase]) -> None:
+    """Raises ValueError unless images are large enough for all phases and for the fit before them: at once, not in an hour."""
+    for side in (FIT_SIDE, *(phase.patch for phase in phases)):
+        check_size(patches, side + 2 * MARGIN)
 
 
 def latents_for_fit(model: OneStepModel, patches: Patches, degradation: str = "bicubic", count: int = 16) -> list[torch.Tensor]:
