@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections.abc import Iterable, Iterator
@@ -19,15 +20,15 @@ from qartsr_pipeline.checkpoint_files.checking import VIDEO_PIPELINE_CLASS
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.image.conversion import ImageTensors, to_pil
 from qartsr_pipeline.image.resize import enlarged_size
-from qartsr_pipeline.image.tiles import choose_tile_size, free_memory, tile_grid
+from qartsr_pipeline.image.tiles import SURE_SHARE, choose_tile_size, free_memory, tile_grid
 from qartsr_pipeline.input_checks import check_upscale
 from qartsr_pipeline.memory import NotEnoughMemory, free_main_memory
 from qartsr_pipeline.one_step_video import ClipPlan, VideoNetwork, upscaled_frames
 from qartsr_pipeline.overflow import OverflowMemory, compute_dtype
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
-from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 from qartsr_pipeline.video.causal_vae import bytes_per_pixel, skip_idle_attention, spatial_factor, temporal_factor
 from qartsr_pipeline.video.clip_color import COLOR_FIXES
+from qartsr_pipeline.video.components import check_video_components
 from qartsr_pipeline.video.frames import checked_frames, frames_of
 from qartsr_pipeline.video_files.reading import open_clip, read_frames
 
@@ -122,7 +123,8 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
 
         Raises:
             TypeError, ValueError: an argument is not as described; the message names it.
-            NotEnoughMemory: a MemoryError, before anything is computed: the result does not fit into main memory.
+            NotEnoughMemory: a MemoryError, before anything is computed: the result does not fit into main memory, or not even
+                one tile does.
             VideoFileError: the file cannot be read, or PyAV is not installed.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
@@ -244,7 +246,7 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
         multiple, scale, factor = self.multiple, self.config["scale"], temporal_factor(self.vae)
         tile = _whole("tile_size", tile_size, self.config["tile_size"], MINIMUM_TILE) // multiple * multiple
         height, width = (-(-max(side, MINIMUM_SIDE) // multiple) * multiple for side in enlarged_size(size, scale))
-        vae_tile = tile if tile_size is not None else self._vae_tile((height, width))
+        vae_tile = self._vae_tile((height, width), None if tile_size is None else tile)
         return ClipPlan(
             scale=scale,
             upscale=upscale,
@@ -257,11 +259,21 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             align_color=color_fix is not None,
         )
 
-    def _vae_tile(self, padded: tuple[int, int]) -> int | None:
-        """Side of the autoencoder's tiles; None for whole frames."""
+    def _vae_tile(self, padded: tuple[int, int], wanted: int | None) -> int | None:
+        """Side of the autoencoder's tiles; None for whole frames. Raises NotEnoughMemory if not even one tile fits."""
         with access_to(self.vae).together():  # it may be in a wider dtype at the moment
             pixel_bytes = bytes_per_pixel(self.vae, compute_dtype(self.vae).itemsize)
-        tile = choose_tile_size(padded, pixel_bytes, free_memory(self._execution_device))
+        free = free_memory(self._execution_device)
+        tile = choose_tile_size(padded, pixel_bytes, free) if wanted is None else wanted
+        height, width = (side if tile is None else min(side, tile) for side in padded)
+        needed = int(SURE_SHARE * pixel_bytes * height * width)
+        if needed > free:
+            side = math.isqrt(int(free / (SURE_SHARE * pixel_bytes))) // self.multiple * self.multiple
+            way_out = f"Pass tile_size={side}, which fits" if side >= MINIMUM_TILE else "Free some memory"
+            raise NotEnoughMemory(
+                f"One tile of {width} x {height} pixels takes at least {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free."
+                f" {way_out}, or load the pipeline with dtype=torch.bfloat16."
+            )
         return None if tile is None else tile // self.multiple * self.multiple
 
 
@@ -291,55 +303,4 @@ def _check_result_memory(count: int, size: tuple[int, int], output_type: str) ->
         raise NotEnoughMemory(
             f"{count} enlarged frames of {size[1]} x {size[0]} pixels take about {needed / 1e9:.1f} GB as {output_type!r}, and"
             f" {free / 1e9:.1f} GB of main memory are free. Use pipeline.stream(frames), which yields one frame at a time."
-        )
-
-
-def check_video_components(
-    transformer: WanTransformer3DModel | None,
-    vae: AutoencoderKLWan | None,
-    scheduler: SchedulerMixin | None,
-    prompt_embedding: PromptEmbedding | None,
-    timestep: int,
-    scale: int,
-) -> None:
-    """Checks that the components fit together. Those that are None (a pipeline taken apart on purpose) are left out.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    if not isinstance(scale, int) or scale < 1:
-        raise ValueError(f"`scale` must be an integer from 1, but is {scale!r}.")
-    if scheduler is not None:
-        config: Any = scheduler.config  # type: ignore[attr-defined] # schedulers are configurable, too
-        flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
-        if not flow:
-            raise ValueError(
-                f"`scheduler` is a {type(scheduler).__name__} of prediction_type {config.get('prediction_type')!r}; one step of"
-                " WAN needs a flow-matching one such as FlowMatchEulerDiscreteScheduler."
-            )
-        count = config["num_train_timesteps"]
-        if not isinstance(timestep, int) or not 0 < timestep < count:
-            raise ValueError(f"`timestep` must be an integer from 1 to {count - 1}, as `scheduler` has it, but is {timestep!r}.")
-    if transformer is None:
-        return
-    config = transformer.config
-    if config["patch_size"][0] != 1:
-        raise ValueError(f"`transformer` has patch_size {tuple(config['patch_size'])}; its patches must be of one frame.")
-    if config["image_dim"] is not None or config["added_kv_proj_dim"] is not None:
-        raise ValueError("`transformer` is of an image-to-video model; one-step super-resolution needs a text-to-video one.")
-    if vae is not None and not vae.config["z_dim"] == config["in_channels"] == config["out_channels"]:
-        raise ValueError(
-            f"`transformer` takes {config['in_channels']} latent channels and gives {config['out_channels']}, but `vae` has"
-            f" {vae.config['z_dim']}: they are of different models."
-        )
-    if prompt_embedding is not None and prompt_embedding.config["dim"] != config["text_dim"]:
-        raise ValueError(
-            f"`prompt_embedding` has tokens of width {prompt_embedding.config['dim']}, but `transformer` has text_dim"
-            f" {config['text_dim']}: they are of different models."
-        )
-    scheme = attached_scheme(transformer)
-    if scheme is not None and scheme.folding is not None and scheme.folding.timestep != timestep:
-        raise ValueError(
-            f"`timestep` is {timestep}, but the constants of timestep {scheme.folding.timestep} are folded into `transformer`, so"
-            f" frames would be wrong. Give timestep={scheme.folding.timestep}, or a transformer quantized at timestep {timestep}."
         )

@@ -118,9 +118,10 @@ def _normalisation(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Ten
 
 
 def bytes_per_pixel(vae: AutoencoderKLWan, itemsize: int) -> int:
-    """Rough peak of decoding one frame, per pixel: feature maps alive at the widest of the decoder's levels, and its caches."""
-    base = vae.config["decoder_base_dim"] or vae.config["base_dim"]
-    patch = vae.config["patch_size"] or 1
-    multipliers = vae.config["dim_mult"]
-    widest = max(width * base / (patch * 2**level) ** 2 for level, width in enumerate(multipliers))
-    return math.ceil(itemsize * widest * (8 + 4 * len(multipliers) * (vae.config["num_res_blocks"] + 1)))
+    """Rough peak of decoding a group of four frames, per pixel: the maps alive at the widest of the decoder's levels, and caches
+    of two frames for each of its convolutions."""
+    base, patch = vae.config["decoder_base_dim"] or vae.config["base_dim"], vae.config["patch_size"] or 1
+    levels = vae.config["dim_mult"]
+    widest = max(width * base / (patch * 2**level) ** 2 for level, width in enumerate(levels))
+    convolutions = 2 * (len(levels) * (vae.config["num_res_blocks"] + 1) + 2)
+    return math.ceil(itemsize * widest * (8 * 4 + 2 * convolutions))

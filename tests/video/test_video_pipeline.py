@@ -240,6 +240,17 @@ def test_a_result_that_does_not_fit_into_memory_is_refused_at_once(pipeline, mon
         pipeline(clip(3))
 
 
+def test_a_tile_that_does_not_fit_into_memory_is_refused_with_one_that_does(pipeline, monkeypatch):
+    monkeypatch.setattr("qartsr_pipeline.pipeline_lsgquant.free_memory", lambda device: 20_000_000)
+    with pytest.raises(NotEnoughMemory, match=r"One tile of 256 x 256 pixels.*Pass tile_size=\d+, which fits") as refused:
+        next(pipeline.stream(clip(1, 70, 80)))
+    side = int(str(refused.value).split("tile_size=")[1].split(",")[0])
+    assert next(pipeline.stream(clip(1, 70, 80), tile_size=side)).shape == (280, 320, 3)
+    monkeypatch.setattr("qartsr_pipeline.pipeline_lsgquant.free_memory", lambda device: 1000)
+    with pytest.raises(NotEnoughMemory, match="Free some memory"):
+        next(pipeline.stream(clip(1)))
+
+
 def test_components_must_fit():
     pipeline = build_tiny_video_pipeline()
     parts = dict(pipeline.components)
