@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qartsr_pipeline.image.metrics import luma, psnr_y, ssim_y
 
@@ -74,3 +75,43 @@ def clip_scores(frames: Iterable[np.ndarray], targets: Iterable[np.ndarray], bor
     if not psnr:
         raise ValueError("There are no frames to measure.")
     return ClipScores(len(psnr), float(np.mean(psnr)), float(np.mean(ssim)), temporal.mean)
+
+
+def warping_error(frames: Iterable[np.ndarray], flows: Iterable[np.ndarray], border: int = 4) -> float:
+    """E_warp: what of a frame cannot be predicted by moving the frame before it, where the motion is known.
+
+    The mean squared difference between a frame and its predecessor warped by the flow, times 1000, as Lai et al. (arXiv
+    1808.00449) and LSGQuant report it. Pixels that come from outside the frame are left out; occlusions are the flow's to mark,
+    with NaN.
+
+    Args:
+        frames: F arrays (H, W, 3), float in [0, 1].
+        flows: F - 1 arrays (H, W, 2), float: pixel (y, x) of a frame was at (y + flow[y, x, 0], x + flow[y, x, 1]) in the frame
+            before.
+        border: pixels left out on every side.
+
+    Raises:
+        ValueError: less than two frames, another number of flows, another size, or no pixel whose origin is known.
+    """
+    errors = []
+    iterator = iter(frames)
+    before = next(iterator, None)
+    for frame, flow in zip(iterator, flows, strict=True):
+        assert before is not None  # or there would be no frame
+        if frame.shape != before.shape or flow.shape != (*frame.shape[:2], 2):
+            raise ValueError(f"A frame of shape {frame.shape} follows one of {before.shape}, with a flow of {flow.shape}.")
+        height, width = frame.shape[:2]
+        place = np.indices((height, width)).transpose(1, 2, 0) + flow
+        with np.errstate(invalid="ignore"):
+            known = ((place >= 0) & (place <= [height - 1, width - 1])).all(-1)
+        known &= np.pad(np.ones((height - 2 * border, width - 2 * border), bool), border)
+        if not known.any():
+            raise ValueError("The flow leads out of the frame everywhere, so nothing can be compared.")
+        grid = torch.from_numpy(np.nan_to_num(place)[None, ..., ::-1] * [2 / max(1, width - 1), 2 / max(1, height - 1)] - 1)
+        source = torch.from_numpy(before).permute(2, 0, 1)[None].double()
+        warped = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=True)[0].permute(1, 2, 0)
+        errors.append(float(np.square(warped.numpy() - frame)[known].mean()) * 1000)
+        before = frame
+    if not errors:
+        raise ValueError("There are fewer than two frames, so nothing moves.")
+    return float(np.mean(errors))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qartsr_pipeline.image.metrics import psnr_y
-from qartsr_pipeline.video.metrics import clip_scores
+from qartsr_pipeline.video.metrics import clip_scores, warping_error
 
 
 def test_scores_are_means_over_frames_and_see_flicker():
@@ -26,3 +26,21 @@ def test_clips_of_different_length_or_size_are_refused():
     for made, wanted in ((target[:2], target), (target[:, :23], target), (target[:0], target[:0])):
         with pytest.raises(ValueError):
             clip_scores(made, wanted)
+
+
+def test_warping_error_is_that_of_what_does_not_follow_the_motion():
+    image = np.random.default_rng(0).random((40, 50, 3)).astype(np.float32)
+    frames = [image[2 * step : 2 * step + 24, 3 * step : 3 * step + 28] for step in range(4)]  # moves up and to the left
+    flows = [np.full((24, 28, 2), (2.0, 3.0))] * 3
+    assert warping_error(frames, flows) == pytest.approx(0, abs=1e-6)
+    flickering = [frame + 0.1 * (-1) ** number for number, frame in enumerate(frames)]
+    assert warping_error(flickering, flows) == pytest.approx(0.2**2 * 1000, rel=1e-3)
+    assert warping_error(frames, [-flow for flow in flows]) > 50
+    half = [flow.copy() for flow in flows]
+    for flow in half:
+        flow[:, 14:] = np.nan  # occluded
+    broken = [np.where(np.arange(28)[:, None] >= 14, 0.5, frame) for frame in frames]
+    assert warping_error([*frames[:1], *broken[1:]], half) < 40
+    for bad in ((frames[:1], []), (frames, flows[:2]), (frames, [np.full((24, 28, 2), 99.0)] * 3), (frames, [flows[0][:5]] * 3)):
+        with pytest.raises(ValueError):
+            warping_error(*bad)
