@@ -6,7 +6,6 @@ import os
 import platform
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -78,12 +77,13 @@ class OperatorTimes(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.clock = time.process_time if device.type == "cpu" else partial(clock, device)
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         begun = self.clock()
         result = func(*args, **(kwargs or {}))
-        self.seconds[kind_of(str(func))] += self.clock() - begun
+        kind, seconds = kind_of(str(func)), self.clock() - begun
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
         return result
 
 
