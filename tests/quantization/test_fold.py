@@ -13,6 +13,7 @@ from quantized_models import prepared, scheme_of, unet_inputs
 from qartsr_pipeline.quantization.fold import FoldedConstant, fold
 from qartsr_pipeline.quantization.freeze import freeze
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
+from qartsr_pipeline.versions import dtype_argument
 from tiny_models import build_tiny_unet
 
 PROMPT = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(5))
@@ -66,10 +67,11 @@ def test_a_folded_and_quantized_unet_reloads(tmp_path: Path):
         n for n, m in unet.named_modules() if n.endswith((".attn2.to_k", "time_emb_proj")) and type(m) is not FoldedConstant
     ]
     unet.save_pretrained(tmp_path)
-    loaded = UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.float32)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, **dtype_argument(UNet2DConditionModel, torch.float32))
     inputs = unet_inputs(batch=2)
     assert torch.equal(loaded(*inputs).sample, unet(*inputs).sample)
-    assert UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.float16).time_embedding.value.dtype == torch.float16
+    half = UNet2DConditionModel.from_pretrained(tmp_path, **dtype_argument(UNet2DConditionModel, torch.float16))
+    assert half.time_embedding.value.dtype == torch.float16
 
 
 @pytest.mark.parametrize(

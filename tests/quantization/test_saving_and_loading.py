@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline.versions import dtype_argument
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -86,7 +87,7 @@ def watch_layers(model: nn.Module, reference: nn.Module) -> dict[str, float]:
 def test_stored_dtypes_survive_every_load_dtype(saved, dtype: torch.dtype):
     pipeline, folder = saved
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        original, loaded = getattr(pipeline, name), kind.from_pretrained(folder / name, dtype=dtype)
+        original, loaded = getattr(pipeline, name), kind.from_pretrained(folder / name, **dtype_argument(kind, dtype))
         assert loaded.dtype == dtype
         for layer_name, layer in deployed_layers(original).items():
             assert_same_tensors(loaded.get_submodule(layer_name), layer)
