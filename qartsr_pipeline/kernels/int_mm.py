@@ -141,7 +141,8 @@ def _multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows = len(codes)
     if codes.device.type == "cuda" and rows < FEWEST_ROWS:
         codes = F.pad(codes, (0, 0, 0, FEWEST_ROWS - rows))
-    return torch._int_mm(codes, weight)[:rows]
+    # Rows that overlap, as patches can where the result is one pixel wide, give wrong sums in PyTorch up to 2.11.
+    return torch._int_mm(codes.contiguous(), weight)[:rows]
 
 
 def _scaled(product: torch.Tensor, ready: Constants, layer: StoredLayer) -> torch.Tensor:
