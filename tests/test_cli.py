@@ -247,6 +247,18 @@ def test_a_cpu_computes_in_bfloat16_if_it_has_it_and_says_what_it_costs_otherwis
         assert choose_dtype("float32", "cpu") == (torch.float32, "as asked")
 
 
+def test_devices_of_other_kinds_are_not_judged_by_the_processor(monkeypatch):
+    monkeypatch.setattr("qartsr_pipeline.cli.device.has_bfloat16", lambda: True)
+    assert [choose_dtype("auto", kind)[0] for kind in ("xpu", "privateuseone")] == [torch.float32, torch.float32]
+
+
+def test_without_onednn_there_is_no_bfloat16(monkeypatch):
+    """Builds of torch for macOS lack the operator, too."""
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", None)
+    assert not has_bfloat16.__wrapped__()
+
+
 def test_bfloat16_needs_instructions_for_it(monkeypatch):
     """oneDNN would take it on any processor with AVX512."""
     monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)

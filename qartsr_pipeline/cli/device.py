@@ -61,6 +61,8 @@ def choose_dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
         return torch.float16, "this GPU has no fast bfloat16; stages that overflow are repeated in float32"
     if kind == "mps":
         return torch.float16, "half the memory of float32; stages that overflow are repeated in float32"
+    if kind != "cpu":
+        return torch.float32, "the safe choice on this kind of device"
     if has_bfloat16():
         return torch.bfloat16, "this processor computes faster in it; --dtype float32 is slower and slightly more exact"
     return torch.float32, "this processor has no instructions for bfloat16"

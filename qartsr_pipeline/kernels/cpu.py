@@ -23,9 +23,9 @@ BRANCH_OPERATORS = ("mkldnn._linear_pointwise", "mkldnn._convolution_pointwise_"
 @cache
 def has_bfloat16() -> bool:
     """Whether products of bfloat16 are faster than those of float32 here. oneDNN takes them on any processor with AVX512, and
-    computes them many times slower where instructions for them are missing.
+    computes them many times slower where instructions for them are missing. Builds for macOS have no oneDNN.
     """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     x86 = platform.machine().lower() in X86
     return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
