@@ -159,7 +159,7 @@ def _gains(attn: Attention, tokens: torch.Tensor, context: torch.Tensor | None, 
         tokens.device.type == "cpu"
         and compute_dtype(tokens.dtype) == tokens.dtype == torch.bfloat16
         and fewest >= FEWEST_TOKENS
-        and not any(unusual)
+        and all(part is None for part in unusual)
         and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
     )
 

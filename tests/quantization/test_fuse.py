@@ -208,6 +208,18 @@ def test_attention_by_products_gives_what_diffusers_gives(monkeypatch, scores: i
     assert (y.float() - expected).norm() < 0.02 * expected.norm()
 
 
+def test_attention_with_a_mask_is_left_to_diffusers(monkeypatch):
+    monkeypatch.setattr(fusing, "FEWEST_TOKENS", 8)
+    monkeypatch.setattr(fusing, "compute_dtype", lambda dtype: dtype)
+    usual = Attention(32, heads=4, dim_head=8).to(torch.bfloat16)
+    ours = copy.deepcopy(usual)
+    ours.set_processor(ProductAttention())
+    x, mask = torch.randn(2, 30, 32).bfloat16(), torch.zeros(2, 1, 30, dtype=torch.bfloat16)
+    mask[..., 20:] = -1e4
+    with torch.no_grad():
+        assert torch.equal(ours(x, attention_mask=mask), usual(x, attention_mask=mask))
+
+
 def test_attention_of_quantized_layers_is_exchanged_unless_somebody_has_done_so():
     unet, other = quantized_pipeline().unet, type("Other", (AttnProcessor2_0,), {})()
     modules = [m for m in unet.modules() if isinstance(m, Attention)]
