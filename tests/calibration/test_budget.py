@@ -12,11 +12,12 @@ from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.start.budget import Choice, Limits, assign, errors_of_ways, ways
 from qartsr_pipeline.calibration.start.observers import observe
 from qartsr_pipeline.calibration.start.ranks import RankedLayer
+from qartsr_pipeline.calibration.start.schemes import _with
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.accounting import account
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d
 from qartsr_pipeline.quantization.freeze import freeze
-from qartsr_pipeline.quantization.scheme import LayerScheme
+from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme
 from tiny_models import build_tiny_pipeline
 
 W4A4, W8A8, BRANCH = LayerScheme(4, 4), LayerScheme(8, 8), LayerScheme(4, 4, 8)
@@ -32,6 +33,14 @@ def test_a_narrow_layer_gets_eight_bits_and_no_branch_as_dear_as_itself():
         LayerScheme(4, 8) in ways(LayerScheme(2, 2), nn.Linear(8, 8))
         and ways(LayerScheme(4, 16), nn.Linear(8, 8))[0].activation_bits == 16
     )
+
+
+def test_a_choice_counts_also_where_keep_asks_for_the_stated_bits():
+    """Such layers are free to choose, and the first pattern that matches a layer decides on it."""
+    stated = QuantizationScheme(W8A8, {"conv*": W8A8, "head": LayerScheme(16, 16)})
+    chosen = _with({"unet": stated}, {"unet.conv_in": LayerScheme(8, 8, 4), "unet.conv_out": W8A8})["unet"]
+    assert chosen.for_layer("conv_in") == LayerScheme(8, 8, 4) and chosen.for_layer("conv_out") == W8A8
+    assert chosen.for_layer("head") is None
 
 
 def choice(scheme: LayerScheme, error: float, size: int, branch: int = 0, wider: int = 0) -> Choice:

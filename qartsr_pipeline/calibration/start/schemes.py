@@ -211,9 +211,10 @@ def _sensitivities(context: CalibrationContext, schemes: Schemes, samples: Sampl
 
 def _with(schemes: Schemes, chosen: dict[str, LayerScheme]) -> Schemes:
     """The schemes with another one for some layers, by "component.layer"."""
-    given = {component: dict(scheme.overrides) for component, scheme in schemes.items()}
+    own: dict[str, dict[str, LayerScheme | None]] = {component: {} for component in schemes}
     for name, scheme in chosen.items():
         component, _, layer = name.partition(".")
         if scheme != schemes[component].default:
-            given[component][layer] = scheme
-    return {component: replace(schemes[component], overrides=given[component]) for component in schemes}
+            own[component][layer] = scheme
+    # In front, because the first match wins: a pattern of `keep` that asks for the stated bits leaves its layers free.
+    return {c: replace(scheme, overrides={**own[c], **scheme.overrides, **own[c]}) for c, scheme in schemes.items()}
