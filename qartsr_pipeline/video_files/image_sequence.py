@@ -91,6 +91,16 @@ def read_sequence(clip: Clip, start: int = 0) -> Iterator[Frame]:
         yield Frame(_rgb(image), index, 1)
 
 
+def _check_size(path: Path, height: int, width: int) -> None:
+    """Raises VideoFileError if an image of an earlier run has another size than those that are to follow it."""
+    image = _read(path)
+    if (image.height, image.width) != (height, width):
+        raise VideoFileError(
+            f"{path} has {image.width} x {image.height} pixels, but this run would write {width} x {height}: it was made with "
+            "other options. Give the same ones, or begin anew: --overwrite without --resume."
+        )
+
+
 def _read(path: Path) -> ImageFile:
     try:
         return read_image(path)
@@ -128,6 +138,8 @@ class SequenceWriter:
         self.done = 0
         while resume and not overwrite and self._first + self.done in existing:
             self.done += 1
+        if self.done:
+            _check_size(existing[self._first + self.done - 1], height, width)
         self.notices: list[str] = []
 
     def _file(self, index: int) -> Path:
