@@ -119,7 +119,7 @@ def check_memory(count: int, size: tuple[int, int], enlarged: tuple[int, int], m
     if needed > free:
         raise MemoryError(
             f"{count} x {enlarged[1]} x {enlarged[0]} pixels need about {needed / 1e9:.1f} GB of main memory,"
-            f" and {free / 1e9:.1f} GB are free. Choose a smaller scale or long_side, or fewer images at once."
+            f" and {free / 1e9:.1f} GB are free. Choose a smaller size, or fewer images at once."
         )
 
 

@@ -67,7 +67,7 @@ def test_bad_input_is_explained(nodes, model):
         upscale(nodes, model, image, torch.zeros(2, 16, 16))
     with pytest.raises(ValueError, match="is not possible: choose long_side up to 128"):
         upscale(nodes, model, image, long_side=4000)
-    with pytest.raises(MemoryError, match="smaller scale"):
+    with pytest.raises(MemoryError, match="smaller size"):
         upscale(nodes, model, torch.zeros(1).expand(1, 200_000, 200_000, 3))
     image[1, 3, 3, 0] = float("nan")
     with pytest.raises(ValueError, match="image 2 of 3: .*NaN"):
