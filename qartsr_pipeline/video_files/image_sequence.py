@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qartsr_pipeline.image_files import ImageFile, ImageFileError, check_writable, read_image, write_image
+from qartsr_pipeline.image_files import ImageFile, ImageFileError, check_writable, read_image, read_size, write_image
 from qartsr_pipeline.video_files.clip import Clip, Frame, PixelKind, VideoFileError
 from qartsr_pipeline.video_files.colour import RGB, SRGB, Colour
 from qartsr_pipeline.whole_files import make_folder
@@ -91,16 +91,6 @@ def read_sequence(clip: Clip, start: int = 0) -> Iterator[Frame]:
         yield Frame(_rgb(image), index, 1)
 
 
-def _check_size(path: Path, height: int, width: int) -> None:
-    """Raises VideoFileError if an image of an earlier run has another size than those that are to follow it."""
-    image = _read(path)
-    if (image.height, image.width) != (height, width):
-        raise VideoFileError(
-            f"{path} has {image.width} x {image.height} pixels, but this run would write {width} x {height}: it was made with "
-            "other options. Give the same ones, or begin anew: --overwrite without --resume."
-        )
-
-
 def _read(path: Path) -> ImageFile:
     try:
         return read_image(path)
@@ -123,11 +113,15 @@ class SequenceWriter:
         """Args:
         path: the pattern; numbers are those of `clip` where it is a sequence itself, else they begin with 1.
         height, width: of the frames to come.
+
+        Raises:
+            VideoFileError: images are there already, are frames of `clip`, or have another size than those to go on after.
         """
         self._path, self._first = path, min(numbered(clip.path)) if clip.images else 1
         self._source = ImageFile(np.zeros((1, 1, 3), np.uint16 if clip.kind.depth > 8 else np.uint8))
         if clip.images:
             self._source = replace(self._source, metadata=replace(_read(clip.images[0]).metadata, exif=None, xmp=None))
+        self._check_apart(clip)
         make_folder(path.parent)
         check_writable(self._file(0), height, width)
         existing = numbered(path)
@@ -136,11 +130,24 @@ class SequenceWriter:
                 f"{next(iter(existing.values()))} exists already. Add --resume to go on after it, --overwrite to begin anew."
             )
         self.done = 0
-        while resume and not overwrite and self._first + self.done in existing:
+        while resume and not overwrite and self._file(self.done).is_file():
             self.done += 1
-        if self.done:
-            _check_size(existing[self._first + self.done - 1], height, width)
+        last = self._file(self.done - 1)
+        if self.done and read_size(last) != (height, width):
+            raise VideoFileError(
+                f"{last} does not have the {width} x {height} pixels of this result, so it was made from another clip or with "
+                "other options. Give the same ones, begin anew with --overwrite, or choose another folder."
+            )
         self.notices: list[str] = []
+
+    def _check_apart(self, clip: Clip) -> None:
+        """Raises VideoFileError where a result would get the name of a frame that is read: `%d.png` and `%1d.png` name the same."""
+        if not clip.images or clip.path.parent.resolve() != self._path.parent.resolve():
+            return
+        sources = {image.name for image in clip.images}
+        lost = next((file for file in map(self._file, range(len(clip.images))) if file.name in sources), None)
+        if lost is not None:
+            raise VideoFileError(f"{lost} is one of the input's images, which would be lost. Give another output with -o.")
 
     def _file(self, index: int) -> Path:
         match = _NUMBER.search(self._path.name)

@@ -22,6 +22,7 @@ import numpy as np
 
 from qartsr_pipeline.video_files.clip import VideoFileError
 from qartsr_pipeline.video_files.encoding import Encoding, PartWriter
+from qartsr_pipeline.whole_files import SavingError, check_place
 
 PART_FRAMES = 96
 PART_SECONDS = 600.0  # for slow models: more than this is not lost, whatever happens
@@ -60,8 +61,13 @@ class PartsWriter:
         job: what the frames depend on: a result goes on only if it is the same.
 
         Raises:
-            VideoFileError: parts of another job, or of this one without `resume`; the folder cannot be written.
+            VideoFileError: parts of another job, or of this one without `resume`; the folder or the result cannot be written.
         """
+        if os.path.lexists(target):  # a folder, or write-protected: known now, not when all frames are done
+            try:
+                check_place(target)
+            except SavingError as error:
+                raise VideoFileError(str(error)) from error
         self._target, self._encoding, self._join = target, encoding, join
         self.folder = parts_folder(target)
         self._job = json.loads(json.dumps({"format_version": _FORMAT, "encoding": asdict(encoding), **job}, default=str))
@@ -94,6 +100,8 @@ class PartsWriter:
             )
         else:
             self.parts = parts
+            for path in set(self.folder.glob("[0-9]*.mkv")) - {part.path for part in parts}:
+                path.unlink()  # after a gap
 
     def _create(self) -> None:
         with self._disk():
@@ -222,7 +230,7 @@ class _DiskErrors:
 
 
 def _finished(folder: Path) -> list[Part]:
-    """The parts that are complete, without a gap from the first frame on; others are deleted."""
+    """The parts that are complete, without a gap from the first frame on."""
     parts: list[Part] = []
     first = 0
     for path in sorted(folder.glob("[0-9]*.mkv")):
@@ -230,8 +238,6 @@ def _finished(folder: Path) -> list[Part]:
         if table and path.stem == f"{first:08}":
             parts.append(Part(path, first, table["times"], table["durations"], table["order"]))
             first += len(table["times"])
-        else:
-            path.unlink()
     return parts
 
 

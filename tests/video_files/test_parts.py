@@ -10,6 +10,7 @@ resource = pytest.importorskip("resource", reason="there are no limits of file s
 av = pytest.importorskip("av", reason="clips need PyAV: pip install 'qartsr[video]'")
 
 from clips import audio_bytes, frames_of, make_clip, moving  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from qartsr_pipeline.video_files import VideoFileError, parts  # noqa: E402
 from qartsr_pipeline.video_files.reading import open_clip, read_frames  # noqa: E402
@@ -207,6 +208,47 @@ def test_numbered_images_are_gone_on_with(clip, tmp_path):
     assert listing(tmp_path / "out") == [f"{number:03}.png" for number in range(1, 15)] and writer.finish() == []
     (tmp_path / "out" / "020.png").write_bytes((tmp_path / "out" / "014.png").read_bytes())
     assert "holds 1 more images of this form, from 020.png on" in writer.finish()[0]
+
+
+def test_numbered_images_of_another_size_are_not_gone_on_with(clip, tmp_path):
+    opened, pattern = open_clip(clip), tmp_path / "out" / "%03d.png"
+    write(opened, open_writer(opened, pattern, (64, 96))[0], up_to=2)
+    with pytest.raises(VideoFileError, match="002.png does not have the 144 x 96 pixels"):
+        open_writer(opened, pattern, (96, 144), resume=True)
+    assert open_writer(opened, tmp_path / "out" / "%d.png", (64, 96), resume=True)[0].done == 0  # other names
+
+
+def test_numbered_images_never_replace_those_that_are_read(tmp_path):
+    for number in (9, 10):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    before = [(tmp_path / name).read_bytes() for name in ("9.png", "10.png")]
+    opened = open_clip(tmp_path / "%d.png")
+    for pattern in ("%1d.png", "%02d.png"):  # all, and only the second
+        with pytest.raises(VideoFileError, match="one of the input's images, which would be lost"):
+            open_writer(opened, tmp_path / pattern, (64, 64), overwrite=True)
+    assert [(tmp_path / name).read_bytes() for name in ("9.png", "10.png")] == before
+
+
+def test_a_result_that_cannot_be_replaced_is_refused_before_the_work(clip, tmp_path):
+    (tmp_path / "folder.mkv").mkdir()
+    (tmp_path / "protected.mkv").write_bytes(b"an earlier result")
+    (tmp_path / "protected.mkv").chmod(0o444)
+    for name, reason in (("folder.mkv", "That is a folder"), ("protected.mkv", "write-protected")):
+        with pytest.raises(VideoFileError, match=reason):
+            begin(clip, tmp_path / name, overwrite=True)
+        assert not (tmp_path / f"{name}.parts").exists()
+
+
+def test_nothing_is_deleted_of_parts_that_are_not_gone_on_with(clip, tmp_path):
+    opened, writer = begin(clip, tmp_path / "big.mkv", **LOSSLESS)
+    write(opened, writer, up_to=13)
+    (tmp_path / "big.mkv.parts" / "00000004.json").unlink()  # a gap
+    before = listing(tmp_path / "big.mkv.parts")
+    for refused in ({}, {"resume": True, "job": {"model": "another"}}):
+        with pytest.raises(VideoFileError):
+            begin(clip, tmp_path / "big.mkv", **LOSSLESS, **refused)
+        assert listing(tmp_path / "big.mkv.parts") == before
+    assert begin(clip, tmp_path / "big.mkv", **LOSSLESS, resume=True)[1].done == 4
 
 
 def test_memory_does_not_grow_with_the_clip(tmp_path):
