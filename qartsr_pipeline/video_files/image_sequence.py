@@ -141,7 +141,7 @@ class SequenceWriter:
         self.notices: list[str] = []
 
     def _check_apart(self, clip: Clip) -> None:
-        """Raises VideoFileError where a result would get the name of a frame that is read: `%d.png` and `%1d.png` name the same."""
+        """Raises VideoFileError where a result has the name of an image that is read, such as `%1d.png` of `%d.png`."""
         if not clip.images or clip.path.parent.resolve() != self._path.parent.resolve():
             return
         sources = {image.name for image in clip.images}
