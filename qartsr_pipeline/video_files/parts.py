@@ -93,7 +93,8 @@ class PartsWriter:
                 "to begin anew, or delete the folder."
             )
         elif found != self._job:
-            keys = sorted(key for key in {*(found or {}), *self._job} if (found or {}).get(key) != self._job.get(key))
+            before, now = _flat(found or {}), _flat(self._job)
+            keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
             raise VideoFileError(
                 f"{self.folder} was made from another file or with other options ({', '.join(keys)}), and is of no use for this. "
                 "Give the same ones, or begin anew: --overwrite without --resume."
@@ -239,6 +240,13 @@ def _finished(folder: Path) -> list[Part]:
             parts.append(Part(path, first, table["times"], table["durations"], table["order"]))
             first += len(table["times"])
     return parts
+
+
+def _flat(job: dict[str, Any]) -> dict[str, Any]:
+    """Options by their own names (`crf`, `fidelity`) instead of in groups."""
+    return {
+        name: value for key, group in job.items() for name, value in (group if isinstance(group, dict) else {key: group}).items()
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -210,6 +210,7 @@ def read_frames(clip: Clip, start: int = 0, deinterlace: bool = False, damage: D
     """
     damage = Damage() if damage is None else damage
     if clip.images:
+        damage.read = min(start, len(clip.images))  # also where nothing is left to read
         for damage.read, numbered in enumerate(image_sequence.read_sequence(clip, start), start + 1):
             yield numbered
         return

@@ -13,6 +13,7 @@ from clips import audio_bytes, frames_of, make_clip, moving  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from qartsr_pipeline.video_files import VideoFileError, parts  # noqa: E402
+from qartsr_pipeline.video_files.damage import Damage  # noqa: E402
 from qartsr_pipeline.video_files.reading import open_clip, read_frames  # noqa: E402
 from qartsr_pipeline.video_files.writing import open_writer  # noqa: E402
 
@@ -129,7 +130,9 @@ def test_other_options_are_not_mixed(clip, tmp_path):
     writer.suspend(keep=True)
     with pytest.raises(VideoFileError, match=r"with other options \(model\)"):
         begin(clip, target, {"model": "b"}, **LOSSLESS, resume=True)
-    with pytest.raises(VideoFileError, match=r"\(encoding\)"):
+    with pytest.raises(VideoFileError, match=r"\(fidelity\)"):
+        begin(clip, target, {"model": "a", "model_options": {"fidelity": 0.5}}, **LOSSLESS, resume=True)
+    with pytest.raises(VideoFileError, match=r"\(codec, "):
         begin(clip, target, {"model": "a"}, codec="h264", resume=True)
     _, writer = begin(clip, target, {"model": "b"}, **LOSSLESS, overwrite=True)
     assert writer.done == 0
@@ -216,6 +219,14 @@ def test_numbered_images_of_another_size_are_not_gone_on_with(clip, tmp_path):
     with pytest.raises(VideoFileError, match="002.png does not have the 144 x 96 pixels"):
         open_writer(opened, pattern, (96, 144), resume=True)
     assert open_writer(opened, tmp_path / "out" / "%d.png", (64, 96), resume=True)[0].done == 0  # other names
+
+
+def test_numbered_images_that_are_all_done_are_no_damage(tmp_path):
+    for number in (1, 2):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+    opened, damage = open_clip(tmp_path / "%d.png"), Damage()
+    assert list(read_frames(opened, 2, damage=damage)) == [] and damage.notices(opened) == []
+    assert next(read_frames(opened)).pixels.flags.writeable
 
 
 def test_numbered_images_never_replace_those_that_are_read(tmp_path):
