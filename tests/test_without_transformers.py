@@ -39,7 +39,7 @@ def test_the_commands_quantize_enlarge_and_measure(tiny_folder, tmp_path):
 
 
 def test_the_nodes_work():
-    tests = "tests/comfy_nodes/test_nodes.py::test_nodes_of_others_take_the_model"
+    tests = "tests/comfy_nodes/test_upscale.py::test_nodes_of_others_take_the_model"
     run(f"import pytest\nsys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {tests!r}]))")
 
 
