@@ -38,7 +38,8 @@ class IdleAttention(WanAttentionBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         projection = self.proj
-        if isinstance(projection, nn.Conv2d) and not projection.weight.any():
+        # On meta, it is fetched for its own call alone (sequential offloading).
+        if isinstance(projection, nn.Conv2d) and not projection.weight.is_meta and not projection.weight.any():
             if projection.bias is None or not projection.bias.any():
                 return x
         return super().forward(x)

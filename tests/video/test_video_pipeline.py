@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from group_offload import needs_group_offload
@@ -275,6 +276,13 @@ def test_what_is_not_finite_is_reported():
 def test_offloaded_in_groups_gives_the_same(pipeline, kind):
     offloaded = build_tiny_video_pipeline()
     offloaded.enable_group_offload(torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
+    assert np.array_equal(offloaded(clip(2), output_type="np").frames, pipeline(clip(2), output_type="np").frames)
+
+
+def test_offloaded_layer_by_layer_gives_the_same(pipeline):
+    offloaded = build_tiny_video_pipeline()
+    for part in (offloaded.transformer, offloaded.vae):
+        cpu_offload(part, torch.device("cpu"), offload_buffers=True)
     assert np.array_equal(offloaded(clip(2), output_type="np").frames, pipeline(clip(2), output_type="np").frames)
 
 
