@@ -103,7 +103,8 @@ def _rgb(image: ImageFile) -> np.ndarray:
     pixels = image.pixels.astype(np.float32) / np.iinfo(image.pixels.dtype).max
     colours, alpha = (pixels[..., :-1], pixels[..., -1:]) if image.has_alpha else (pixels, None)
     colours = np.broadcast_to(colours, (*colours.shape[:2], 3))
-    return np.require(colours if alpha is None else colours * alpha + (1 - alpha), requirements="CW")  # torch warns without W
+    # torch warns without W
+    return np.require(colours if alpha is None else colours * alpha + (1 - alpha), requirements=["C", "W"])
 
 
 class SequenceWriter:
