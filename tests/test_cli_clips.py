@@ -95,7 +95,7 @@ def test_ctrl_c_keeps_the_frames_and_resume_goes_on(upscale, clip, tmp_path, cap
     target = tmp_path / "clip_x4.mp4"
     assert "first 3 frames are kept. Add --resume" in capsys.readouterr().err and not target.exists()
     assert upscale(clip) == 2 and "--resume" in capsys.readouterr().err
-    assert upscale(clip, "--resume", "--upscale", "2", "-o", target) == 2 and "model_options" in capsys.readouterr().err
+    assert upscale(clip, "--resume", "--upscale", "2", "-o", target) == 2 and "(height, upscale, wid" in capsys.readouterr().err
     calls.clear()
     monkeypatch.setattr(QArtSRPipeline, "__call__", lambda *a, **k: calls.append(1) or call(*a, **k))
     assert upscale(clip, "--resume") == 0 and len(calls) == 4
