@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from calibration.teacher.command import say_written
 from calibration.teacher.model import TIMESTEP, new_model
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.fingerprint import photographs_record, versions
@@ -168,9 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = export(args.state, args.folder, record, blend=blend)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    for name, size in sizes.items():
-        print(f"{name:18s} {size / 1e6:7.2f} MB")
-    print(f"written: {args.folder}")
+    say_written(sizes, args.folder)
 
 
 if __name__ == "__main__":

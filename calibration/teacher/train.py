@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from calibration.teacher.command import run_training
 from calibration.teacher.model import TIMESTEP, new_model
 from calibration.teacher.perceptual.distilled_pairs import DistilledPairs
 from calibration.teacher.perceptual.settings import PHOTO, PhotoSettings, add_photo_arguments
@@ -46,10 +47,7 @@ from qartsr_pipeline.calibration.retraining.move_timestep import latents_for_fit
 from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel
 from qartsr_pipeline.calibration.retraining.settings import DISTANCE_NAMES, PHASES, Phase, Settings, parse_phase, phase_text
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
-from qartsr_pipeline.calibration.run_folder import FolderLock, remove_left_over
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
-from qartsr_pipeline.cli.training_bar import TrainingBar
-from qartsr_pipeline.whole_files import SavingError
 
 DEFAULT_PHASES = ("autoencoder:4000:1e-3:96:8", "latent:4000:1e-3:128:8", "pixel:20000:5e-4:128:8")
 PHASES_HELP = f"default: {' '.join(DEFAULT_PHASES)}; with --start without the first"
@@ -201,29 +199,7 @@ def parse(argv: list[str] | None) -> TeacherRun:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments()
-    with TrainingBar() as bar:
-        try:
-            run = parse(argv)
-            trainer = run.trainer(bar)
-        except (OSError, ValueError, ImportError) as error:
-            parser.error(" ".join(str(error).split()))
-        how = f"python -m calibration.teacher.train --resume --output {run.output}"
-        try:
-            with FolderLock(run.output).take():
-                remove_left_over(run.output)
-                finished = trainer.run()
-        except KeyboardInterrupt:
-            parser.exit(130, f"\nstopped at once; {run.state_path} holds what was saved last. Continue with: {how}\n")
-        except SavingError as error:
-            parser.exit(1, f"\n{parser.prog}: error: {error} Then continue with: {how}\n")
-        except FloatingPointError as error:
-            parser.exit(1, f"\n{parser.prog}: error: {error}. A saved state is continued with --resume and other --phases\n")
-        except (OSError, ValueError) as error:
-            parser.exit(1, f"\n{parser.prog}: error: {error}\n")
-    if not finished:
-        parser.exit(130, f"\nstopped; saved at {trainer.place} in {run.state_path}. Continue with: {how}\n")
-    print(f"finished: {run.state_path}; write the model with: python -m calibration.teacher.export {run.state_path} FOLDER")
+    run_training(arguments(), lambda progress: parse(argv).trainer(progress), "calibration.teacher.export")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from calibration.teacher.command import say_written
 from calibration.teacher.export import training_record
 from calibration.teacher.video.model import TIMESTEP, new_model
 from qartsr_pipeline import LSGQuantVideoPipeline
@@ -67,9 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = export(args.state, args.folder)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    for name, size in sizes.items():
-        print(f"{name:18s} {size / 1e6:7.2f} MB")
-    print(f"written: {args.folder}")
+    say_written(sizes, args.folder)
 
 
 if __name__ == "__main__":

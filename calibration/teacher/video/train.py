@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from calibration.teacher.command import run_training
 from calibration.teacher.video.clips import MovingClips, VideoData, as_clips
 from calibration.teacher.video.model import TIMESTEP, VideoModel, new_model
 from calibration.teacher.video.start import LUMA, SCALES
@@ -35,10 +36,7 @@ from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
 from qartsr_pipeline.calibration.retraining.losses import image_quality
 from qartsr_pipeline.calibration.retraining.settings import Phase, Settings, parse_phase, phase_text
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
-from qartsr_pipeline.calibration.run_folder import FolderLock, remove_left_over
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
-from qartsr_pipeline.cli.training_bar import TrainingBar
-from qartsr_pipeline.whole_files import SavingError
 
 PHASES = ("images", "latent", "pixel", "joint")
 DEFAULT_PHASES = ("latent:600:1e-3:96:8", "pixel:6000:5e-4:96:8", "joint:4000:2e-4:96:2", "joint:1000:1e-4:128:2")
@@ -228,28 +226,7 @@ def parse(argv: list[str] | None) -> VideoRun:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments()
-    with TrainingBar() as bar:
-        try:
-            run = parse(argv)
-            trainer = run.trainer(bar)
-        except (OSError, ValueError) as error:
-            parser.error(" ".join(str(error).split()))
-        how = f"python -m calibration.teacher.video.train --resume --output {run.output}"
-        try:
-            with FolderLock(run.output).take():
-                remove_left_over(run.output)
-                finished = trainer.run()
-        except KeyboardInterrupt:
-            parser.exit(130, f"\nstopped at once; {trainer.state_path} holds what was saved last. Continue with: {how}\n")
-        except SavingError as error:
-            parser.exit(1, f"\n{parser.prog}: error: {error} Then continue with: {how}\n")
-        except FloatingPointError as error:
-            parser.exit(1, f"\n{parser.prog}: error: {error}. A saved state is continued with --resume and other --phases\n")
-    if not finished:
-        parser.exit(130, f"\nstopped; saved at {trainer.place} in {trainer.state_path}. Continue with: {how}\n")
-    export = f"python -m calibration.teacher.video.export {trainer.state_path} FOLDER"
-    print(f"finished: {trainer.state_path}; write the model with: {export}")
+    run_training(arguments(), lambda progress: parse(argv).trainer(progress), "calibration.teacher.video.export")
 
 
 if __name__ == "__main__":
