@@ -32,6 +32,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "The name is too long for this folder: choose a shorter one",
 }
 FULL, FORBIDDEN = (errno.ENOSPC, _QUOTA), (errno.EACCES, errno.EPERM)
+NO_ROOM = (*FULL, errno.EFBIG)  # full, or a size limit
 
 
 class SavingError(OSError):

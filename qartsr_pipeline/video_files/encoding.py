@@ -13,6 +13,7 @@ from qartsr_pipeline.video_files.clip import Clip, PixelKind, VideoFileError, im
 from qartsr_pipeline.video_files.colour import Colour, HdrMetadata
 from qartsr_pipeline.video_files.formats import CODECS, CONTAINERS, Codec, check_codec
 from qartsr_pipeline.video_files.pixels import from_rgb
+from qartsr_pipeline.whole_files import NO_ROOM
 
 _RGB_DEPTHS, _YCBCR_DEPTHS = (8, 9, 10, 12, 14, 16), (8, 9, 10, 12, 16)  # FFV1's planar ones
 _EXACT_RGB = PixelKind(16, "rgb")
@@ -146,7 +147,7 @@ class PartWriter:
             self._container.start_encoding()
         except (av.error.FFmpegError, ValueError) as error:
             self.abandon()
-            if isinstance(error, OSError) and error.errno in _DISK:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise
             raise VideoFileError(
                 f"{encoding.codec} cannot encode {encoding.width} x {encoding.height} pixels of {encoding.kind.format} "
@@ -206,4 +207,3 @@ class PartWriter:
 
 
 _MOST_REORDERED = 64  # frames that an encoder may put behind later ones
-_DISK = (28, 27, 122)  # full, file too large, quota

@@ -22,7 +22,7 @@ import numpy as np
 
 from qartsr_pipeline.video_files.clip import VideoFileError
 from qartsr_pipeline.video_files.encoding import Encoding, PartWriter
-from qartsr_pipeline.whole_files import SavingError, check_place
+from qartsr_pipeline.whole_files import NO_ROOM, SavingError, check_place
 
 PART_FRAMES = 96
 PART_SECONDS = 600.0  # for slow models: more than this is not lost, whatever happens
@@ -187,8 +187,19 @@ class PartsWriter:
         """Deletes the folder with everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _disk(self) -> _DiskErrors:
-        return _DiskErrors(self)
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Says in one sentence what the disk refused, and what is kept."""
+        try:
+            yield
+        except OSError as error:
+            kept = sum(len(part.times) for part in self.parts)
+            safe = f" The first {kept} frames are kept in {self.folder}; --resume goes on after them." if kept else ""
+            if error.errno in NO_ROOM:
+                why = "the disk is full or a size limit is reached. Free some space, or choose another folder."
+            else:
+                why = f"{error.strerror or error}. Choose another name or folder, or change its permissions."
+            raise VideoFileError(f"{self.folder.with_suffix('')} cannot be written: {why}{safe}") from error
 
 
 @contextmanager
@@ -206,28 +217,6 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if waiting:
             previous(*waiting[0])
-
-
-class _DiskErrors:
-    """A context that says in one sentence what the disk refused, and what is kept."""
-
-    def __init__(self, writer: PartsWriter) -> None:
-        self._writer = writer
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError):
-            return
-        folder = self._writer.folder
-        kept = sum(len(part.times) for part in self._writer.parts)
-        safe = f" The first {kept} frames are kept in {folder}; --resume goes on after them." if kept else ""
-        if error.errno in (28, 27, 122):
-            why = "the disk is full or a size limit is reached. Free some space, or choose another folder."
-        else:
-            why = f"{error.strerror or error}. Choose another name or folder, or change its permissions."
-        raise VideoFileError(f"{folder.with_suffix('')} cannot be written: {why}{safe}") from error
 
 
 def _finished(folder: Path) -> list[Part]:
