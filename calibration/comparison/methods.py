@@ -17,7 +17,10 @@ EXTRA_BITS = {"passionsr": "w8a8"}  # what its publication is about
 
 def _without(recipe: Recipe, part: str, **layer: Any) -> Recipe:
     """The recipe without one kind of parameter."""
-    stages = (replace(stage, train=tuple(p for p in stage.train if p != part)) for stage in recipe.stages)
+    stages = (
+        replace(stage, train=tuple(p for p in stage.train if p != part), rates={k: v for k, v in stage.rates.items() if k != part})
+        for stage in recipe.stages
+    )
     return replace(recipe, layer=replace(recipe.layer, **layer), stages=tuple(s for s in stages if s.train))
 
 
@@ -30,27 +33,31 @@ def _with_layer(recipe: Recipe, **changes: Any) -> Recipe:
     return replace(recipe, layer=replace(recipe.layer, **changes))
 
 
-def _jointly(stage: Stage) -> Stage:
-    return replace(stage, modules="all", loss={k: v for k, v in stage.loss.items() if k != "module_l2"})
-
-
-def _only_per_module(recipe: Recipe) -> Recipe:
-    """Without the stages that train everything at once; their steps go to the others."""
-    stages = [stage for stage in recipe.stages if stage.modules != "all"]
-    shares = sum(stage.share for stage in stages)
-    return replace(recipe, stages=tuple(replace(stage, share=stage.share / shares) for stage in stages))
+def _with_shares(recipe: Recipe, per_module: float) -> Recipe:
+    """The recipe with that share of its steps for the stage that trains modules one after another."""
+    shares = (per_module if stage.modules != "all" else 1 - per_module for stage in recipe.stages)
+    return replace(recipe, stages=tuple(replace(s, share=share) for s, share in zip(recipe.stages, shares, strict=True)))
 
 
 # Name on the command line -> label in tables, and what is changed of the main recipe.
 ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
-    "qartsr-forward": ("forward order", partial(_per_module, change=lambda stage: replace(stage, order="forward"))),
-    "qartsr-joint": ("joint instead of per module", partial(_per_module, change=_jointly)),
-    "qartsr-no-et": ("no ET", _only_per_module),
+    "qartsr-start": ("no training", lambda recipe: replace(recipe, steps=0)),
+    "qartsr-rpq": ("RPQ before ET", partial(_with_shares, per_module=0.3)),
+    "qartsr-forward": (
+        "RPQ before ET, forward order",
+        lambda recipe: _per_module(_with_shares(recipe, 0.3), lambda stage: replace(stage, order="forward")),
+    ),
+    "qartsr-no-et": ("RPQ instead of ET", partial(_with_shares, per_module=1.0)),
+    "qartsr-one-rate": (
+        "one learning rate",
+        lambda recipe: replace(recipe, stages=tuple(replace(stage, rates={}) for stage in recipe.stages)),
+    ),
     "qartsr-one-rank": ("rank 8 everywhere", lambda recipe: replace(_with_layer(recipe, branch_rank=8), budget=Budget())),
     "qartsr-no-branch": ("no branch", partial(_without, part="branch", branch_rank=0, branch_fit=False)),
     "qartsr-no-smoothing": ("no smoothing", partial(_without, part="smoothing", smoothing="none")),
     "qartsr-no-adapter": ("no adapter", partial(_without, part="adapter", adapter_rank=0, rounding="nearest")),
     "qartsr-nearest": ("weights rounded one by one", lambda recipe: _with_layer(recipe, rounding="nearest")),
+    "qartsr-no-bias": ("biases not trained", partial(_without, part="bias")),
     "qartsr-no-fit": ("branch not fitted", lambda recipe: _with_layer(recipe, branch_fit=False)),
 }
 # A published rank is another thing where layers have 16 to 96 channels: each of the two also with what the other has.
@@ -94,7 +101,8 @@ def make_method(name: str, steps: int) -> Method:
     else:
         kind, recipe = "method", load_recipe(name)
         label = recipe.method
-    return Method(name, label, kind, replace(recipe, steps=steps if recipe.stages else 0))
+    trains = recipe.stages and not (name in ABLATIONS and not recipe.steps)
+    return Method(name, label, kind, replace(recipe, steps=steps if trains else 0))
 
 
 @dataclass(frozen=True)

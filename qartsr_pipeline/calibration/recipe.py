@@ -19,7 +19,7 @@ VERSION = 1
 MODULES = ("blocks", "parts", "all")
 ORDERS = ("reversed", "forward", "distributed")
 OTHERS = ("quantized_so_far", "full_precision")
-TRAINED = ("smoothing", "offset", "branch", "adapter", "bounds", "step")
+TRAINED = ("smoothing", "offset", "branch", "adapter", "bias", "bounds", "step")
 LOSSES = ("module_l2", "noise_l2", "image_l2", "image_l1", "perceptual", "lpips")
 DEFAULT_KEEP = dict.fromkeys(("unet.conv_in", "unet.conv_out", "vae.encoder.conv_in", "vae.decoder.conv_out"), "w8a8")
 
@@ -36,7 +36,7 @@ class Stage:
             next, so that the modules done so far are always spread over the network.
         others: what the rest of the network is meanwhile: "quantized_so_far": modules that had their turn are quantized, and go
             on being trained, the others are full precision; "full_precision": all but the module itself.
-        train: which parameters, of smoothing, offset, branch, adapter, bounds, step. "step" trains one factor for both bounds
+        train: which parameters, of smoothing, offset, branch, adapter, bias, bounds, step. "step" trains one factor for both bounds
             (the step size, with the zero point kept), "bounds" each for itself.
         loss: weight of each term, by name: module_l2 (norm of the error of the module's own output, relative to that of the
             output), noise_l2 (the same of the UNet's output), image_l2 (root mean square of the picture's error, values in

@@ -38,6 +38,7 @@ class CalibratingMixin(QModuleMixin, nn.Module):
     - input_lower, input_upper (): bounds of phi x, below 16 activation bits.
     - branch_up (N, r[, kh, kw]), branch_down (r, C): L1, L2, for rank > 0.
     - adapter_up (N, a), adapter_down (a, K): F1, F2, for adapter_rank > 0; their product starts at 0.
+    - bias_change (N,): what is added to the bias, where there is one; starts at 0.
 
     Layers that read the same tensor share the `log_smooth` and `input_*` objects (`prepare`).
 
@@ -57,6 +58,7 @@ class CalibratingMixin(QModuleMixin, nn.Module):
     branch_down: nn.Parameter
     adapter_up: nn.Parameter
     adapter_down: nn.Parameter
+    bias_change: nn.Parameter
     layer_scheme: LayerScheme
     quantizing: bool = True
     codes = staticmethod(centred_codes)
@@ -93,6 +95,8 @@ class CalibratingMixin(QModuleMixin, nn.Module):
             parameter("adapter_up", weight.shape[0], adapter_rank)
             parameter("adapter_down", adapter_rank, weight[0].numel())
             nn.init.normal_(new.adapter_down, std=weight[0].numel() ** -0.5)
+        if layer.bias is not None:
+            parameter("bias_change", weight.shape[0])
         new.set_weight_bounds_to_extremes()
         return new
 
@@ -104,6 +108,11 @@ class CalibratingMixin(QModuleMixin, nn.Module):
     @property
     def has_branch(self) -> bool:
         return "branch_up" in self._parameters
+
+    @property
+    def corrected_bias(self) -> torch.Tensor | None:
+        """The bias that the quantized layer adds, float32 (N,)."""
+        return None if self.bias is None else self.bias.float() + self.bias_change
 
     def stored_branch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(L1, L2 / phi) as they will be stored."""
@@ -208,7 +217,8 @@ class CalibratingLinear(CalibratingMixin, QLinear):
         if self.has_branch:
             up, down = self.stored_branch()
             y = y + F.linear(F.linear(x * smooth.to(x.dtype), down.to(x.dtype)), up.to(x.dtype))
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        bias = self.corrected_bias
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class CalibratingConv2d(CalibratingMixin, QConv2d):
@@ -229,7 +239,8 @@ class CalibratingConv2d(CalibratingMixin, QConv2d):
             up, down = self.stored_branch()
             hidden = F.conv2d(x * smooth.to(x.dtype), down.to(x.dtype)[:, :, None, None])
             y = y + self._conv_forward(hidden, up.to(x.dtype), None)
-        return (y if self.bias is None else y + self.bias.float().view(-1, 1, 1)).to(x.dtype)
+        bias = self.corrected_bias
+        return (y if bias is None else y + bias.view(-1, 1, 1)).to(x.dtype)
 
 
 def _share_input_parameters(model: nn.Module) -> None:

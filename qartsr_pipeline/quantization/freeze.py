@@ -61,8 +61,9 @@ def freeze_layer(layer: CalibratingMixin) -> DeployedLayer:
         scale, zero_point = layer.input_parameters()
         new.input_scale.copy_(scale)
         new.input_zero_point.copy_(zero_point)
-    if layer.bias is not None and new.bias is not None:
-        new.bias.copy_(layer.bias)
+    bias = layer.corrected_bias
+    if bias is not None and new.bias is not None:
+        new.bias.copy_(bias)
     _check_finite(layer, new.named_buffers(), TOO_LARGE)
     return new
 

@@ -31,6 +31,9 @@ SMALL = [
     "layer.branch_rank=2",
     *(f"budget.{limit}=null" for limit in ("extra_bits", "branch", "wider")),
     "layer.adapter_rank=2",
+    "stages.0.share=0.3",  # both stages
+    "stages.1.share=0.7",
+    "stages.1.rates={}",
 ]
 
 

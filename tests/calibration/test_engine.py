@@ -96,6 +96,21 @@ def test_only_what_a_stage_names_is_trained(untrained):
     assert changed == {"adapter_up", "adapter_down"}
 
 
+def test_biases_are_trained_and_stored(untrained):
+    pipeline, result = calibrated(small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1", "stages.1.train=[bias]"))
+    wanted = {}
+    for name, layer in all_layers(pipeline).items():
+        if layer.bias is not None:
+            assert layer.bias_change.abs().max() > 0 and torch.equal(layer.bias, untrained[name].bias), name
+            wanted[name] = layer.bias + layer.bias_change.detach()
+    assert len(wanted) > 10
+    for component in COMPONENTS:
+        freeze(getattr(pipeline, component), result.schemes[component])
+    for name, bias in wanted.items():
+        component, _, path = name.partition(".")
+        assert torch.equal(getattr(pipeline, component).get_submodule(path).bias, bias), name
+
+
 def test_a_stage_trains_the_layers_that_it_names(untrained):
     recipe = small_recipe("steps=3", "stages.0.share=0", "stages.1.share=1", "stages.1.layers=vae.decoder.*")
     for name, layer in all_layers(calibrated(recipe)[0]).items():

@@ -26,7 +26,7 @@ TRAINED = {
     "efficientdm": {"adapter", "step"},
     "passionsr": {"smoothing", "offset", "bounds"},
     "svdquant": set(),
-    "qartsr": {"smoothing", "branch", "adapter", "bounds"},
+    "qartsr": {"smoothing", "branch", "adapter", "bias", "bounds"},
 }
 DEPLOYABLE = {"maxmin", "lsq", "efficientdm", "qartsr"}
 

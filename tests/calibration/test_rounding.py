@@ -43,6 +43,21 @@ def test_a_convolutions_output_is_closer_on_inputs_that_were_not_seen(bits, stri
     assert float(difference.square().sum() / power) == pytest.approx(after, rel=0.5)
 
 
+def test_what_inputs_lose_is_made_up_for():
+    """With inputs of 2 bits most of the error is theirs, and a weight without any rounding would leave more of it."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(12, 16, 3, padding=1)
+    sample = observe({"": plain}, plain, [smooth_maps(4, 12, 32) for _ in range(4)], windows=True)[""]
+    errors = {}
+    for bits in (8, 16):
+        layer = CalibratingConv2d.from_layer(plain, LayerScheme(bits, 2), adapter_rank=16)
+        initialise({"": layer}, {"": sample}, Initialisation(smoothing=(0.5,)))
+        if bits == 8:
+            assert round_together(layer, sample.together) and layer.bias_change.abs().max() > 0
+        errors[bits] = relative_patch_error(layer, smooth_maps(8, 12, 32))
+    assert errors[8] < 0.9 * errors[16]
+
+
 def test_it_is_taken_back_where_it_does_not_help():
     torch.manual_seed(0)
     plain = nn.Linear(32, 24)

@@ -65,7 +65,7 @@ def test_folders_that_cannot_be_started_from_say_why(quantized, tmp_path):
     with pytest.raises(ValueError, match="has no quantized layer .*same model"):
         calibrated(small_recipe("steps=0"), start=tmp_path / "full")
     other = of_folder(quantized((4, 4)))
-    other.vae.encoder.conv_in.bias += 1
+    other.vae.encoder.conv_in.weight_scale *= 3
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="is of another model"):
         calibrated(small_recipe("steps=0"), start=tmp_path / "other")

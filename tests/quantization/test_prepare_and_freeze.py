@@ -29,7 +29,7 @@ def test_one_step_trains_every_quantization_parameter_and_no_weight(model: nn.Mo
     names = {name.rpartition(".")[2] for name in trained}
     assert names == {
         *("log_smooth", "weight_lower", "weight_upper", "input_lower", "input_upper"),
-        *("branch_up", "branch_down", "adapter_up", "adapter_down"),
+        *("branch_up", "branch_down", "adapter_up", "adapter_down", "bias_change"),
     }
     before = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=1e-3)

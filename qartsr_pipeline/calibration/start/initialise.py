@@ -228,6 +228,9 @@ def squared_errors(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
     if layer.has_branch:
         up, down = layer.stored_branch()
         error = error - (rows * layer.smooth @ down.T) @ unfolded(up).T
+    if layer.bias is not None:
+        taps = error.shape[1] // len(layer.bias_change)
+        error = error - (layer.bias_change / taps).repeat_interleave(taps)
     return error.square().sum(0).view(layer.weight.shape[0], -1).sum(1)
 
 

@@ -1,9 +1,11 @@
 """Rounding of a layer's weight so that the errors of its taps and channels make up for each other, on patches of its input.
 
-With X patches of the smoothed and quantized input, and M the weight that is left beside the branch, the codes Q are sought that
-minimise |X M^T - X Q^T|^2, column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and its error is made up for by
+With Y patches of the smoothed input, X the same quantized, and M the weight that is left beside the branch, the codes Q are
+sought that minimise |Y M^T - X Q^T|^2. The real weight of least error, which also makes up for what the input loses, is found by
+regression and then rounded column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and its error is made up for by
 the columns that are not rounded yet. The merged adapter becomes the difference to the original weight, so that training starts
-from there, as far as the adapter's rank goes. Nothing that is stored or run is larger for it.
+from there, as far as the adapter's rank goes. The mean of the error that is left goes into the bias. Nothing that is stored or
+run is larger for it.
 
 Patches hold all taps of a convolution together: neighbours in an image are nearly equal, so errors of taps can cancel.
 """
@@ -37,7 +39,7 @@ def patches_of(layer: CalibratingMixin, inputs: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def relative_patch_error(layer: CalibratingMixin, inputs: torch.Tensor) -> float:
-    """|y_q - y|^2 / |y|^2 of the layer's output, without bias, on patches of its input."""
+    """|y_q - y|^2 / |y|^2 of the layer's output, y without bias, on patches of its input."""
     over = layer.smooth.view(1, -1, 1, 1) if inputs.dim() == 4 else layer.smooth
     smoothed = inputs * over
     wanted = patches_of(layer, inputs) @ layer.weight.float().flatten(1).T
@@ -45,6 +47,8 @@ def relative_patch_error(layer: CalibratingMixin, inputs: torch.Tensor) -> float
     if layer.has_branch:
         branch = torch.einsum("nr...,rc->nc...", *layer.stored_branch())
         output = output + patches_of(layer, smoothed) @ branch.flatten(1).T
+    if layer.bias is not None:
+        output = output + layer.bias_change
     return float((output - wanted).square().sum()) / max(float(wanted.square().sum()), 1e-12)
 
 
@@ -60,17 +64,26 @@ class Patches:
         held = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == HELD_OUT - 1
         quantized = layer.quantized_input(inputs, over)
         self.quantized = patches_of(layer, quantized[~held])
+        self.lost = patches_of(layer, (inputs * over)[~held]) - self.quantized  # by quantizing them
         self._held = patches_of(layer, (inputs * over)[held]), patches_of(layer, quantized[held])
 
     def error(self, layer: CalibratingMixin, beside: torch.Tensor) -> float:
         """Squared error of the layer's output on what is held out; ``beside``: M, (N, K)."""
         full, quantized = self._held
-        return float((full @ beside.T - quantized @ layer.qweight.flatten(1).T).square().sum())
+        difference = full @ beside.T - quantized @ layer.qweight.flatten(1).T
+        if layer.bias is not None:
+            difference -= layer.bias_change
+        return float(difference.square().sum())
+
+    def mean_error(self, layer: CalibratingMixin, beside: torch.Tensor) -> torch.Tensor:
+        """(N,) of each output, on what is not held out; ``beside``: M, (N, K)."""
+        quantized = self.quantized.mean(0)
+        return beside @ (quantized + self.lost.mean(0)) - layer.qweight.flatten(1) @ quantized
 
 
 @torch.no_grad()
 def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
-    """Sets the adapter, and the weight's bounds, of a layer that is set up otherwise; taken back unless the error falls.
+    """Sets adapter, weight bounds and bias of a layer that is set up otherwise; taken back unless the error falls.
 
     Args:
         layer: with an adapter, and fewer than 16 bits for its weight.
@@ -86,16 +99,20 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
         beside = beside - torch.einsum("nr...,rc->nc...", *layer.stored_branch())
     shape, matrix = beside.shape, beside.flatten(1)
     before = patches.error(layer, matrix)
-    names = ("adapter_up", "adapter_down", "weight_lower", "weight_upper")
+    names = ("adapter_up", "adapter_down", "weight_lower", "weight_upper", *(["bias_change"] if layer.bias is not None else []))
     kept = {name: layer.get_parameter(name).clone() for name in names}
     hessian = patches.quantized.T @ patches.quantized
     ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-12)
     hessian.diagonal().add_(ridge)
-    lower, upper = row_bounds(matrix, hessian.diagonal().expand_as(matrix), layer.layer_scheme.weight_bits)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    wanted = matrix + matrix @ (patches.lost.T @ patches.quantized) @ inverse
+    lower, upper = row_bounds(wanted, hessian.diagonal().expand_as(wanted), layer.layer_scheme.weight_bits)
     layer.weight_lower.copy_(lower)
     layer.weight_upper.copy_(upper)
-    rounded = _rounded(layer, matrix, torch.cholesky_inverse(torch.linalg.cholesky(hessian)))
+    rounded = _rounded(layer, wanted, inverse)
     set_adapter(layer, (rounded - matrix).view(shape) * over_inputs)
+    if layer.bias is not None:
+        layer.bias_change.copy_(patches.mean_error(layer, matrix))
     if patches.error(layer, matrix) < before:
         return True
     for name, value in kept.items():

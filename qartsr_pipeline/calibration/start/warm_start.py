@@ -86,11 +86,14 @@ def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Ten
     """
     spec, scheme, own = deployed.spec, layer.layer_scheme, layer._parameters
     shape = tuple(layer.weight.shape[:2])
-    if (spec.out_channels, spec.in_channels) != shape or not _same(layer.bias, deployed.bias):
+    change = _weight_of(deployed) - layer.weight.float() if (spec.out_channels, spec.in_channels) == shape else None
+    if change is None or (layer.bias is None) != (deployed.bias is None) or change.norm() > layer.weight.float().norm():
         raise ValueError(f"{deployed} is of another model than the layer with a weight of {shape}: start from the same model")
     layer.log_smooth.copy_(deployed.smooth.log())
+    if layer.bias is not None and deployed.bias is not None:
+        layer.bias_change.copy_(deployed.bias - layer.bias)
     if "adapter_up" in own:
-        set_adapter(layer, _weight_of(deployed) - layer.weight.float())
+        set_adapter(layer, change)
     if scheme.rank_for(layer) == spec.rank:
         if spec.rank:
             layer.branch_up.copy_(deployed.branch_up)
@@ -102,12 +105,6 @@ def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Ten
         lower, upper = _bounds(deployed.input_scale, deployed.input_zero_point, spec.activation_bits)
         layer.input_lower.copy_(lower)
         layer.input_upper.copy_(upper)
-
-
-def _same(bias: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if bias is None or other is None:
-        return bias is other
-    return torch.equal(bias.float(), other)
 
 
 def _weight_of(deployed: DeployedLayer) -> torch.Tensor:

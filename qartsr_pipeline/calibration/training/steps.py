@@ -31,6 +31,7 @@ PARAMETERS = {
     "offset": ("input_offset",),
     "branch": ("branch_up", "branch_down"),
     "adapter": ("adapter_up", "adapter_down"),
+    "bias": ("bias_change",),
     "bounds": ("weight_lower", "weight_upper", "input_lower", "input_upper"),
     "step": ("weight_log_step", "input_log_step"),
 }
@@ -248,6 +249,8 @@ def step_size(layer: CalibratingMixin, name: str) -> float:
         size = float(layer.weight.abs().mean()) * math.sqrt(layer.adapter_down.shape[1] / layer.adapter_down.shape[0])
     elif name == "adapter_down":
         size *= 0.1
+    elif name == "bias_change" and layer.bias is not None:  # starts at 0
+        size = float(layer.bias.abs().mean())
     elif name == "input_offset" and "input_upper" in layer._parameters:  # may start at 0: measured by the range of the input
         size = float((layer.input_upper - layer.input_lower).abs()) * float((-layer.log_smooth).exp().mean()) * 0.1
     return max(size, 1e-6)
