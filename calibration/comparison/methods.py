@@ -17,10 +17,12 @@ EXTRA_BITS = {"passionsr": "w8a8"}  # what its publication is about
 
 def _without(recipe: Recipe, part: str, **layer: Any) -> Recipe:
     """The recipe without one kind of parameter."""
-    stages = (
-        replace(stage, train=tuple(p for p in stage.train if p != part), rates={k: v for k, v in stage.rates.items() if k != part})
-        for stage in recipe.stages
-    )
+
+    def changed(stage: Stage) -> Stage:
+        rates = {name: rate for name, rate in stage.rates.items() if name != part}
+        return replace(stage, train=tuple(p for p in stage.train if p != part), rates=rates)
+
+    stages = (changed(stage) for stage in recipe.stages)
     return replace(recipe, layer=replace(recipe.layer, **layer), stages=tuple(s for s in stages if s.train))
 
 
