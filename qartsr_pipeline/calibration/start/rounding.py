@@ -1,9 +1,9 @@
 """Rounding of a layer's weight so that the errors of its taps and channels make up for each other, on patches of its input.
 
 With Y patches of the smoothed input, X the same quantized, and M the weight that is left beside the branch, the codes Q are
-sought that minimise |Y M^T - X Q^T|^2. The real weight of least error, which also makes up for what the input loses, is found by
-regression and then rounded column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and its error is made up for by
-the columns that are not rounded yet. The merged adapter becomes the difference to the original weight, so that training starts
+sought that minimise |Y M^T - X Q^T|^2, or |X M^T - X Q^T|^2 where inputs have 4 bits or more. The real weight of least error,
+found by regression, is rounded column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and its error is made up for
+by the columns that are not rounded yet. The merged adapter becomes the difference to the original weight, so that training starts
 from there, as far as the adapter's rank goes. The mean of the error that is left goes into the bias. Nothing that is stored or
 run is larger for it.
 
@@ -25,6 +25,7 @@ from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 RIDGE = 0.01  # of the mean square of the inputs
 COLUMNS = 64  # that are rounded before the others are brought up to date
+COARSE = 3  # bits of inputs up to which weights make up for what these lose: with finer ones, images lose detail by it
 HELD_OUT = 4  # one patch in so many is kept to measure on
 
 
@@ -105,7 +106,9 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
     ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-12)
     hessian.diagonal().add_(ridge)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    wanted = matrix + matrix @ (patches.lost.T @ patches.quantized) @ inverse
+    wanted = matrix
+    if layer.layer_scheme.activation_bits <= COARSE:
+        wanted = matrix + matrix @ (patches.lost.T @ patches.quantized) @ inverse
     lower, upper = row_bounds(wanted, hessian.diagonal().expand_as(wanted), layer.layer_scheme.weight_bits)
     layer.weight_lower.copy_(lower)
     layer.weight_upper.copy_(upper)
