@@ -1,8 +1,8 @@
-"""The token grid: weights symmetric for each output channel, activations symmetric for each token, rotations before both.
+"""The token grid: activations symmetric for each token, with a scale that the token itself gives; rotations before that.
 
     y[t, n] = d_t s_n sum_c q_w[n, c] q_x[t, c]
 
-Scales do not depend on c, so a layer is one integer product. LSGQuant's activations (DRAQ, arXiv 2602.03182) also have a scale
+Weights have a scale for each output channel. Scales do not depend on c, so a layer is one integer product. LSGQuant's activations (DRAQ, arXiv 2602.03182) also have a scale
 for each input channel, s_c = max_t |X_tc|, beside that of the token, d_t = max_c |X_tc| / s_c, as FlashVSR_ptq reads the paper:
 `draq` simulates them. With s_c = 2^e_c, a power of two, the channel's scale goes into the codes, which still fit into a byte, and
 the layer stays one product: `token_codes` with exponents.
@@ -12,11 +12,16 @@ Float32 throughout, rounding half to even.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from qartsr_pipeline.arithmetic.affine import centred_codes
+
 BYTE = 127  # the largest code that an integer product takes
+SMALLEST = 1e-30  # a token whose values are all below counts as zeros
+CodesOf = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, bool], torch.Tensor]
 
 
 class Codes(NamedTuple):
@@ -44,6 +49,15 @@ def largest_code(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
+def token_scale(largest: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiplier that takes values to codes, and scale that takes codes to values, from the largest magnitude of each token.
+
+    Both are not finite where the token is not: so are then its outputs.
+    """
+    largest = largest.clamp_min(SMALLEST)
+    return most / largest, largest / most
+
+
 def largest_exponent(bits: int) -> int:
     """The largest power of two that codes can be multiplied with and still fit into a byte: 4 for 4 bits, 2 for 6, 0 for 8."""
     return (BYTE // largest_code(bits)).bit_length() - 1
@@ -65,21 +79,34 @@ def channel_exponents(maxima: torch.Tensor, bits: int) -> torch.Tensor:
     return (relative.round() + most).clamp(0, most).to(torch.int8)
 
 
-def token_codes(x: torch.Tensor, bits: int, exponents: torch.Tensor | None = None) -> Codes:
-    """Quantizes the rows of ``x``: tokens as they come, or the output channels of a weight.
+def centred_token_codes(
+    values: torch.Tensor, bits: int, exponents: torch.Tensor | None = None, codes_of: CodesOf = centred_codes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes tokens; differentiable (straight-through). Codes times scales are the values.
 
-    q_tc = clamp(rint(x_tc / (2^e_c d_t))), d_t = max_c |x_tc| / 2^e_c / largest code; the code is q_tc 2^e_c.
+    With l_t = max_c |x_tc| / 2^e_c and m the largest code: q_tc = rint(x_tc / 2^e_c (m / l_t)), the code is q_tc 2^e_c, and the
+    scale d_t = l_t / m. A token's result depends on no other one. NaN and infinity give the code 0 or NaN, and their token
+    a scale that is not finite.
 
     Args:
-        x: (rows, C), any float type.
-        exponents: int8 (C,) from `channel_exponents`; None for zeros. The result of a token depends on no other token.
+        values: float32 (..., C).
+        exponents: (C,) from `channel_exponents`; None for zeros.
+        codes_of: `affine.centred_codes`, or a function with the same values and other gradients.
+
+    Returns:
+        Integers in a float32 tensor (..., C), and scales (..., 1).
     """
-    most, x = largest_code(bits), x.float()
-    powers = torch.ones_like(x[0]) if exponents is None else torch.exp2(exponents.float())
-    scaled = x / powers
-    scales = _scales(scaled, most)
-    codes = (scaled / scales[:, None]).round().clamp(-most, most) * powers
-    return Codes(codes.to(torch.int8), scales)
+    powers = None if exponents is None else torch.exp2(exponents.float())
+    scaled = values if powers is None else values / powers
+    multiplier, scales = token_scale(scaled.abs().amax(-1, keepdim=True), largest_code(bits))
+    codes = codes_of(scaled, multiplier, torch.zeros_like(scales), bits, True)
+    return codes if powers is None else codes * powers, scales
+
+
+def token_codes(x: torch.Tensor, bits: int, exponents: torch.Tensor | None = None) -> Codes:
+    """The same in bytes, without gradient, for rows (rows, C) of any float type; NaN is the code 0."""
+    codes, scales = centred_token_codes(x.float(), bits, exponents)
+    return Codes(codes.nan_to_num(nan=0.0).to(torch.int8), scales[:, 0])
 
 
 def draq(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -88,7 +115,7 @@ def draq(x: torch.Tensor, bits: int) -> torch.Tensor:
     channels = x.abs().amax(0)
     channels = torch.where(channels > 0, channels, 1.0)
     scaled = x / channels
-    scales = _scales(scaled, most)[:, None]
+    scales = token_scale(scaled.abs().amax(1), most)[1][:, None]
     return (scaled / scales).round().clamp(-most, most) * scales * channels
 
 
@@ -98,15 +125,10 @@ def product(x: Codes, weight: Codes) -> torch.Tensor:
     return sums.float() * x.scales[:, None] * weight.scales
 
 
-def _scales(x: torch.Tensor, most: int) -> torch.Tensor:
-    """(rows,): the largest magnitude of a row becomes the largest code. Rows of zeros get 1, rows with NaN NaN."""
-    largest = x.abs().amax(1)
-    return torch.where(largest == 0, 1.0, largest / most)
-
-
 def rotation_size(channels: int, most: int = 256) -> int:
-    """The largest power of two up to ``most`` that divides the channels: the blocks that `rotated` turns."""
-    return min(most, channels & -channels)
+    """The largest power of two up to ``most`` that divides the channels: the blocks that `rotated` turns. 0 if that is 1."""
+    size = min(most, channels & -channels)
+    return size if size > 1 else 0
 
 
 def rotated(x: torch.Tensor, size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ BOUNDS = ("minmax", "percentile", "mse")
 SMOOTHING = ("none", "ones", "search")
 OFFSETS = ("none", "zero", "mean", "centre")
 ROTATIONS = ("none", "hadamard")
-ACTIVATIONS = ("static", "dynamic")
+ACTIVATIONS = ("static", "dynamic", "token")
 CLIP = ("after_rounding", "before_rounding")
 
 
@@ -52,8 +52,9 @@ class Layer:
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
         rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix.
-        activations: "static" bounds of the whole tensor, or "dynamic": symmetric, from the extremes of every pixel's or token's
-            group of channels at run time.
+        activations: "static" bounds of the whole tensor; "token": of linear layers symmetric, from each token's largest magnitude
+            at run time; or "dynamic": from the extremes of every pixel's or token's group of channels, in simulation only.
+        exponents: with "token": static scales of input channels as well, powers of two.
         group_size: input channels that share a weight scale (and a dynamic activation scale); 0 for one scale a row.
         clip: a value within half a step beyond the extreme codes is clipped, for gradients, "before_rounding" (as in LSQ), or
             counts as inside "after_rounding". The quantized values are the same.
@@ -72,6 +73,7 @@ class Layer:
     percentile: float = 99.9
     rotation: str = "none"
     activations: str = "static"
+    exponents: bool = False
     group_size: int = 0
     clip: str = "after_rounding"
 
@@ -93,15 +95,19 @@ class Layer:
         number("layer.adapter_rank", self.adapter_rank, 0, whole=True)
         number("layer.percentile", self.percentile, 50, 100)
         number("layer.group_size", self.group_size, 0, whole=True)
-        if self.activations == "dynamic" and self.offset != "none":
-            raise RecipeError("layer.offset needs static activations: dynamic ones are symmetric around 0")
+        if self.activations != "static" and self.offset != "none":
+            raise RecipeError("layer.offset needs static activations: others are symmetric around 0")
+        if not isinstance(self.exponents, bool) or self.exponents and self.activations != "token":
+            raise RecipeError(
+                f"layer.exponents is {self.exponents!r}, expected true or false, and true with activations: token only"
+            )
         if self.branch_budget and not self.branch_rank:
             raise RecipeError("layer.branch_budget needs a branch_rank, the highest that a layer may get")
         if not isinstance(self.branch_fit, bool):
             raise RecipeError(f"layer.branch_fit is {self.branch_fit!r}, expected true or false")
         for name in ("branch_rounds", "branch_fit"):
-            if getattr(self, name) and (not self.has_branches or self.rotation != "none"):
-                raise RecipeError(f"layer.{name} needs a branch, and no rotation: give it with those or not at all")
+            if getattr(self, name) and (not self.has_branches or self.rotation != "none" and self.activations != "token"):
+                raise RecipeError(f"layer.{name} needs a branch, and no rotation but with activations: token")
         if self.rounding == "patches" and not (self.adapter_rank and self.deployable):
             raise RecipeError("layer.rounding: patches needs an adapter_rank, and the package's own grid: give it with those")
         if self.branch_rounds and self.branch_fit:
@@ -115,7 +121,9 @@ class Layer:
     @property
     def deployable(self) -> bool:
         """Whether a deployed form exists: other grids than the package's own exist in simulation, for comparison."""
-        return self.offset == "none" and self.rotation == "none" and self.activations == "static" and self.group_size == 0
+        if self.offset != "none" or self.group_size:
+            return False
+        return self.activations == "token" or self.activations == "static" and self.rotation == "none"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Constraints:
         channel_multiple: inputs and outputs must both be multiples of this.
         shortest_sum: fewest products in one output element: inputs x taps.
         needs_vnni: pairs (weight bits, activation bits) whose products overflow the 16-bit sums of x86 processors without VNNI.
+        grids: of activations, as `LayerSpec.grid` has them.
         has_vnni: tries out whether this backend's operator has wider sums here. What the processor has may be switched off for
             oneDNN, and which operators go through oneDNN differs between processors.
     """
@@ -45,6 +46,7 @@ class Constraints:
     channel_multiple: int = 1
     shortest_sum: int = 1
     needs_vnni: frozenset[tuple[int, int]] = frozenset()
+    grids: tuple[str, ...] = ("tensor", "token")
     has_vnni: Callable[[], bool] = lambda: True
 
 
@@ -72,6 +74,8 @@ def layer_lacks(constraints: Constraints, spec: LayerSpec) -> str | None:
     """Why such a layer cannot be computed under these constraints on a machine that lacks nothing, None if it can."""
     if spec.kind not in constraints.kinds:
         return f"{spec.kind} layers are not supported"
+    if spec.grid not in constraints.grids:
+        return f"activations on the {spec.grid} grid are not supported"
     for what in ("weight", "activation"):
         bits, known = getattr(spec, f"{what}_bits"), getattr(constraints, f"{what}_bits")
         if bits not in known:
@@ -82,7 +86,7 @@ def layer_lacks(constraints: Constraints, spec: LayerSpec) -> str | None:
     terms = spec.in_channels * spec.taps
     if terms < constraints.shortest_sum:
         return f"an output sums {terms} products, fewer than {constraints.shortest_sum}"
-    if (spec.weight_bits, spec.activation_bits) in constraints.needs_vnni and not constraints.has_vnni():
+    if (spec.weight_bits, spec.carried_bits) in constraints.needs_vnni and not constraints.has_vnni():
         return f"W{spec.weight_bits}A{spec.activation_bits} needs a processor with VNNI"
     return None
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from qartsr_pipeline.kernels.backend import X86, Backend, Constraints
 from qartsr_pipeline.kernels.codes import quantized_floats, quantized_rows, weight_bytes
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.tokens import SIGN, of_tokens, quantized_tokens, unsigned
 
 BRANCH_OPERATORS = ("mkldnn._linear_pointwise", "mkldnn._convolution_pointwise_")
 
@@ -92,11 +93,13 @@ def as_map(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Constants:
-    """A layer's constants. `scale` is weights' times input's."""
+    """A layer's constants. `scale` is weights' times input's; of the weights alone on the token grid, which has no constants of
+    the input.
+    """
 
     codes: torch.Tensor  # int8, as `weight_bytes` gives them
     scale: torch.Tensor  # (N,), shaped to broadcast over `codes`
-    multiplier: torch.Tensor  # (C,)
+    multiplier: torch.Tensor | None  # (C,)
     zero_point: int
     branch: Branch | None
 
@@ -106,13 +109,15 @@ class Constants:
 
 
 def _make_constants(layer: StoredLayer, dtype: torch.dtype) -> Constants:
-    codes = weight_bytes(layer)
+    codes, branch = weight_bytes(layer), prepare_branch(layer, dtype)
+    if layer.spec.grid == "token":
+        return Constants(codes, layer.weight_scale[:, None], None, 0, branch)
     return Constants(
         codes,
         (layer.weight_scale * layer.input_scale).view(-1, *[1] * (codes.dim() - 1)),
         layer.smooth / layer.input_scale,
         int(layer.input_zero_point),
-        prepare_branch(layer, dtype),
+        branch,
     )
 
 
@@ -122,6 +127,7 @@ def _constants(layer: StoredLayer, dtype: torch.dtype) -> Constants:
 
 
 def _codes(rows: torch.Tensor, ready: Constants, layer: StoredLayer) -> torch.Tensor:
+    assert ready.multiplier is not None  # on the tensor grid
     return quantized_floats(rows, ready.multiplier, ready.zero_point, layer.spec.activation_bits)
 
 
@@ -144,7 +150,11 @@ class FloatProduct(Backend):
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         ready = _constants(layer, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = F.linear(_codes(rows, ready, layer), ready.weight(), layer.bias)
+        if layer.spec.grid == "token":
+            codes, scales = quantized_tokens(rows, layer)
+            y = of_tokens(F.linear(codes.float(), ready.weight()), scales, layer)
+        else:
+            y = F.linear(_codes(rows, ready, layer), ready.weight(), layer.bias)
         if ready.branch is not None:
             y += F.linear(hidden_rows(rows, ready.branch), ready.branch.up)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -175,12 +185,12 @@ def has_vnni() -> bool:
 
 @dataclass(frozen=True)
 class Prepacked:
-    """A layer's constants as oneDNN wants them."""
+    """A layer's constants as oneDNN wants them. On the token grid the input's scale is 1 there, and no multiplier is needed."""
 
     weight: torch.Tensor  # opaque layout
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor
-    multiplier: torch.Tensor
+    multiplier: torch.Tensor | None
     input_scale: float
     input_zero_point: int
     branch: Branch | None
@@ -188,7 +198,8 @@ class Prepacked:
 
 def _make_prepacked(layer: StoredLayer, dtype: torch.dtype, side: int) -> Prepacked:
     spec, weight = layer.spec, weight_bytes(layer)
-    input_scale, input_zero_point = float(layer.input_scale), int(layer.input_zero_point)
+    token = spec.grid == "token"
+    input_scale, input_zero_point = (1.0, SIGN) if token else (float(layer.input_scale), int(layer.input_zero_point))
     if spec.kind == "conv2d":
         shape = (1, spec.in_channels, *(max(side, kernel) for kernel in spec.kernel_size))
         quantizer, geometry = (input_scale, input_zero_point), (spec.stride, spec.padding, (1, 1), 1)
@@ -199,7 +210,7 @@ def _make_prepacked(layer: StoredLayer, dtype: torch.dtype, side: int) -> Prepac
         weight,
         layer.weight_scale,
         torch.zeros_like(layer.weight_scale, dtype=torch.int32),
-        layer.smooth / layer.input_scale,
+        None if token else layer.smooth / layer.input_scale,
         input_scale,
         input_zero_point,
         prepare_branch(layer, dtype),
@@ -220,6 +231,7 @@ def _prepacked(layer: StoredLayer, dtype: torch.dtype, small: bool = False) -> P
 def _input_codes(rows: torch.Tensor, packed: Prepacked, spec: LayerSpec) -> torch.Tensor:
     """Unsigned codes of (rows, C)."""
     zero_point = packed.input_zero_point
+    assert packed.multiplier is not None  # on the tensor grid
     return quantized_rows(rows, packed.multiplier, zero_point, spec.activation_bits, zero_point)
 
 
@@ -256,9 +268,16 @@ class OneDNN(Backend):
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         packed = _prepacked(layer, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = _linear_product(_input_codes(rows, packed, layer.spec), packed, layer, compute_dtype(x.dtype))
+        dtype = compute_dtype(x.dtype)
+        if layer.spec.grid == "token":
+            codes, scales = quantized_tokens(rows, layer)
+            dtype = torch.float32  # a token's scale comes after
+            y = of_tokens(_linear_product(unsigned(codes), packed, None, dtype), scales, layer)
+        else:
+            y = _linear_product(_input_codes(rows, packed, layer.spec), packed, layer.bias, dtype)
         if packed.branch is not None:
-            y.addmm_(hidden_rows(rows, packed.branch), packed.branch.up.t())
+            hidden, up = hidden_rows(rows, packed.branch), packed.branch.up
+            y = y.addmm_(hidden, up.t()) if up.dtype == dtype else y.add_(F.linear(hidden, up))
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
@@ -271,9 +290,9 @@ class OneDNN(Backend):
         return y.to(x.dtype)
 
 
-def _linear_product(codes: torch.Tensor, packed: Prepacked, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
+def _linear_product(codes: torch.Tensor, packed: Prepacked, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Codes (rows, C) -> scaled product with bias (rows, N) in `dtype`."""
-    return torch.ops.onednn.qlinear_pointwise(*_operands(codes, packed), layer.bias, *_epilogue(dtype))
+    return torch.ops.onednn.qlinear_pointwise(*_operands(codes, packed), bias, *_epilogue(dtype))
 
 
 def _conv2d_product(codes: torch.Tensor, packed: Prepacked, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:

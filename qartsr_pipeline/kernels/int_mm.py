@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from qartsr_pipeline.kernels.backend import Backend, Constraints
 from qartsr_pipeline.kernels.codes import quantized_rows, weight_bytes
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.tokens import of_tokens, quantized_tokens
 
 STAYS_PACKED_ON = {"cuda"}
 PATCH_BYTES = 1 << 24
@@ -42,7 +43,7 @@ class Constants:
     """A layer's constants."""
 
     weight: torch.Tensor | None  # of `_matrix`, None where it stays packed
-    multiplier: torch.Tensor  # (C,)
+    multiplier: torch.Tensor | None  # (C,), None on the token grid
     scale: torch.Tensor  # (N,), of the integer product
     constant: torch.Tensor | None  # (N,) int32, to be added to the integer product
     zero_point: int
@@ -59,6 +60,8 @@ def _matrix(layer: StoredLayer) -> torch.Tensor:
 
 def _make(layer: StoredLayer) -> Constants:
     kept = layer.weight_packed.device.type not in STAYS_PACKED_ON
+    if layer.spec.grid == "token":
+        return Constants(_matrix(layer) if kept else None, None, layer.weight_scale, None, 0, 0)
     zero_point = int(layer.input_zero_point)
     offset = zero_point - 128 if layer.spec.activation_bits == 8 else 0
     weight = _matrix(layer) if kept or offset else None
@@ -98,7 +101,11 @@ class IntMM(Backend):
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         ready = _constants(layer)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = _scaled(_multiply(_codes(rows, ready, layer.spec), _weight(ready, layer)), ready, layer)
+        if layer.spec.grid == "token":
+            codes, scales = quantized_tokens(rows, layer)
+            y = of_tokens(_multiply(codes, _weight(ready, layer)) * ready.scale, scales, layer)
+        else:
+            y = _scaled(_multiply(_codes(rows, ready, layer.spec), _weight(ready, layer)), ready, layer)
         if layer.spec.rank:
             hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
             y += F.linear(hidden, layer.branch_up.to(x.dtype))
@@ -133,6 +140,7 @@ def _weight(ready: Constants, layer: StoredLayer) -> torch.Tensor:
 
 def _codes(rows: torch.Tensor, ready: Constants, spec: LayerSpec) -> torch.Tensor:
     """Signed bytes, (rows, C)."""
+    assert ready.multiplier is not None  # on the tensor grid
     return quantized_rows(rows, ready.multiplier, ready.zero_point, spec.activation_bits, ready.offset).view(torch.int8)
 
 

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from qartsr_pipeline.arithmetic.affine import centred_codes
+from qartsr_pipeline.arithmetic.token_grid import centred_token_codes
 from qartsr_pipeline.kernels.backend import Backend, Constraints
 from qartsr_pipeline.kernels.codes import weight_bytes
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
+from qartsr_pipeline.kernels.tokens import rotated_rows
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -33,22 +35,32 @@ def _per_channel(values: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
     return values.view(-1, 1, 1) if spec.kind == "conv2d" else values
 
 
+def _operand(x: torch.Tensor, layer: StoredLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """What weights are multiplied with, and its scale: one, or one for each token."""
+    spec, one = layer.spec, torch.ones((), device=x.device)
+    smooth = _per_channel(layer.smooth, spec)
+    if spec.grid == "token":
+        values = rotated_rows(x, layer)
+        if spec.activation_bits == 16:
+            return values, one
+        codes, scales = centred_token_codes(values, spec.activation_bits, layer.input_exponents if spec.exponents else None)
+        return torch.nan_to_num(codes, nan=0.0), scales
+    if spec.activation_bits == 16:
+        return x.float() * smooth, one
+    codes = centred_codes(x, smooth / layer.input_scale, layer.input_zero_point.float(), spec.activation_bits)
+    return torch.nan_to_num(codes, nan=0.0), layer.input_scale
+
+
 def _compute(x: torch.Tensor, layer: StoredLayer, product: Product, inner: Product, outer: Product) -> torch.Tensor:
     spec = layer.spec
-    smooth = _per_channel(layer.smooth, spec)
-    scale = torch.ones((), device=x.device)
-    if spec.activation_bits == 16:
-        operand = x.float() * smooth
-    else:
-        operand = centred_codes(x, smooth / layer.input_scale, layer.input_zero_point.float(), spec.activation_bits)
-        operand = torch.nan_to_num(operand, nan=0.0)
-        scale = scale * layer.input_scale
+    operand, scale = _operand(x, layer)
     if spec.weight_bits == 16:
         weight = layer.weight.float()
     else:
-        weight, scale = weight_codes(layer), _per_channel(scale * layer.weight_scale, spec)
+        weight, scale = weight_codes(layer), scale * _per_channel(layer.weight_scale, spec)
     y = product(operand, weight).mul_(scale)
     if spec.rank:
+        smooth = _per_channel(layer.smooth, spec)
         hidden = inner(x * smooth.to(x.dtype), layer.branch_down.to(x.dtype))
         y += outer(hidden, layer.branch_up.to(x.dtype))
     if layer.bias is not None:

@@ -17,7 +17,10 @@ _low_memory: ContextVar[bool | None] = ContextVar("qartsr_low_memory", default=N
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Static facts of one deployed layer. Linear layers have kernel_size (1, 1), stride (1, 1) and padding (0, 0)."""
+    """Static facts of one deployed layer. Linear layers have kernel_size (1, 1), stride (1, 1) and padding (0, 0).
+
+    `grid`, `rotation` and `exponents` are those of `quantization.scheme.LayerScheme`; the rotation is the layer's own size.
+    """
 
     kind: str  # "linear" or "conv2d"
     weight_bits: int
@@ -28,11 +31,19 @@ class LayerSpec:
     kernel_size: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
+    grid: str = "tensor"
+    rotation: int = 0
+    exponents: bool = False
 
     @property
     def taps(self) -> int:
         """Weights for each pair of input and output channel: kh kw."""
         return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def carried_bits(self) -> int:
+        """Bits of the activations' codes as they are multiplied: exponents are in the codes, which then fill a byte."""
+        return 8 if self.exponents else self.activation_bits
 
     @property
     def is_pointwise(self) -> bool:
@@ -42,10 +53,10 @@ class LayerSpec:
     @property
     def hides_what_is_not_finite(self) -> bool:
         """Whether NaN or infinity in the input can be missing in the output: the quantize step makes integers of them. 16-bit
-        activations pass them on, and so does a branch that reads every pixel.
+        activations pass them on, and so does a branch that reads every pixel, and a token's scale.
         """
         all_read = all(step <= kernel for step, kernel in zip(self.stride, self.kernel_size, strict=True))
-        return self.activation_bits < 16 and not (self.rank and all_read)
+        return self.activation_bits < 16 and self.grid == "tensor" and not (self.rank and all_read)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The layer's output shape for an input of this shape: (..., C), (C, H, W) or (B, C, H, W)."""
@@ -78,6 +89,7 @@ class StoredLayer(Protocol):
     weight: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
+    input_exponents: torch.Tensor
     smooth: torch.Tensor
     branch_down: torch.Tensor
     branch_up: torch.Tensor

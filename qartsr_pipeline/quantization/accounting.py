@@ -24,7 +24,14 @@ from qartsr_pipeline.quantization.fold import FoldedConstant
 
 SIDE = 512  # pixels of the image that multiplications are counted for
 BRANCH, FLOAT = "branch", "float"
-ST_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.float64: "F64"}
+ST_DTYPES = {
+    torch.int8: "I8",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.float64: "F64",
+}
 Layer = nn.Linear | nn.Conv2d | DeployedLayer
 
 

@@ -133,6 +133,10 @@ class CalibratingMixin(QModuleMixin, nn.Module):
             weight = weight - torch.einsum("nr...,rc->nc...", up, down)
         return weight
 
+    def transform_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (..., C) of phi x, or of a linear layer's residual weight, as the quantizer sees them. Its own inverse."""
+        return rows
+
     def _over_inputs(self, values: torch.Tensor) -> torch.Tensor:
         """(C,), shaped to broadcast over the weight."""
         return values.view(1, -1, *[1] * (self.weight.dim() - 2))

@@ -1,13 +1,14 @@
 """Deployed layers: packed integers, scales and 16-bit branch in plain buffers; the forward goes to a kernel backend.
 
-Stored buffers (format version 1; N outputs, C inputs, r rank, b weight bits; absent where the scheme has no use for them)
+Stored buffers (format version 2; N outputs, C inputs, r rank, b weight bits; absent where the scheme has no use for them)
 
     weight_packed       uint8    (N, ceil(K b / 8))   codes of (kh, kw, C), C fastest; K = kh kw C. 8 bits: two's complement
     weight_scale        float32  (N,)
     weight_zero_point   uint8    (N,)                 b < 8 only
     weight              float16  the float layer's    instead of the three above when weights are kept at 16 bits
-    input_scale         float32  ()                   activations below 16 bits only
+    input_scale         float32  ()                   activations below 16 bits on the tensor grid only
     input_zero_point    uint8    ()
+    input_exponents     int8     (C,)                 where the scheme has exponents
     smooth              float32  (C,)                 phi > 0
     branch_down         float16  (r, C)               L2 / phi, acts on phi x
     branch_up           float16  (N, r[, kh, kw])     L1
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from qartsr_pipeline.arithmetic.packing import packed_width
+from qartsr_pipeline.arithmetic.token_grid import largest_exponent, rotation_size
 from qartsr_pipeline.kernels import LayerSpec, PreparedWeights, register, run_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
@@ -44,6 +46,7 @@ class DeployedLayer(nn.Module):
     weight: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
+    input_exponents: torch.Tensor
     smooth: torch.Tensor
     branch_down: torch.Tensor
     branch_up: torch.Tensor
@@ -66,8 +69,10 @@ class DeployedLayer(nn.Module):
         buffer("weight_scale", (outputs,), torch.float32, packed)
         buffer("weight_zero_point", (outputs,), torch.uint8, spec.weight_bits < 8)
         buffer("weight", (outputs, inputs, *kernel), torch.float16, not packed)
-        buffer("input_scale", (), torch.float32, spec.activation_bits < 16)
-        buffer("input_zero_point", (), torch.uint8, spec.activation_bits < 16)
+        static = spec.activation_bits < 16 and spec.grid == "tensor"
+        buffer("input_scale", (), torch.float32, static)
+        buffer("input_zero_point", (), torch.uint8, static)
+        buffer("input_exponents", (inputs,), torch.int8, spec.exponents)
         buffer("smooth", (inputs,), torch.float32, True)
         buffer("branch_down", (rank, inputs), torch.float16, rank > 0)
         buffer("branch_up", (outputs, rank, *kernel), torch.float16, rank > 0)
@@ -92,6 +97,10 @@ class DeployedLayer(nn.Module):
             bits = self.spec.weight_bits if name == "weight_zero_point" else self.spec.activation_bits
             largest, most = int(stored.max()), 2**bits - 1
             return None if largest <= most else f"holds the zero point {largest}, but its {bits}-bit grid ends at {most}"
+        if name == "input_exponents":
+            most = largest_exponent(self.spec.activation_bits)
+            fits = bool(((stored >= 0) & (stored <= most)).all())
+            return None if fits else f"holds exponents outside of 0 to {most}, which codes have no room for"
         if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
             return "holds NaN or infinity"
         if name in ABOVE_ZERO and not bool((stored > 0).all()):
@@ -100,6 +109,8 @@ class DeployedLayer(nn.Module):
 
     def joint_flaw(self) -> str | None:
         """The same for buffers that are right one by one, and too large or too small together."""
+        if self.spec.grid == "token":
+            return None
         multiplier = self.smooth if self.spec.activation_bits == 16 else self.smooth / self.input_scale
         if not bool(torch.isfinite(multiplier).all()):
             return "smooth divided by input_scale is infinite"
@@ -126,6 +137,8 @@ class DeployedLayer(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         text = f"{spec.in_channels}, {spec.out_channels}, w{spec.weight_bits}a{spec.activation_bits}, rank={spec.rank}"
+        if spec.grid == "token":
+            text = f"{text}, grid=token, rotation={spec.rotation}, exponents={spec.exponents}"
         return text if spec.kind == "linear" else f"{text}, kernel_size={spec.kernel_size}, stride={spec.stride}"
 
 
@@ -145,7 +158,10 @@ def deployed_like(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, device: tor
     """
     bits = (scheme.weight_bits, scheme.activation_bits, scheme.rank_for(layer))
     if not isinstance(layer, nn.Conv2d):
-        spec = LayerSpec("linear", *bits, layer.in_features, layer.out_features)
+        inputs = layer.in_features
+        rotation = rotation_size(inputs, scheme.rotation)
+        grid = {"grid": scheme.grid, "rotation": rotation, "exponents": scheme.exponents}
+        spec = LayerSpec("linear", *bits, inputs, layer.out_features, **grid)
         return DeployedLinear(spec, layer.bias is not None, device)
     if isinstance(layer.padding, str):
         raise ValueError(f"{layer} has padding {layer.padding!r}; only numbers have a quantized form")

@@ -57,7 +57,9 @@ def freeze_layer(layer: CalibratingMixin) -> DeployedLayer:
             new.weight_zero_point.copy_(zero_point)
     else:
         new.weight.copy_(layer.qweight)
-    if layer.layer_scheme.activation_bits < 16:
+    if new.spec.exponents:
+        new.input_exponents.copy_(layer.get_parameter("input_exponents"))
+    if new.spec.activation_bits < 16 and new.spec.grid == "tensor":
         scale, zero_point = layer.input_parameters()
         new.input_scale.copy_(scale)
         new.input_zero_point.copy_(zero_point)

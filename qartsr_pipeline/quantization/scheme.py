@@ -11,6 +11,9 @@ from torch import nn
 from qartsr_pipeline.arithmetic import FORMAT_VERSION
 
 LAYER_BITS = (2, 3, 4, 6, 8, 16)
+GRIDS = ("tensor", "token")
+LARGEST_ROTATION = 256
+SINCE_VERSION_2 = ("grid", "rotation", "exponents")  # keys of a layer's scheme
 _RENEW = "download the checkpoint again, or copy the folder again from its source."
 _WRITTEN = f"it was edited, or written by something else; {_RENEW}"
 
@@ -23,13 +26,21 @@ class LayerScheme:
         weight_bits: 2, 3, 4, 6, 8; 16 means that weights are kept in 16-bit floating point.
         activation_bits: the same for the layer's input; 16 means no quantizer.
         rank: rank of the 16-bit low-rank branch, 0 for none. Clamped to what the layer's shape admits.
+        grid: of a linear layer's input. "tensor": one static scale and zero point. "token": symmetric, with a scale for each
+            token that it gives itself at run time (`arithmetic.token_grid`). Convolutions are always on the tensor grid.
+        rotation: on the token grid, size of the Hadamard matrices that rotate the input, a power of two: the largest that divides
+            the layer's inputs, up to this one; 0 for none.
+        exponents: on the token grid, whether input channels have static scales as well, powers of two.
 
-    The grid is one scale and zero point per output channel for weights, one static scale and zero point for the input.
+    Weights have one scale and zero point per output channel.
     """
 
     weight_bits: int = 4
     activation_bits: int = 4
     rank: int = 0
+    grid: str = "tensor"
+    rotation: int = 0
+    exponents: bool = False
 
     def __post_init__(self):
         for name in ("weight_bits", "activation_bits"):
@@ -44,6 +55,31 @@ class LayerScheme:
                 f"rank is {repr(self.rank)[:80]}, expected an integer >= 0: it is the inner dimension of a layer's branch. Give 0"
                 f" for no branch; in a stored quantization_config, {_RENEW}"
             )
+        self._check_grid()
+
+    def _check_grid(self) -> None:
+        size, token = self.rotation, self.grid == "token"
+        expected = {
+            "grid": (self.grid in GRIDS, f"one of {GRIDS}"),
+            "rotation": (
+                _is_integer(size) and 0 <= size <= LARGEST_ROTATION * token and not size & (size - 1),
+                f"0 or, on the token grid, a power of two up to {LARGEST_ROTATION}",
+            ),
+            "exponents": (
+                isinstance(self.exponents, bool) and (token and self.activation_bits < 16 or not self.exponents),
+                "true or false, and false but on the token grid with activations below 16 bits",
+            ),
+        }
+        for name, (fits, what) in expected.items():
+            if not fits:
+                raise ValueError(
+                    f"{name} is {repr(getattr(self, name))[:80]}, expected {what}. In a stored quantization_config, {_RENEW}"
+                )
+
+    @property
+    def version(self) -> int:
+        """The first format_version that has such layers."""
+        return 1 if all(getattr(self, name) == getattr(LayerScheme, name) for name in SINCE_VERSION_2) else 2
 
     @property
     def changes_nothing(self) -> bool:
@@ -95,10 +131,22 @@ class QuantizationScheme:
         return None if self.default.changes_nothing else self.default
 
     def to_dict(self) -> dict:
-        """JSON types only. Overrides become a list of pairs: their order counts, and diffusers sorts the keys of JSON objects."""
-        content = asdict(self)
-        content["overrides"] = [list(pair) for pair in content["overrides"].items()]
-        return {"format_version": FORMAT_VERSION, **content}
+        """JSON types only. Overrides become a list of pairs: their order counts, and diffusers sorts the keys of JSON objects.
+
+        What version 1 can say is written in version 1, which releases that know no other read as well.
+        """
+        version = max(scheme.version for scheme in (self.default, *filter(None, self.overrides.values())))
+        names = _keys(LayerScheme, version)
+
+        def content(scheme: LayerScheme | None) -> dict | None:
+            return scheme and {name: getattr(scheme, name) for name in names}
+
+        return {
+            "format_version": version,
+            "default": content(self.default),
+            "overrides": [[pattern, content(scheme)] for pattern, scheme in self.overrides.items()],
+            "folding": self.folding and asdict(self.folding),
+        }
 
     @classmethod
     def from_dict(cls, data: dict) -> QuantizationScheme:
@@ -122,18 +170,23 @@ class QuantizationScheme:
             raise ValueError(f"quantization_config lacks default, the scheme of every layer without its own: {_WRITTEN}")
         overrides, folding = data.get("overrides"), data.get("folding")
         return cls(
-            _stored("default", data["default"], LayerScheme),
-            _stored_overrides([] if overrides is None else overrides),
-            None if folding is None else _stored("folding", folding, Folding),
+            _stored("default", data["default"], LayerScheme, version),
+            _stored_overrides([] if overrides is None else overrides, version),
+            None if folding is None else _stored("folding", folding, Folding, version),
         )
 
 
 Stored = TypeVar("Stored", LayerScheme, Folding)
 
 
-def _stored(label: str, value: object, kind: type[Stored]) -> Stored:
+def _keys(kind: type, version: int) -> list[str]:
+    """The keys that such an object has in that format_version."""
+    return [part.name for part in fields(kind) if version > 1 or part.name not in SINCE_VERSION_2]
+
+
+def _stored(label: str, value: object, kind: type[Stored], version: int) -> Stored:
     """The object that stands at `label` of a quantization_config; ValueError, with the label, if it is not complete."""
-    names = [field.name for field in fields(kind)]
+    names = _keys(kind, version)
     if not isinstance(value, dict) or set(value) != set(names):
         raise ValueError(
             f"quantization_config cannot be read: {label} is {str(value)[:120]}, not an object of exactly {', '.join(names)}:"
@@ -145,7 +198,7 @@ def _stored(label: str, value: object, kind: type[Stored]) -> Stored:
         raise ValueError(f"quantization_config cannot be read: in {label}, {error}") from error
 
 
-def _stored_overrides(pairs: object) -> dict[str, LayerScheme | None]:
+def _stored_overrides(pairs: object, version: int) -> dict[str, LayerScheme | None]:
     overrides: dict[str, LayerScheme | None] = {}
     for pair in pairs if isinstance(pairs, (list, tuple)) else [pairs]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str) or pair[0] in overrides:
@@ -154,7 +207,7 @@ def _stored_overrides(pairs: object) -> dict[str, LayerScheme | None]:
                 f" and a layer's scheme or null: {_WRITTEN}"
             )
         pattern, value = pair
-        overrides[pattern] = None if value is None else _stored(f"overrides, {pattern[:80]!r}", value, LayerScheme)
+        overrides[pattern] = None if value is None else _stored(f"overrides, {pattern[:80]!r}", value, LayerScheme, version)
     return overrides
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qartsr_pipeline.arithmetic.packing import pack
+from qartsr_pipeline.arithmetic.token_grid import largest_exponent
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
@@ -37,7 +38,11 @@ def random_layer(float_layer: nn.Module, scheme: LayerScheme, seed: int = 0, exa
     if spec.weight_bits < 16:
         step = 1 / (2**spec.weight_bits * length**0.5)
         layer.weight_scale.copy_(torch.full((outputs,), 2.0**-8) if exact_scales else step * uniform(outputs))
-    if spec.activation_bits < 16:
+    if spec.exponents:
+        layer.input_exponents.copy_(
+            torch.randint(largest_exponent(spec.activation_bits) + 1, (spec.in_channels,), generator=generator)
+        )
+    if spec.activation_bits < 16 and spec.grid == "tensor":
         step = torch.tensor(2.0**-4) if exact_scales else 4 / 2**spec.activation_bits * uniform(1)[0]
         layer.input_scale.copy_(step)
         layer.input_zero_point.copy_(torch.randint(2**spec.activation_bits, (), generator=generator))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def _interpreted_without_a_gpu(monkeypatch):
         yield
 
 
-def layer_of(float_layer: nn.Module, *scheme: int, seed: int = 0) -> DeployedLayer:
+def layer_of(float_layer: nn.Module, *scheme: Any, seed: int = 0) -> DeployedLayer:
     return random_layer(float_layer, LayerScheme(*scheme), seed).to(DEVICE)
 
 
@@ -63,6 +64,15 @@ def test_bits_and_dtypes(bits: tuple[int, int], channels: int):
         assert_close(TRITON.linear(x, layer), REFERENCE.linear(x, layer))
         layer, x = layer_of(nn.Conv2d(channels, 5, 3, padding=1), *bits, rank), inputs(1, channels, 4, 5, dtype=dtype)
         assert_close(TRITON.conv2d(x, layer), REFERENCE.conv2d(x, layer))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (6, 6), (8, 8), (8, 4)])
+@pytest.mark.parametrize("channels", [64, 13])
+def test_the_token_grid(bits: tuple[int, int], channels: int):
+    for rank, exponents, dtype in ((0, True, torch.float32), (3, False, torch.bfloat16)):
+        layer, x = layer_of(nn.Linear(channels, 17), *bits, rank, "token", 32, exponents), inputs(3, 7, channels, dtype=dtype)
+        x *= torch.linspace(0.01, 30, 21, device=x.device).view(3, 7, 1).to(dtype)
+        assert_close(TRITON.linear(x, layer), REFERENCE.linear(x, layer))
 
 
 @pytest.mark.parametrize("bits", BITS)

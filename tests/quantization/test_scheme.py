@@ -49,7 +49,7 @@ def test_rank_is_clamped_to_the_layer():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2.*versions 1 to 1.*pip install --upgrade"),
+        ({"format_version": 99}, "format_version 99.*versions 1 to 2.*pip install --upgrade"),
         ({"format_version": None}, "format_version None"),
         ({"format_version": "1"}, "format_version '1'"),
         ({"colour": "blue"}, "unknown keys.*colour"),

@@ -85,7 +85,7 @@ def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
     balance = (s / down.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)  # |up| = |down|, which trains best
     _store(layer, vh.T * (s / balance), down * balance[:, None])
     if "adapter_up" in layer._parameters:
-        change = (residual - layer.residual_weight()) * layer.smooth.view(1, -1, *[1] * (residual.dim() - 2))
+        change = layer.transform_rows(residual - layer.residual_weight()) * layer.smooth.view(1, -1, *[1] * (residual.dim() - 2))
         merged = layer.merged_weight() - layer.weight.float()
         set_adapter(layer, merged + change)
 

@@ -32,6 +32,7 @@ from qartsr_pipeline.calibration.start.rounding import relative_patch_error, rou
 from qartsr_pipeline.calibration.training.losses import total
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress, follow
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+from qartsr_pipeline.quantization.token_layers import TokenLinear
 
 SEARCHED = (None, 0.25, 0.5, 0.75, 1.0)  # exponents a
 SMALLEST_PHI = 1e-4  # of a channel that nobody reads, relative to the geometric mean of the others
@@ -100,7 +101,7 @@ def set_branch(layer: CalibratingMixin, rows: torch.Tensor, options: Initialisat
 @torch.no_grad()
 def weight_bounds(layer: CalibratingMixin, rows: torch.Tensor, options: Initialisation) -> None:
     """Weight bounds of a layer whose smoothing and branch are set, for inputs (positions, C)."""
-    _weight_bounds(layer, (rows * layer.smooth).square().mean(0), options)
+    _weight_bounds(layer, layer.transform_rows(rows * layer.smooth).square().mean(0), options)
 
 
 def _improve(layer: CalibratingMixin, rows: torch.Tensor, least: float, change: Callable[[], None]) -> float:
@@ -124,10 +125,10 @@ def _refine_branch(layer: CalibratingMixin, inputs: _Inputs, options: Initialisa
     """Branch and quantized weight in turns, each from what the other leaves of the weight, as in SVDQuant's released program;
     returns the squared error of the output.
     """
-    energy = (inputs.rows * layer.smooth).square().mean(0)
+    energy = layer.transform_rows(inputs.rows * layer.smooth).square().mean(0)
 
     def again() -> None:
-        branch_from_weight(layer, layer.qweight)
+        branch_from_weight(layer, layer.transform_rows(layer.qweight))
         _weight_bounds(layer, energy, options)
 
     least = _output_error(layer, inputs.rows)
@@ -202,7 +203,10 @@ def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor,
     first = layers[0]
     first.log_smooth.copy_(phi.log())
     smoothed = inputs.rows * first.smooth
-    seen = first.transform_rows(smoothed) if isinstance(first, Rotated) else smoothed
+    for layer in layers:
+        if isinstance(layer, TokenLinear):
+            layer.set_exponents(inputs.rows)
+    seen = first.transform_rows(smoothed)
     energy = seen.square().mean(0)
     for layer in layers:
         if options.branch_fit and _has(layer, "adapter_up"):

@@ -25,6 +25,7 @@ from qartsr_pipeline.arithmetic.affine import SMALLEST_SCALE, centred_codes, cod
 from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
+from qartsr_pipeline.quantization.token_layers import TokenLinear
 
 if TYPE_CHECKING:  # the classes below are put before a calibrating layer, see `layer_kinds`
     from typing_extensions import Self  # a part of the standard library from Python 3.11 on
@@ -275,7 +276,7 @@ class Rotated(_Layer):
     """H (phi x) is quantized instead of phi x, and the residual weight times H^T instead of itself."""
 
     def transform_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (..., C) of phi x as the quantizer sees them."""
+        """See `CalibratingMixin.transform_rows`."""
         return _rotate(rows, rows.dim() - 1)
 
     def residual_weight(self) -> torch.Tensor:
@@ -304,11 +305,11 @@ def layer_kinds(layer: Layer, step: bool) -> Kinds:
     Raises:
         ValueError: the step is to be trained, but neither weights nor inputs have static bounds.
     """
-    if step and layer.group_size and layer.activations == "dynamic":
+    if step and layer.group_size and layer.activations != "static":
         raise ValueError("a step size is trained, but with group_size and dynamic activations there are no bounds: leave out one")
     wanted = {
         Offset: layer.offset != "none",
-        Rotated: layer.rotation == "hadamard",
+        Rotated: layer.rotation == "hadamard" and layer.activations != "token",
         DynamicActivations: layer.activations == "dynamic",
         GroupedWeights: layer.group_size > 0,
         SimulationOnly: not layer.deployable,
@@ -316,6 +317,7 @@ def layer_kinds(layer: Layer, step: bool) -> Kinds:
         ClippedFirst: layer.clip == "before_rounding",
     }  # in the order in which one calls the next
     parts = tuple(part for part, there in wanted.items() if there)
+    linear = TokenLinear if layer.activations == "token" else CalibratingLinear
     if not parts:
-        return CalibratingLinear, CalibratingConv2d
-    return _kind(CalibratingLinear, parts, layer.group_size), _kind(CalibratingConv2d, parts, layer.group_size)
+        return linear, CalibratingConv2d
+    return _kind(linear, parts, layer.group_size), _kind(CalibratingConv2d, parts, layer.group_size)

@@ -23,7 +23,13 @@ from qartsr_pipeline.calibration.training.progress import follow
 from qartsr_pipeline.quantization.accounting import Work, stored_bytes
 from qartsr_pipeline.quantization.calibrating import Kinds
 from qartsr_pipeline.quantization.deployed import deployed_like
-from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers, replace_module
+from qartsr_pipeline.quantization.scheme import (
+    LARGEST_ROTATION,
+    LayerScheme,
+    QuantizationScheme,
+    quantizable_layers,
+    replace_module,
+)
 
 Schemes = dict[str, QuantizationScheme]  # by component
 Samples = dict[str, InputSample]  # by "component.layer"
@@ -49,7 +55,7 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
     if any(getattr(model, "is_quantized", False) for model in models.values()):  # set by diffusers when it loads such a model
         raise ValueError("the model is quantized already; quantize the full-precision model that it was made from")
     chosen = recipe.layer.branch_budget or recipe.budget.is_set
-    default = LayerScheme(*bits, 0 if chosen else recipe.layer.branch_rank)
+    default = replace(_plain(recipe, *bits), rank=0 if chosen else recipe.layer.branch_rank)
     folding = family.fold(pipeline)
     _check_keep(family.kept(recipe), models)
     schemes = {}
@@ -58,7 +64,8 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
         for pattern, text in family.kept(recipe).items():
             if pattern.startswith(f"{component}."):
                 weights, activations = parse_bits(text)
-                kept[pattern.removeprefix(f"{component}.")] = LayerScheme(max(weights, bits[0]), max(activations, bits[1]))
+                own = _plain(recipe, max(weights, bits[0]), max(activations, bits[1]))
+                kept[pattern.removeprefix(f"{component}.")] = own
         plain = QuantizationScheme(default, kept)
         for name in quantizable_layers(model, plain):
             rank = given_rank(recipe, f"{component}.{name}")
@@ -66,6 +73,15 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
                 kept[name] = replace(default, rank=rank)
         schemes[component] = QuantizationScheme(default, kept, folding.get(component))
     return schemes
+
+
+def _plain(recipe: Recipe, weight_bits: int, activation_bits: int) -> LayerScheme:
+    """A layer without a branch, on the recipe's grid."""
+    layer = recipe.layer
+    if layer.activations != "token":
+        return LayerScheme(weight_bits, activation_bits)
+    rotation = LARGEST_ROTATION if layer.rotation == "hadamard" else 0
+    return LayerScheme(weight_bits, activation_bits, 0, "token", rotation, layer.exponents and activation_bits < 16)
 
 
 def _check_keep(kept: Mapping[str, str], models: dict[str, nn.Module]) -> None:

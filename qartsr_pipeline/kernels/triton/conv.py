@@ -112,7 +112,9 @@ def _conv_kernel(
         weights = weight_tile(weight_ptr, zero_points, outputs, tap, block, BITS, CHANNELS, ROW_BYTES, ALIGNED, BLOCK_K)
         total = tl.dot(codes, tl.trans(weights), total)
 
-    values = scaled(total, outputs, input_scale_ptr, input_zero_point_ptr, weight_scale_ptr, code_sums_ptr, ACTIVATION_BITS)
+    values = scaled(
+        total, pixels, outputs, input_scale_ptr, input_zero_point_ptr, weight_scale_ptr, code_sums_ptr, ACTIVATION_BITS
+    )
     if RANK > 0:  # a loop of no steps would be compiled all the same
         for step in range(0, TAPS * RANK_BLOCKS):
             tap = step // RANK_BLOCKS

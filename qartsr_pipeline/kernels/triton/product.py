@@ -73,7 +73,7 @@ class ProductConstants:
     """What is kept of a layer beside what is stored: a few bytes per output.
 
     Attributes:
-        code_sums: sums of an output's centred weight codes, int32 (N,); None unless activations have 8 bits.
+        code_sums: sums of an output's centred weight codes, int32 (N,); None unless activations have 8 bits on the tensor grid.
         branch_up: as stored, but with the rank fastest in memory; None without a branch.
     """
 
@@ -90,7 +90,7 @@ def _make(layer: StoredLayer) -> ProductConstants:
     up = layer.branch_up if layer.spec.rank else None
     if up is not None and up.dim() == 4:
         up = up.contiguous(memory_format=torch.channels_last)
-    return ProductConstants(_code_sums(layer) if layer.spec.activation_bits == 8 else None, up)
+    return ProductConstants(_code_sums(layer) if layer.spec.activation_bits == 8 and layer.spec.grid == "tensor" else None, up)
 
 
 def _code_sums(layer: StoredLayer) -> torch.Tensor:
@@ -118,7 +118,7 @@ def product_arguments(
         weights,
         layer.weight_zero_point,
         layer.weight_scale,
-        layer.input_scale,
+        layer.input_scale if operand.scales is None else operand.scales,
         layer.input_zero_point,
         kept.code_sums,
         operand.hidden if spec.rank else None,
@@ -157,6 +157,7 @@ def outside_code(zero_point_ptr, ACTIVATION_BITS: tl.constexpr):
 @triton.jit
 def scaled(
     total,
+    rows,
     outputs,
     input_scale_ptr,
     input_zero_point_ptr,
@@ -164,7 +165,14 @@ def scaled(
     code_sums_ptr,
     ACTIVATION_BITS: tl.constexpr,
 ):
-    """The integer product int32 (rows, outputs) as float32 values."""
+    """The integer product int32 (rows, outputs) as float32 values.
+
+    Args:
+        rows: int64, of the input; read on the token grid only, where there is no zero point and every row has its scale.
+    """
+    if input_zero_point_ptr is None:
+        own = tl.load(input_scale_ptr + rows)[:, None] * tl.load(weight_scale_ptr + outputs)[None, :]
+        return total.to(tl.float32) * own
     if ACTIVATION_BITS == 8:
         shift = 128 - tl.load(input_zero_point_ptr).to(tl.int32)
         total += (shift * tl.load(code_sums_ptr + outputs))[None, :]
@@ -238,7 +246,9 @@ def _linear_kernel(
         weights = weight_tile(weight_ptr, zero_points, outputs, 0, block, BITS, CHANNELS, ROW_BYTES, ALIGNED, BLOCK_K)
         total = tl.dot(codes, tl.trans(weights), total)
 
-    values = scaled(total, outputs, input_scale_ptr, input_zero_point_ptr, weight_scale_ptr, code_sums_ptr, ACTIVATION_BITS)
+    values = scaled(
+        total, row_offsets, outputs, input_scale_ptr, input_zero_point_ptr, weight_scale_ptr, code_sums_ptr, ACTIVATION_BITS
+    )
     for first in tl.static_range(0, RANK, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
         inside = (ranks < RANK)[None, :]

@@ -13,11 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from qartsr_pipeline.arithmetic.affine import code_range
 from qartsr_pipeline.kernels.stored_layer import StoredLayer
+from qartsr_pipeline.kernels.tokens import quantized_tokens
 from qartsr_pipeline.kernels.triton import interpreted
 from qartsr_pipeline.kernels.triton.device_functions import convert, dot_float, round_into
 
@@ -37,10 +39,12 @@ class QuantizedInput:
     Attributes:
         codes: int8 (B, H, W, C), contiguous: centred for 2 to 6 bits, code - 128 for 8 bits (see `product`).
         hidden: the branch's hidden values in the input's dtype, (B, H, W, r), contiguous; r = 0 without a branch.
+        scales: float32 (B H W,), on the token grid, where 8-bit codes are centred as well; None on the tensor grid.
     """
 
     codes: torch.Tensor
     hidden: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,15 @@ def _quantize_kernel(
         tl.store(places_out, convert(hidden, hidden_ptr.dtype.element_ty), mask=hidden_mask)
 
 
+def quantize_tokens(x: torch.Tensor, layer: StoredLayer) -> QuantizedInput:
+    """`quantize` on the token grid: the steps are torch's, the same that all backends take."""
+    codes, scales = quantized_tokens(x.flatten(0, 2), layer)
+    hidden = x.new_empty(*x.shape[:3], 0)
+    if layer.spec.rank:
+        hidden = F.linear(x * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
+    return QuantizedInput(codes.view(x.shape), hidden, scales)
+
+
 def quantize(x: torch.Tensor, layer: StoredLayer, norm: ChannelNorm | None = None) -> QuantizedInput:
     """Codes and hidden values of a layer's input.
 
@@ -156,6 +169,8 @@ def quantize(x: torch.Tensor, layer: StoredLayer, norm: ChannelNorm | None = Non
     Raises:
         ValueError: if x has another number of channels than the layer.
     """
+    if layer.spec.grid == "token":
+        return quantize_tokens(x, layer)
     batch, height, width, channels = x.shape
     rank, bits = layer.spec.rank, layer.spec.activation_bits
     if channels != layer.spec.in_channels:
