@@ -2,10 +2,10 @@
 
     y[t, n] = d_t s_n sum_c q_w[n, c] q_x[t, c]
 
-Weights have a scale for each output channel. Scales do not depend on c, so a layer is one integer product. LSGQuant's activations (DRAQ, arXiv 2602.03182) also have a scale
-for each input channel, s_c = max_t |X_tc|, beside that of the token, d_t = max_c |X_tc| / s_c, as FlashVSR_ptq reads the paper:
-`draq` simulates them. With s_c = 2^e_c, a power of two, the channel's scale goes into the codes, which still fit into a byte, and
-the layer stays one product: `token_codes` with exponents.
+Weights have a scale for each output channel. Scales do not depend on c, so a layer is one integer product. LSGQuant's activations
+(DRAQ, arXiv 2602.03182) also have a scale for each input channel, s_c = max_t |X_tc|, beside that of the token,
+d_t = max_c |X_tc| / s_c, as FlashVSR_ptq reads the paper: `draq` simulates them. With s_c = 2^e_c, a power of two, the channel's
+scale goes into the codes, which still fit into a byte, and the layer stays one product: `token_codes` with exponents.
 
 Float32 throughout, rounding half to even.
 """
