@@ -23,7 +23,7 @@ from qartsr_pipeline.calibration.evaluation.measurement import BICUBIC, Candidat
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, load_metrics
 from qartsr_pipeline.calibration.evaluation.originals import originals_of
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
-from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, GroupedWeights, Offset
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from calibration.comparison.methods import Cell
 from calibration.comparison.setting import Comparison, Model, write_json
 from qartsr_pipeline.calibration.data.pairs import held_out_pairs
-from qartsr_pipeline.calibration.family import image_of
+from qartsr_pipeline.calibration.image_family import image_of
 from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.engine import Run, begin

@@ -15,7 +15,7 @@ from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, data_
 from qartsr_pipeline.calibration.data.pairs import choose_held_out
 from qartsr_pipeline.calibration.data.patches import PhotographPatches, list_photographs
 from qartsr_pipeline.calibration.evaluation.metrics import load_metrics
-from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.cli.device import choose_device

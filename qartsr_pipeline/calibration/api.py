@@ -7,22 +7,26 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from qartsr_pipeline.calibration.arguments import AUTO, Order, RunArguments, argument_text, read_arguments
 from qartsr_pipeline.calibration.carry_out import QuantizationResult, carry_out
-from qartsr_pipeline.calibration.data.patches import MemoryImage, images_record, pixels_of
+from qartsr_pipeline.calibration.data.patches import MemoryImage
+from qartsr_pipeline.calibration.families import FAMILIES, family_of, kind_of_folder
+from qartsr_pipeline.calibration.family import Family
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.retraining.settings import TimestepSearch, phase_text
 from qartsr_pipeline.calibration.run_folder import check_free
 from qartsr_pipeline.calibration.training.progress import Callbacks, PreparationCallback, StepCallback
-from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 
 
 def quantize(
-    model: QArtSRPipeline | str | os.PathLike,
+    model: CheckpointPipeline | str | os.PathLike,
     bits: str | tuple[int, int] = "w4a4",
     data: str | os.PathLike | Sequence[MemoryImage] | Iterable[torch.Tensor] | None = None,
     *,
@@ -97,8 +101,9 @@ def quantize(
         >>> result.pipeline(gradient.crop((0, 0, 32, 24))).images[0].size
         (128, 96)
     """
-    given = model if isinstance(model, QArtSRPipeline) else None
-    images, measured = _pixels(data, "data"), _pixels(evaluation_data, "evaluation_data")
+    given = model if isinstance(model, CheckpointPipeline) else None
+    family = family_of(given) if given else FAMILIES[kind_of_folder(fetch(os.fspath(model)))]
+    images, measured = _pixels(family, data, "data"), _pixels(family, evaluation_data, "evaluation_data")
     arguments = RunArguments(
         model=_name_of(model),
         recipe=recipe.to_dict() if isinstance(recipe, Recipe) else os.fspath(recipe),
@@ -112,7 +117,7 @@ def quantize(
         evaluate=os.fspath(evaluation_data) if isinstance(evaluation_data, (str, os.PathLike)) else None,
         seed=seed,
         model_in_memory=given is not None,
-        data_in_memory=None if images is None else str(images_record(images)["sha256"]),
+        data_in_memory=None if images is None else str(family.source(None, images)[1]["sha256"]),
         evaluate_in_memory=measured is not None,
     )
     order = Order(
@@ -131,9 +136,9 @@ def quantize(
     return carry_out(_continued(order), callbacks)
 
 
-def _name_of(model: QArtSRPipeline | str | os.PathLike) -> str:
+def _name_of(model: CheckpointPipeline | str | os.PathLike) -> str:
     """The folder, shipped name or Hub id; of a pipeline that it was loaded from, or nothing."""
-    if isinstance(model, QArtSRPipeline):
+    if isinstance(model, CheckpointPipeline):
         return str(model.config.get("_name_or_path") or "")
     return os.fspath(model)
 
@@ -155,11 +160,11 @@ def _at(arguments: RunArguments, timestep: int | str | TimestepSearch) -> RunArg
     )
 
 
-def _pixels(data: str | os.PathLike | Iterable[MemoryImage] | None, name: str) -> list[np.ndarray] | None:
-    """Images in memory as (H, W, 3) uint8; None for a folder, or nothing."""
+def _pixels(family: Family, data: str | os.PathLike | Iterable[Any] | None, name: str) -> list[np.ndarray] | None:
+    """What is in memory, see `Family.in_memory`; None for a folder, or nothing."""
     if data is None or isinstance(data, (str, os.PathLike)):
         return None
-    return pixels_of(data, name)
+    return family.in_memory(data, name)
 
 
 def _continued(order: Order) -> Order:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+    from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 
 ARGUMENTS_NAME = "run.json"
 PERCEPTUAL_NAMES = ("encoder", "lpips")
@@ -113,7 +113,8 @@ class Order:
     Attributes:
         output: the run's folder.
         device: None for the first GPU where there is one, and for that of ``model``.
-        model, data, evaluation: in memory, in the place of what the arguments name; images are (H, W, 3) uint8.
+        model, data, evaluation: in memory, in the place of what the arguments name; images are (H, W, 3) and clips
+            (F, H, W, 3) uint8.
         keeps_output: False if the folder is removed afterwards: no model is written then.
         continues: whether the folder holds the run already.
     """
@@ -121,7 +122,7 @@ class Order:
     arguments: RunArguments
     output: Path
     device: str | torch.device | None = None
-    model: QArtSRPipeline | None = None
+    model: CheckpointPipeline | None = None
     data: Sequence[np.ndarray] | None = None
     evaluation: Sequence[np.ndarray] | None = None
     keeps_output: bool = True

@@ -11,9 +11,19 @@ from typing import Any
 from qartsr_pipeline.calibration.arguments import Order
 from qartsr_pipeline.calibration.data.fingerprint import BEFORE, hardware, versions, without_files
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
-from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.families import family_of
+from qartsr_pipeline.calibration.family import Family
 from qartsr_pipeline.calibration.instances import give_own_weights, gradients_restored
-from qartsr_pipeline.calibration.job import MODEL, REPORT, Job, evaluation_files, forget_unbegun, load_job, perceptual_of
+from qartsr_pipeline.calibration.job import (
+    MODEL,
+    REPORT,
+    Job,
+    evaluation_files,
+    family_of_order,
+    forget_unbegun,
+    load_job,
+    perceptual_of,
+)
 from qartsr_pipeline.calibration.report.pipeline_folder import model_card, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import FinishedRun
 from qartsr_pipeline.calibration.run_folder import FolderLock, explained
@@ -23,7 +33,7 @@ from qartsr_pipeline.calibration.training.engine import calibrate
 from qartsr_pipeline.calibration.training.progress import SILENT, Calibrated, Progress, Stopped
 from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from qartsr_pipeline.checkpoint_files import shipped_checkpoints
-from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.quantization.freeze import freeze
 
 
@@ -56,7 +66,7 @@ class QuantizationResult:
         finished: False if the run was stopped; it continues when it is called again with the same arguments.
     """
 
-    pipeline: QArtSRPipeline | None = None
+    pipeline: CheckpointPipeline | None = None
     report: Path | None = None
     layers: list[LayerError] = field(default_factory=list)
     rows: list[EvaluationRow] = field(default_factory=list)
@@ -77,8 +87,9 @@ def carry_out(order: Order, progress: Progress = SILENT, workers: Workers = ALON
     untouched = nullcontext() if order.model is None else gradients_restored(order.model)
     with FolderLock(order.output) as lock:
         try:
-            with evaluation_files(order) as evaluation, untouched:
-                return _carry_out(order, evaluation, progress, workers, lock)
+            family = family_of_order(order)
+            with evaluation_files(order, family) as evaluation, untouched:
+                return _carry_out(order, family, evaluation, progress, workers, lock)
         except Stopped:
             return QuantizationResult(output=order.output if order.keeps_output else None)
         except (OSError, ValueError, ImportError) as error:
@@ -90,10 +101,10 @@ def carry_out(order: Order, progress: Progress = SILENT, workers: Workers = ALON
 
 
 def _carry_out(
-    order: Order, evaluation: list[Path], progress: Progress, workers: Workers, lock: FolderLock
+    order: Order, family: Family, evaluation: list[Path], progress: Progress, workers: Workers, lock: FolderLock
 ) -> QuantizationResult:
     started = time.perf_counter()
-    job = workers.together(lambda: load_job(order, evaluation, progress, workers, lock))
+    job = workers.together(lambda: load_job(order, family, evaluation, progress, workers, lock))
     arguments = order.arguments
     perceptual = perceptual_of(arguments, job.perceptual, job.full_precision) if job.perceptual else None
     context = CalibrationContext(
@@ -150,7 +161,7 @@ def _deploy(job: Job, calibrated: Calibrated, record: dict[str, Any]) -> None:
     order = job.order
     record["accounting"] = family_of(job.pipeline).account(job.pipeline).to_dict()
     if order.keeps_output:
-        card = model_card(record, job.source or order.output, hub_id=hub_id_of(order))
+        card = model_card(record, job.source or order.output, hub_id_of(order), type(job.pipeline).__name__)
         save_pipeline(job.pipeline, order.output / MODEL, RECORD_NAME, record, card)
 
 
@@ -161,7 +172,7 @@ def hub_id_of(order: Order) -> str | None:
     return None if on_disk else model
 
 
-def _ready(job: Job) -> QArtSRPipeline:
+def _ready(job: Job) -> CheckpointPipeline:
     """The quantized pipeline, no longer sharing anything with the one that was given."""
     if job.order.model is not None:
         give_own_weights(job.pipeline)

@@ -12,10 +12,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
+from qartsr_pipeline.loading import load_kind_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+SomePipeline = TypeVar("SomePipeline", bound=CheckpointPipeline)
+WITHOUT_TEXT_ENCODER: dict[str, None] = {"text_encoder": None, "tokenizer": None}
 
 
 def _models(pipeline: DiffusionPipeline) -> list[nn.Module]:
@@ -53,12 +56,12 @@ def give_own_weights(pipeline: DiffusionPipeline) -> None:
                     module._buffers[name] = buffer.clone()
 
 
-def load_pipeline(folder: Path) -> QArtSRPipeline:
+def load_pipeline(folder: Path, kind: type[SomePipeline]) -> SomePipeline:
     """The full-precision pipeline on the CPU, without text encoder: the fixed prompt is folded into the weights."""
-    return load_quietly(folder, text_encoder=None, tokenizer=None)
+    return load_kind_quietly(kind, folder, **WITHOUT_TEXT_ENCODER if issubclass(kind, QArtSRPipeline) else {})
 
 
-def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QArtSRPipeline:
+def instance_of(model: SomePipeline, device: str | torch.device | None) -> SomePipeline:
     """Another instance of a pipeline in memory, in float32, on the same weights where these are so already.
 
     Raises:
@@ -66,14 +69,15 @@ def instance_of(model: QArtSRPipeline, device: str | torch.device | None) -> QAr
     """
     check_not_offloaded(model)
     pipeline = on_the_same_weights(model)
-    pipeline.register_modules(text_encoder=None, tokenizer=None)
+    if isinstance(pipeline, QArtSRPipeline):
+        pipeline.register_modules(**WITHOUT_TEXT_ENCODER)
     wanted = torch.device(device or model.device)
     if model.dtype != torch.float32 or wanted.type != model.device.type or wanted.index not in (None, model.device.index):
         pipeline = copy.deepcopy(pipeline).to(wanted, torch.float32)
     return pipeline
 
 
-def check_not_offloaded(model: QArtSRPipeline) -> None:
+def check_not_offloaded(model: DiffusionPipeline) -> None:
     """Raises ValueError if the pipeline's components are moved around by offloading."""
     if getattr(model, "_all_hooks", None):  # a private attribute of diffusers'
         raise ValueError("the pipeline is offloaded: call its remove_all_hooks(), or give its folder")

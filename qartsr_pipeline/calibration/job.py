@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, PERCEPTUAL_NAMES, Order, RunArguments, recipe_names
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
-from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
-from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, photographs_record, recorded_files
+from qartsr_pipeline.calibration.data.clips import ClipPatches
+from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, recorded_files
 from qartsr_pipeline.calibration.data.pairs import MARGIN
 from qartsr_pipeline.calibration.data.patches import (
     ImagePatches,
     Patches,
-    PhotographPatches,
     check_size,
-    images_record,
     is_among,
     list_photographs,
     read_photograph,
 )
-from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.families import FAMILIES, family_of, kind_of_folder
+from qartsr_pipeline.calibration.family import Family
 from qartsr_pipeline.calibration.instances import instance_of, load_pipeline, on_the_same_weights
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_perceptual, with_values
@@ -42,13 +38,12 @@ from qartsr_pipeline.calibration.training.losses import Perceptual, choose_perce
 from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.loading import default_device
-from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.whole_files import make_folder, write_whole
 
 MODEL, REPORT = "model", "report"  # folders of a run
 LEAST_MEASURED = 20  # pixels: windows of 11 for SSIM within a border of 4, in multiples of 4
-SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "rider.jpg"
 
 
 @dataclass(frozen=True)
@@ -73,8 +68,8 @@ class Job:
     name: str
     source: Path | None
     start: Path | None
-    pipeline: QArtSRPipeline
-    full_precision: QArtSRPipeline
+    pipeline: CheckpointPipeline
+    full_precision: CheckpointPipeline
     patches: Patches
     data: dict[str, Any]
     evaluation: list[Path]
@@ -85,10 +80,11 @@ class Job:
     no_lpips: str | None = None
 
 
-def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: Workers, lock: FolderLock) -> Job:
+def load_job(order: Order, family: Family, evaluation: list[Path], progress: Progress, workers: Workers, lock: FolderLock) -> Job:
     """Checks everything that can be checked before the first step, and loads models and data.
 
     Args:
+        family: of the model.
         evaluation: files to measure on.
         progress: of retraining at another timestep.
         lock: of the run's folder; taken once the arguments are known to be good.
@@ -108,12 +104,12 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     start = start_of(arguments.start) if arguments.start else None
     check_start(recipe, start)
     workers.check(recipe)
-    _check_timestep(arguments, start, workers)
-    patches, data = calibration_data(order)
+    _check_timestep(arguments, family, start, workers)
+    source = source_of(order)
+    patches, data = family.source(arguments.data, order.data)
     _check_measured(order, evaluation, patches, data)
     _check_sizes(recipe, patches)
     to_retrain = None if arguments.timestep == "keep" else retraining_data(order)
-    source = source_of(order)
     before: dict[str, str] = {}
     starts = [start.parent / "model" if start.is_file() else start] if start else []
     for made_from in ([source] if source else []) + starts:
@@ -125,10 +121,10 @@ def load_job(order: Order, evaluation: list[Path], progress: Progress, workers: 
     folder, model, sweep, retrained = source, order.model, None, None
     if to_retrain:
         if kind:  # what it lacks is said before the model is retrained, not after
-            perceptual_of(arguments, kind, model or load_pipeline(_folder(source)))
+            perceptual_of(arguments, kind, model or _loaded(source))
         folder, sweep = at_timestep(order, to_retrain, device, progress)
         model, retrained = None, json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
-    pipeline = instance_of(model, device) if model else load_pipeline(_folder(folder)).to(device)
+    pipeline = instance_of(model, device) if model else _loaded(folder).to(device)
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
@@ -171,10 +167,12 @@ def _check_choices(arguments: RunArguments) -> None:
         raise ValueError(f"seed is {arguments.seed!r}: expected a whole number from 0 on")
 
 
-def _check_timestep(arguments: RunArguments, start: Path | None, workers: Workers) -> None:
+def _check_timestep(arguments: RunArguments, family: Family, start: Path | None, workers: Workers) -> None:
     timestep = arguments.timestep
     if timestep == "keep":
         return
+    if family.calibrates_on != "images":
+        raise ValueError("--timestep: only image models are retrained at another timestep; a video model keeps its own")
     if start and start.is_file():
         raise ValueError("--start: the run is of the model as it is, and --timestep retrains it; give one of the two")
     if timestep != "search" and not (timestep.isdecimal() and int(timestep) < 1000):
@@ -197,7 +195,7 @@ def _check_measured(order: Order, evaluation: list[Path], patches: Patches, data
     if seen:
         raise ValueError(f"{seen[0]} is among the photographs to calibrate on: evaluate on others")
     in_memory = order.data is not None or order.evaluation is not None
-    calibrated_on = patches.images if in_memory and isinstance(patches, ImagePatches) else []
+    calibrated_on = patches.images if in_memory and isinstance(patches, (ImagePatches, ClipPatches)) else []
     too_small = None
     for number, path in enumerate(evaluation):
         name, pixels = path if order.evaluation is None else f"evaluation_data[{number}]", read_photograph(path)
@@ -221,33 +219,20 @@ def _check_sizes(recipe: Recipe, patches: Patches) -> None:
             check_size(patches, stage.patch + 2 * MARGIN)
 
 
-def calibration_data(order: Order) -> tuple[Patches, dict[str, Any]]:
-    """Where patches are cut from, and what the record says of it."""
-    if order.data is not None:
-        return ImagePatches(order.data), images_record(order.data)
-    if order.arguments.data:
-        paths = list_photographs(order.arguments.data)
-        return PhotographPatches(paths), photographs_record(paths)
-    return DeadLeaves(), {"procedural": "dead leaves"}
-
-
 @contextmanager
-def evaluation_files(order: Order) -> Iterator[list[Path]]:
-    """The images to measure on, as files; those in memory are written into a temporary folder."""
-    if order.evaluation is not None:
-        with tempfile.TemporaryDirectory(prefix="qartsr-") as folder:
-            yield _write_images(order.evaluation, Path(folder))
-    elif order.arguments.evaluate:
+def evaluation_files(order: Order, family: Family) -> Iterator[list[Path]]:
+    """The images to measure on, or the frames of clips, as files; what is not on disk is written into a temporary folder."""
+    if order.evaluation is None and order.arguments.evaluate:
         yield list_photographs(order.arguments.evaluate)
-    else:
-        yield [SAMPLE]
+        return
+    with tempfile.TemporaryDirectory(prefix="qartsr-") as folder:
+        family.write_for_measuring(order.evaluation, Path(folder))
+        yield list_photographs(folder)
 
 
-def _write_images(images: Sequence[np.ndarray], folder: Path) -> list[Path]:
-    paths = [folder / f"image-{number:06d}.png" for number in range(1, len(images) + 1)]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    return paths
+def family_of_order(order: Order) -> Family:
+    """Of the model that the order names, or has in memory; raises what `source_of` does."""
+    return FAMILIES[kind_of_folder(fetch(order.arguments.model))] if order.model is None else family_of(order.model)
 
 
 def source_of(order: Order) -> Path | None:
@@ -258,12 +243,12 @@ def source_of(order: Order) -> Path | None:
     return folder if (folder / "model_index.json").is_file() else None
 
 
-def _folder(source: Path | None) -> Path:
+def _loaded(source: Path | None) -> CheckpointPipeline:
     assert source is not None  # there is one wherever the model is not in memory
-    return source
+    return load_pipeline(source, kind_of_folder(source))
 
 
-def perceptual_of(arguments: RunArguments, kind: str, full_precision: QArtSRPipeline) -> Perceptual:
+def perceptual_of(arguments: RunArguments, kind: str, full_precision: CheckpointPipeline) -> Perceptual:
     """The perceptual loss of that kind; raises what `load_perceptual` does."""
     return family_of(full_precision).perceptual(full_precision, kind, arguments.perceptual_weights)
 

@@ -11,7 +11,7 @@ import torch
 
 from qartsr_pipeline.calibration.arguments import Order, RunArguments
 from qartsr_pipeline.calibration.data.pairs import TrainingData, TrainingSet
-from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.instances import check_not_offloaded
 from qartsr_pipeline.calibration.perceptual import Lpips
 from qartsr_pipeline.calibration.recipe import check_quantizes, parse_bits

@@ -336,7 +336,7 @@ def plainly_quantized(model: OneStepModel, latents: list[torch.Tensor], bits: tu
     """
     model = copy.deepcopy(model)
     folding = fold(model.unet, model.timestep, model.prompt_embeds)
-    ends: dict[str, LayerScheme | None] = dict.fromkeys(ENDS, LayerScheme(*(max(8, number) for number in bits)))
+    ends: dict[str, LayerScheme | None] = dict.fromkeys(ENDS, LayerScheme(max(8, bits[0]), max(8, bits[1])))
     scheme = QuantizationScheme(LayerScheme(*bits), ends, folding)
     layers: dict[str, torch.nn.Module] = {name: layer for name, (layer, _) in quantizable_layers(model.unet, scheme).items()}
     samples = observe(layers, model.step, latents)

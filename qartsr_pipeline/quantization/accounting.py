@@ -176,8 +176,11 @@ def account(unet: UNet2DConditionModel, vae: AutoencoderKL, files: Iterable[int]
     Args:
         files: sizes of their weight files in bytes; none for those that saving them would write.
     """
-    models: dict[str, nn.Module] = {"unet": unet, "vae": vae}
-    work = work_of(unet, vae)
+    return accounting_of({"unet": unet, "vae": vae}, work_of(unet, vae), files)
+
+
+def accounting_of(models: Mapping[str, nn.Module], work: Work, files: Iterable[int] = ()) -> Accounting:
+    """What the models of a pipeline, component -> model, cost for that work; ``files`` as for `account`."""
     deployed = {f"{c}.{n}": m for c, model in models.items() for n, m in model.named_modules() if isinstance(m, DeployedLayer)}
     counts: Counter[str] = Counter({FLOAT: work.products})
     for name, (position, weights) in work.layers.items():
@@ -189,7 +192,7 @@ def account(unet: UNet2DConditionModel, vae: AutoencoderKL, files: Iterable[int]
             counts[BRANCH] += spec.rank * each
     coded = [layer for layer in deployed.values() if layer.spec.weight_bits < 16]
     return Accounting(
-        stated=stated_bits(unet, vae),
+        stated=stated_bits(*models.values()),
         parameters=work.parameters,
         stored=sum(files) or sum(stored_bytes(model.state_dict()) for model in models.values()),
         codes=sum(layer.weight_packed.numel() for layer in coded),
@@ -247,7 +250,7 @@ def run_on_meta(
 
     def watch_layer(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            found[name] = Positions(_positions(inputs[0]), _positions(output)), cast(Any, module).weight.numel()
+            found[name] = Positions(positions_of(inputs[0]), positions_of(output)), cast(Any, module).weight.numel()
 
         return hook
 
@@ -256,7 +259,7 @@ def run_on_meta(
         hidden = given[0] if given else named["hidden_states"]
         other = named.get("encoder_hidden_states", given[1] if len(given) > 1 else None)
         keys = hidden if other is None else other
-        products += 2 * _positions(hidden) * _positions(keys) * cast(Any, module).inner_dim
+        products += 2 * positions_of(hidden) * positions_of(keys) * cast(Any, module).inner_dim
 
     with ExitStack() as hooks, torch.device("meta"):
         for component, model in (("unet", unet), ("vae", vae)):
@@ -277,6 +280,6 @@ def _is_in(path: str, folded: tuple[str, ...]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in folded)
 
 
-def _positions(tensor: torch.Tensor) -> int:
-    """Of one image: pixels of (1, C, H, W), or tokens of (1, ..., C)."""
-    return tensor.numel() // tensor.shape[1 if tensor.dim() == 4 else -1]
+def positions_of(tensor: torch.Tensor) -> int:
+    """Of one image or clip: pixels of (1, C, H, W) or (1, C, F, H, W), or tokens of (1, ..., C)."""
+    return tensor.numel() // tensor.shape[1 if tensor.dim() in (4, 5) else -1]

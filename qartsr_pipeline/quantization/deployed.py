@@ -20,6 +20,7 @@ These dtypes stay whatever dtype the model is loaded in. The exact arithmetic is
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,9 +160,9 @@ def deployed_like(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, device: tor
     bits = (scheme.weight_bits, scheme.activation_bits, scheme.rank_for(layer))
     if not isinstance(layer, nn.Conv2d):
         inputs = layer.in_features
+        spec = LayerSpec("linear", *bits, inputs, layer.out_features)
         rotation = rotation_size(inputs, scheme.rotation)
-        grid = {"grid": scheme.grid, "rotation": rotation, "exponents": scheme.exponents}
-        spec = LayerSpec("linear", *bits, inputs, layer.out_features, **grid)
+        spec = replace(spec, grid=scheme.grid, rotation=rotation, exponents=scheme.exponents)
         return DeployedLinear(spec, layer.bias is not None, device)
     if isinstance(layer.padding, str):
         raise ValueError(f"{layer} has padding {layer.padding!r}; only numbers have a quantized form")

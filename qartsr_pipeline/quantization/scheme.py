@@ -139,13 +139,13 @@ class QuantizationScheme:
         names = _keys(LayerScheme, version)
 
         def content(scheme: LayerScheme | None) -> dict | None:
-            return scheme and {name: getattr(scheme, name) for name in names}
+            return None if scheme is None else {name: getattr(scheme, name) for name in names}
 
         return {
             "format_version": version,
             "default": content(self.default),
             "overrides": [[pattern, content(scheme)] for pattern, scheme in self.overrides.items()],
-            "folding": self.folding and asdict(self.folding),
+            "folding": None if self.folding is None else asdict(self.folding),
         }
 
     @classmethod

@@ -49,7 +49,7 @@ class TokenLinear(CalibratingLinear):
     @property
     def rotation(self) -> int:
         """Size of this layer's Hadamard matrices, 0 for none."""
-        return rotation_size(self.in_features, self.layer_scheme.rotation)
+        return rotation_size(self.weight.shape[1], self.layer_scheme.rotation)
 
     def transform_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `CalibratingMixin.transform_rows`."""

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.family import ImageFamily, family_of
+from qartsr_pipeline.calibration.families import family_of
+from qartsr_pipeline.calibration.image_family import ImageFamily
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext, StateFile

@@ -21,7 +21,7 @@ from calibration.comparison.cells import CROP, most_restored, stored_size
 from calibration.comparison.methods import Cell, make_method, method_names
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import file_digests
-from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.recipe_files import load_recipe
 from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds

@@ -10,7 +10,8 @@ import torch
 from recipes_for_tests import COMPONENTS, SmoothPatches, all_layers, calibrated, context_of, picture, small_recipe
 
 from qartsr_pipeline import QArtSRPipeline
-from qartsr_pipeline.calibration.family import family_of, image_of
+from qartsr_pipeline.calibration.families import family_of
+from qartsr_pipeline.calibration.image_family import image_of
 from qartsr_pipeline.calibration.recipe import RecipeError
 from qartsr_pipeline.calibration.training import stages, steps
 from qartsr_pipeline.calibration.training.blocks import distributed, turns

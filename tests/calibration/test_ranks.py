@@ -7,7 +7,7 @@ from recipes_for_tests import COMPONENTS, SmoothPatches, all_layers, calibrated,
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.data.pairs import degraded_pair
-from qartsr_pipeline.calibration.family import image_of
+from qartsr_pipeline.calibration.image_family import image_of
 from qartsr_pipeline.calibration.start.ranks import Sensitivity, choose, sensitivities
 from qartsr_pipeline.image.metrics import psnr_y
 from qartsr_pipeline.quantization.freeze import freeze

@@ -13,7 +13,7 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration import carry_out, job, timestep
 from qartsr_pipeline.calibration.arguments import RunArguments
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, file_digests
-from qartsr_pipeline.calibration.family import ImageFamily
+from qartsr_pipeline.calibration.image_family import SAMPLE, ImageFamily
 from qartsr_pipeline.calibration.training import losses
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.cli.main import main
@@ -32,7 +32,7 @@ def small_picture(tmp_path):
     """Arguments: a folder of one small photograph for the report."""
     folder = tmp_path / "evaluated"
     folder.mkdir()
-    Image.open(job.SAMPLE).crop((0, 0, 64, 64)).save(folder / "crop.png")
+    Image.open(SAMPLE).crop((0, 0, 64, 64)).save(folder / "crop.png")
     return ["--evaluate", str(folder)]
 
 

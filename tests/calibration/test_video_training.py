@@ -12,11 +12,12 @@ from diffusers import AutoencoderKLWan
 from calibration.teacher.video import export as export_video
 from calibration.teacher.video import model as video_model
 from calibration.teacher.video import train as training
-from calibration.teacher.video.clips import MovingClips, Shares, _shifted
+from calibration.teacher.video.clips import MovingClips, Shares
 from calibration.teacher.video.model import PlainAttention, new_model
 from calibration.teacher.video.start import ANCHORS, LUMA, cosine_transform
 from calibration.teacher.video.train import VideoTrainer, frame_loss
 from qartsr_pipeline import LSGQuantVideoPipeline
+from qartsr_pipeline.calibration.data.clips import moving_by_whole_pixels
 from qartsr_pipeline.calibration.retraining.trainer import load_state
 from qartsr_pipeline.image.metrics import psnr_y
 
@@ -83,7 +84,7 @@ def test_clips_move_as_they_are_told_and_depend_on_the_seed_only():
         assert made[0].shape == (12, 3, 48, 48) and made[0].min() >= 0 and made[0].max() <= 1
         assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
     image = torch.from_numpy(photograph).permute(2, 0, 1).float() / 255
-    clip = _shifted(image, 3, 40, np.random.default_rng(3))
+    clip = moving_by_whole_pixels(image, 3, 40, np.random.default_rng(3))
     steps = [(y, x) for y in range(-4, 5) for x in range(-4, 5)]
     inner = clip[:, :, 8:-8, 8:-8]
     assert any(torch.equal(clip[1, :, 8 + y : 32 + y, 8 + x : 32 + x], inner[2]) for y, x in steps)

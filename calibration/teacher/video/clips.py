@@ -12,13 +12,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qartsr_pipeline.calibration.data.clips import clip_files, read_clip
+from qartsr_pipeline.calibration.data.clips import (
+    FASTEST,
+    as_clips,
+    clip_files,
+    moving_by_whole_pixels,
+    part_of_clip,
+    read_clip,
+)
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import photographs_record
 from qartsr_pipeline.calibration.data.pairs import MARGIN, Pair, TrainingSet, choose_held_out, degraded_pair
 from qartsr_pipeline.calibration.data.patches import ImagePatches, as_tensor, list_photographs, read_photograph
 
-FASTEST = 4.0  # pixels a frame
 VALIDATION_SIDE = 128
 
 
@@ -78,7 +84,7 @@ class MovingClips:
     def _clip(self, size: int, rng: np.random.Generator) -> torch.Tensor:
         real = [clip for clip in self.clips if min(clip.shape[1:3]) >= size]
         if real and rng.random() < self.shares.real:
-            return _real(real[int(rng.integers(len(real)))], self.frames, size, rng)
+            return part_of_clip(real[int(rng.integers(len(real)))], self.frames, size, rng)
         clip = self._moving(size, rng)
         if rng.random() < self.shares.in_front:
             clip = torch.lerp(clip, self._moving(size, rng), _moving_disk(self.frames, size, rng))
@@ -88,10 +94,10 @@ class MovingClips:
         return clip.clamp(0, 1)
 
     def _moving(self, size: int, rng: np.random.Generator) -> torch.Tensor:
-        reach = math.ceil(FASTEST) * (self.frames - 1)
+        reach = FASTEST * (self.frames - 1)
         image = self._image(size + reach, rng)
         if rng.random() < self.shares.whole_pixels or min(image.shape[1:]) < 1.5 * size + reach:
-            return _shifted(image, self.frames, size, rng)
+            return moving_by_whole_pixels(image, self.frames, size, rng)
         return _warped(image, self.frames, size, rng)
 
     def _image(self, side: int, rng: np.random.Generator) -> torch.Tensor:
@@ -106,18 +112,6 @@ class MovingClips:
         part = np.rot90(image[top : top + height, left : left + width], int(rng.integers(4)))
         part = part[:, ::-1] if rng.integers(2) else part
         return torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1).float() / 255
-
-
-def _shifted(image: torch.Tensor, frames: int, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """Motion by a whole number of pixels a frame, which may be 0."""
-    most = int(FASTEST)
-    speed = rng.integers(-most, most + 1, 2)
-    starts = []
-    for length, step in zip(image.shape[1:], speed, strict=True):
-        reach = int(step) * (frames - 1)
-        starts.append(int(rng.integers(max(0, -reach), length - size - max(0, reach) + 1)))
-    places = [[start + int(step) * index for start, step in zip(starts, speed, strict=True)] for index in range(frames)]
-    return torch.stack([image[:, top : top + size, left : left + size] for top, left in places])
 
 
 def _warped(image: torch.Tensor, frames: int, size: int, rng: np.random.Generator) -> torch.Tensor:
@@ -150,15 +144,6 @@ def _moving_disk(frames: int, size: int, rng: np.random.Generator) -> torch.Tens
         distance = torch.sqrt(y[:, None] ** 2 + x[None] ** 2)
         masks.append(((1 - distance) * float(radii.min()) + 0.5).clamp(0, 1)[None])  # an edge one pixel wide
     return torch.stack(masks)
-
-
-def _real(clip: np.ndarray, frames: int, size: int, rng: np.random.Generator) -> torch.Tensor:
-    start = int(rng.integers(len(clip) - frames + 1))
-    top, left = (int(rng.integers(length - size + 1)) for length in clip.shape[1:3])
-    part = clip[start : start + frames, top : top + size, left : left + size]
-    part = part[::-1] if rng.integers(2) else part
-    part = part[:, :, ::-1] if rng.integers(2) else part
-    return torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float() / 255
 
 
 @dataclass(frozen=True)
@@ -198,12 +183,6 @@ class VideoData:
         side = VALIDATION_SIDE + 2 * MARGIN
         for index, path in enumerate(held):
             image, rng = as_tensor(read_photograph(path))[0], np.random.default_rng([2**31, index])
-            move = _shifted if index % 2 else _warped
+            move = moving_by_whole_pixels if index % 2 else _warped
             pairs.append(as_clips(degraded_pair(move(image, self.frames, side, rng).clamp(0, 1)), self.frames))
         return pairs
-
-
-def as_clips(pair: Pair, frames: int) -> Pair:
-    """Two batches of frames (B * F, 3, P, P) -> two batches of clips (B, 3, F, P, P)."""
-    up, high = (images.contiguous().unflatten(0, (-1, frames)).transpose(1, 2) for images in pair)
-    return up, high

@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 
 from calibration.teacher.command import run_training
-from calibration.teacher.video.clips import MovingClips, VideoData, as_clips
+from calibration.teacher.video.clips import MovingClips, VideoData
 from calibration.teacher.video.model import TIMESTEP, VideoModel, new_model
 from calibration.teacher.video.start import LUMA, SCALES
+from qartsr_pipeline.calibration.data.clips import as_clips
 from qartsr_pipeline.calibration.data.fingerprint import versions
 from qartsr_pipeline.calibration.data.pairs import Pair, sample_pair
 from qartsr_pipeline.calibration.retraining.losses import image_quality

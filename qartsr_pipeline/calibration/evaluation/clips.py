@@ -32,6 +32,7 @@ def evaluate_clips(
     metrics: Sequence[str] = tuple(BUILT_IN),
     backbones: str | os.PathLike | None = None,
     progress: Callable[[str, str], None] | None = None,
+    on_clip: Callable[[Mapping[str, Sequence[torch.Tensor]]], None] | None = None,
 ) -> list[EvaluationRow]:
     """Measures models on clips, beside bicubic enlargement. Prints nothing.
 
@@ -46,6 +47,8 @@ def evaluate_clips(
             "temporal_error", is always among the values: see `video.metrics.TemporalError`.
         backbones: as in `evaluate`.
         progress: called with a clip's and a model's name before it is enlarged.
+        on_clip: called after each clip with its versions, name -> frames (1, 3, H, W) in [0, 1]: "low resolution", "bicubic", the
+            models by their names, and "original".
 
     Returns:
         A row for bicubic, then for each model; ``images`` and ``per_image`` are clips.
@@ -67,11 +70,13 @@ def evaluate_clips(
         high = _frames(name, clip)
         low = bicubic_degradation(high)
         reference: list[torch.Tensor] | None = None
+        versions: dict[str, Sequence[torch.Tensor]] = {"low resolution": low.split(1)}
         for key in measured:
             if progress is not None:
                 progress(name, key.name)
             frames = resize(low, (high.shape[-2], high.shape[-1])) if key.kind == "bicubic" else _enlarged(models[key.name], low)
             outputs = [as_bytes(frame[None]) for frame in frames]
+            versions[key.name] = outputs
             values = _values(outputs, high, loaded)
             if key.kind == "model" and reference is not None:
                 values |= {f"psnr_y{TO_FULL_PRECISION}": _mean(psnr_y(*pair) for pair in zip(outputs, reference, strict=True))}
@@ -79,6 +84,8 @@ def evaluate_clips(
                 reference = outputs
             for metric, value in values.items():
                 measured[key].setdefault(metric, []).append(value)
+        if on_clip is not None:
+            on_clip({**versions, "original": high.split(1)})
     return make_rows(measured)
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, VIDEO_PIPELINE_CLASS
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.convert.model_card import PIPELINE_TAG, code_text, license_of, markdown_text, yaml_text
 from qartsr_pipeline.quantization.accounting import Accounting
 from qartsr_pipeline.whole_files import SavingError, remedy, temporary_folder
 
+VIDEO_TAG = "video-to-video"
 TRAINING_RECORD = "training.json"  # of a full-precision folder: how the model was trained
 CARD_NAME = "README.md"  # written by a person: kept when a folder is replaced
 
@@ -84,27 +86,31 @@ def folder_sizes(folder: Path) -> dict[str, int]:
     return {child.name: size(child) for child in sorted(folder.iterdir()) if child.is_dir()} | {"total": size(folder)}
 
 
-def model_card(record: dict[str, Any], source: Path, hub_id: str | None) -> str:
+def model_card(record: dict[str, Any], source: Path, hub_id: str | None = None, pipeline_class: str = PIPELINE_CLASS) -> str:
     """The content of a quantized folder's README.md, whose header is read by the Hub. Names that people chose are escaped.
 
     Args:
         record: the content of `quantization.json`.
         source: the full-precision folder, whose card names the licence.
         hub_id: of the full-precision model, where it came from the Hub.
+        pipeline_class: what loads the folder.
     """
     bits, recipe, data = markdown_text(record["bits"].upper()), record["recipe"], record["data"]
+    video = pipeline_class == VIDEO_PIPELINE_CLASS
     images = f"{data['count']} photographs" if "count" in data else "procedural images"
+    images = f"{data['clips']} clips" if "clips" in data else images
     base = f"base_model: {yaml_text(hub_id)}\n" if hub_id else ""
     trained = f"{recipe['steps']} steps, seed {record['seed']}, " if recipe["stages"] else ""
     costs = ""
     if "accounting" in record:
         stored, computed = Accounting.from_dict(record["accounting"]).sentences()
-        costs = f"\nBits a weight of the UNet's and VAE's files: {stored}. Multiplications: {computed}.\n"
+        network = "transformer" if video else "UNet"
+        costs = f"\nBits a weight of the {network}'s and VAE's files: {stored}. Multiplications: {computed}.\n"
     name, made = markdown_text(record["model"]), f"{markdown_text(recipe['method'])} ({markdown_text(recipe['source'])})"
     return f"""---
 license: {yaml_text(license_of(source / "README.md") or "other")}
 library_name: diffusers
-{base}pipeline_tag: {PIPELINE_TAG}
+{base}pipeline_tag: {VIDEO_TAG if video else PIPELINE_TAG}
 tags: [super-resolution, one-step-diffusion, quantized, qartsr]
 ---
 # {name}, {bits}
@@ -113,10 +119,10 @@ tags: [super-resolution, one-step-diffusion, quantized, qartsr]
 layers have others), constants of timestep and prompt folded: it takes no other prompt.
 
 ```python
-from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline import {pipeline_class}
 
-pipeline = QArtSRPipeline.from_pretrained("FOLDER")
-pipeline(image).images[0]
+pipeline = {pipeline_class}.from_pretrained("FOLDER")
+{"pipeline(video).frames[0]" if video else "pipeline(image).images[0]"}
 ```
 {costs}
 Recipe {made}, {trained}on {images}. `quantization.json` has the whole record: recipe, versions, data,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from qartsr_pipeline.calibration.data import SCALE
 from qartsr_pipeline.calibration.data.fingerprint import without_files
 from qartsr_pipeline.calibration.data.patches import as_pixels
 from qartsr_pipeline.calibration.evaluation.measurement import Candidate, Evaluation, ImageOutputs
@@ -17,6 +19,7 @@ from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.report.report import ReportData, write_report
 from qartsr_pipeline.calibration.training.progress import Calibrated
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.accounting import Accounting
 
@@ -44,8 +47,8 @@ class FinishedRun:
     seed: int
     degradation: str
     data: dict[str, Any]
-    full_precision: QArtSRPipeline
-    quantized: QArtSRPipeline
+    full_precision: CheckpointPipeline
+    quantized: CheckpointPipeline
     evaluation: list
     calibrated: Calibrated
     record: dict[str, Any]
@@ -68,8 +71,18 @@ def make_report(run: FinishedRun, folder: Path) -> RunReport:
         ValueError: an image cannot be measured. OSError: one cannot be read, or the report cannot be written.
     """
     rows, images = _measure(run)
+    return RunReport(write_report(folder, report_data(run, rows, images)), rows)
+
+
+def report_data(run: FinishedRun, rows: list[EvaluationRow], images: list[dict[str, np.ndarray]]) -> ReportData:
+    """What the report says of the run.
+
+    Args:
+        rows: of the table of metrics.
+        images: name -> (H, W, 3) uint8, of one size, for each image that is shown.
+    """
     calibrated = run.calibrated
-    report = ReportData(
+    return ReportData(
         title=f"{run.model_name}, {run.recipe.method} {run.bits}",
         facts={name: fact for name, fact in _facts(run).items() if fact},
         losses=calibrated.losses,
@@ -81,29 +94,29 @@ def make_report(run: FinishedRun, folder: Path) -> RunReport:
         metrics=rows,
         pictures=images,
     )
-    return RunReport(write_report(folder, report), rows)
 
 
 def _measure(run: FinishedRun) -> tuple[list[EvaluationRow], list[dict[str, np.ndarray]]]:
     """Rows of the metrics table, and the images to show: name -> (H, W, 3) uint8."""
     candidates = [
-        Candidate(run.model_name, run.full_precision, True),
-        Candidate(f"{run.recipe.method} {run.bits}", run.quantized, False),
+        Candidate(run.model_name, cast(QArtSRPipeline, run.full_precision), True),
+        Candidate(f"{run.recipe.method} {run.bits}", cast(QArtSRPipeline, run.quantized), False),
     ]
     shown: list[dict[str, np.ndarray]] = []
 
     def keep(image: ImageOutputs) -> None:
         if len(shown) < SHOWN:
-            images = {"low resolution": _enlarged(image.low, 4), **image.outputs}
-            shown.append({name: as_pixels(each) for name, each in images.items()})
+            shown.append(shown_versions({"low resolution": image.low, **image.outputs}))
 
     evaluation = Evaluation(candidates, degradation=run.degradation, on_image=keep)
     return evaluation.run(originals_of(run.evaluation)), shown
 
 
-def _enlarged(image: torch.Tensor, scale: int) -> torch.Tensor:
-    """Every pixel as a square of ``scale`` pixels."""
-    return image.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+def shown_versions(images: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Images (1, 3, H, W) in [0, 1] as pixels; every pixel of the one of low resolution, which is the first, as a square."""
+    name, low = next(iter(images.items()))
+    squares = low.repeat_interleave(SCALE, -2).repeat_interleave(SCALE, -1)
+    return {version: as_pixels(image) for version, image in {**images, name: squares}.items()}
 
 
 def _costs(record: dict[str, Any]) -> dict[str, str]:

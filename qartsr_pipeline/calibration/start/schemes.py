@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from qartsr_pipeline.calibration.family import family_of
+from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.recipe import Budget, Recipe, RecipeError, parse_bits
 from qartsr_pipeline.calibration.start.budget import Assignment, Limits, assign, choices_of, errors_of_ways
 from qartsr_pipeline.calibration.start.observers import InputSample, observe

@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from qartsr_pipeline.calibration.data.patches import Patches
-from qartsr_pipeline.calibration.family import Family, family_of
+from qartsr_pipeline.calibration.families import family_of
+from qartsr_pipeline.calibration.family import Family
 from qartsr_pipeline.calibration.recipe import Recipe, RecipeError
 from qartsr_pipeline.calibration.saving import load_tensors, save_tensors
 from qartsr_pipeline.calibration.training.losses import Perceptual

@@ -1,0 +1,32 @@
+"""The report of a finished calibration run of a video model: as for images, measured on clips, with a frame of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from qartsr_pipeline.calibration.data.clips import read_clip
+from qartsr_pipeline.calibration.evaluation.clips import ClipModel, evaluate_clips
+from qartsr_pipeline.calibration.report.report import write_report
+from qartsr_pipeline.calibration.report.run_report import SHOWN, FinishedRun, RunReport, report_data, shown_versions
+
+
+def make_clip_report(run: FinishedRun, folder: Path) -> RunReport:
+    """As `run_report.make_report`; the files to measure on are the frames of clips, a folder each. Middle frames are shown."""
+    clips: dict[str, list[Path]] = {}
+    for path in map(Path, run.evaluation):
+        clips.setdefault(str(path.parent), []).append(path)
+    read = {Path(name).name: read_clip(name, paths) for name, paths in clips.items()}
+    models = {run.model_name: run.full_precision, f"{run.recipe.method} {run.bits}": run.quantized}
+    shown: list[dict[str, np.ndarray]] = []
+
+    def keep(versions: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        if len(shown) < SHOWN:
+            shown.append(shown_versions({name: frames[len(frames) // 2] for name, frames in versions.items()}))
+
+    rows = evaluate_clips(cast(Mapping[str, ClipModel], models), read, on_clip=keep)
+    return RunReport(write_report(folder, report_data(run, rows, shown)), rows)

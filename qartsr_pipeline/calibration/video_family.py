@@ -1,0 +1,162 @@
+"""The family of one-step video models: WAN's transformer and its causal autoencoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from PIL import Image
+from torch import nn
+
+from qartsr_pipeline.calibration.data import SCALE
+from qartsr_pipeline.calibration.data.clips import ClipPatches, as_clips, clip_files, clips_of, moving_by_whole_pixels, read_clip
+from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
+from qartsr_pipeline.calibration.data.fingerprint import photographs_record
+from qartsr_pipeline.calibration.data.pairs import sample_pair
+from qartsr_pipeline.calibration.data.patches import (
+    Patches,
+    as_pixels,
+    as_tensor,
+    images_record,
+    list_photographs,
+    read_photograph,
+)
+from qartsr_pipeline.calibration.family import Family, Output, outputs_of
+from qartsr_pipeline.calibration.image_family import SAMPLE
+from qartsr_pipeline.calibration.perceptual import Lpips
+from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.report.clip_report import make_clip_report
+from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
+from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
+from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
+from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
+from qartsr_pipeline.quantization.accounting import Accounting, Work, accounting_of
+from qartsr_pipeline.quantization.fold_wan import fold_wan
+from qartsr_pipeline.quantization.scheme import Folding
+from qartsr_pipeline.quantization.video_accounting import work_of_clip
+from qartsr_pipeline.video.causal_vae import temporal_factor
+
+KEEP = {"transformer.proj_out": "w8a8"}
+SAMPLE_SIDE = 192  # of the clip that is measured on where none is given
+
+
+def clip_of(pipeline: LSGQuantVideoPipeline, up: torch.Tensor) -> torch.Tensor:
+    """The network's frames for an enlarged clip (B, 3, F, H, W) in [-1, 1]; differentiable, colours not aligned.
+
+    Args:
+        up: F is one more than a multiple of the autoencoder's temporal factor.
+    """
+    network, factor = pipeline.network(), temporal_factor(pipeline.vae)
+    encode, decode = network.encoder(), network.decoder()
+    groups = [up] if factor == 1 else [up[:, :, :1], *up[:, :, 1:].split(factor, 2)]
+    refined = network.step(torch.cat([encode(group) for group in groups], 2))
+    return torch.cat([decode(part) for part in refined.split(refined.shape[2] if factor == 1 else 1, 2)], 2)
+
+
+class VideoFamily(Family):
+    """WanTransformer3DModel and AutoencoderKLWan: encode an enlarged clip, one transformer step, decode."""
+
+    components = ("transformer",)
+    calibrates_on = "clips"
+    keep = KEEP
+    block_kinds: tuple[type[nn.Module], ...] = (WanTransformerBlock, WanResidualBlock, WanAttentionBlock, WanResample)
+
+    def in_memory(self, data: Iterable[Any], name: str) -> list[np.ndarray]:
+        return clips_of(data, name)
+
+    def source(self, folder: str | None, data: Sequence[np.ndarray] | None) -> tuple[Patches, dict[str, Any]]:
+        if data is not None:
+            frames = [frame for clip in data for frame in clip]
+            return ClipPatches(data), {"clips": len(data), **images_record(frames)}
+        if folder:
+            files = clip_files(folder)
+            clips = [read_clip(name, paths) for name, paths in files.items()]
+            return ClipPatches(clips), {"clips": len(clips), **photographs_record(list_photographs(folder))}
+        return ClipPatches(), {"procedural": "dead leaves that move"}
+
+    def write_for_measuring(self, data: Sequence[np.ndarray] | None, folder: Path) -> None:
+        for number, clip in enumerate([_sample_clip()] if data is None else data, 1):
+            frames = folder / f"clip-{number:03d}"
+            frames.mkdir()
+            for index, image in enumerate(clip):
+                Image.fromarray(image).save(frames / f"{index:05d}.png")
+
+    def fold(self, pipeline: LSGQuantVideoPipeline) -> dict[str, Folding]:
+        timestep, prompt = pipeline.config["timestep"], pipeline.prompt_embedding(1)
+        return {"transformer": fold_wan(pipeline.transformer, timestep, prompt)}
+
+    @staticmethod
+    def part_of(name: str) -> str:
+        """ "vae.post_quant_conv" -> "decoder"; the others are "encoder" and "transformer"."""
+        if name.startswith("transformer."):
+            return "transformer"
+        return "encoder" if name.startswith(("vae.encoder.", "vae.quant_conv")) else "decoder"
+
+    def blocks(self, pipeline: LSGQuantVideoPipeline) -> list[Block]:
+        side = 2 * pipeline.multiple
+        small = torch.zeros(1, 3, ClipPatches.frames, side, side, device=pipeline.device, dtype=pipeline.vae.dtype)
+        return blocks_in_running_order(self.models(pipeline), self.block_kinds, self.part_of, lambda: clip_of(pipeline, small))
+
+    def observed_batches(self, patches: Patches, recipe: Recipe, degradation: str, seed: int) -> list[torch.Tensor]:
+        """Low-resolution clips (F, 3, h, w) in [0, 1], as many as hold the recipe's number of images."""
+        rng = np.random.default_rng(seed)
+        clips = range(max(1, -(-recipe.images // ClipPatches.frames)))
+        return [DEGRADATIONS[degradation](patches.sample(1, recipe.image_size, rng), SCALE, rng) for _ in clips]
+
+    def observe(self, pipeline: LSGQuantVideoPipeline, batch: torch.Tensor) -> None:
+        pipeline(batch, color_fix=None, output_type="pt")
+
+    def training_batch(self, patches: Patches, count: int, side: int, degradation: str, rng: np.random.Generator) -> torch.Tensor:
+        """Enlarged low-resolution clips (count, 3, F, side, side) in [-1, 1]."""
+        return as_clips(sample_pair(patches, count, side, rng, degradation), ClipPatches.frames)[0]
+
+    def run(self, pipeline: LSGQuantVideoPipeline, batch: torch.Tensor) -> Output:
+        with outputs_of({"transformer": pipeline.transformer}) as seen:
+            frames = clip_of(pipeline, batch)
+        return Output(frames, seen["transformer"])
+
+    def loss(
+        self,
+        weights: Mapping[str, float],
+        output: Output,
+        target: Output,
+        perceptual: Perceptual | None,
+        module: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """As for images, of the frames."""
+        frames, wanted = (clip.image.transpose(1, 2).flatten(0, 1) for clip in (output, target))
+        loss = picture_loss(weights, frames, wanted, perceptual)
+        if module is not None and weights.get("module_l2"):
+            loss = loss + weights["module_l2"] * relative_l2(*module)
+        if weights.get("noise_l2"):
+            loss = loss + weights["noise_l2"] * relative_l2(output.noise, target.noise)
+        return loss
+
+    def perceptual(self, pipeline: LSGQuantVideoPipeline, kind: str, weights: str | os.PathLike | None) -> Perceptual:
+        if kind != "lpips":
+            raise ValueError(
+                "the perceptual loss of a video model is lpips: install its package and backbone, or choose a recipe without one"
+            )
+        return Lpips("vgg", weights).to(pipeline.device)
+
+    def report(self, run: FinishedRun, folder: Path) -> RunReport:
+        return make_clip_report(run, folder)
+
+    def work(self, pipeline: LSGQuantVideoPipeline) -> Work:
+        return work_of_clip(pipeline.transformer, pipeline.vae)
+
+    def account(self, pipeline: LSGQuantVideoPipeline) -> Accounting:
+        return accounting_of({"transformer": pipeline.transformer, "vae": pipeline.vae}, self.work(pipeline))
+
+
+def _sample_clip() -> np.ndarray:
+    """A pan over the sample image, (F, H, W, 3) uint8."""
+    image = as_tensor(read_photograph(SAMPLE))[0]
+    frames = moving_by_whole_pixels(image, ClipPatches.frames, min(SAMPLE_SIDE, *image.shape[1:]), np.random.default_rng(0))
+    return np.stack([as_pixels(frame[None]) for frame in frames])

@@ -1,0 +1,116 @@
+"""`quantize` of a video pipeline, end to end on tiny random models: simulated, deployed, saved, loaded, run by every backend."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from qartsr_pipeline import LSGQuantVideoPipeline, quantize, use_backend
+from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.recipe_layers import Layer
+from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
+from qartsr_pipeline.calibration.start.observers import observe
+from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, calibrating_layers, prepare
+from qartsr_pipeline.quantization.deployed import DeployedLayer
+from qartsr_pipeline.quantization.fold_wan import fold_wan
+from qartsr_pipeline.quantization.freeze import freeze
+from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers
+from qartsr_pipeline.quantization.token_layers import TokenLinear
+from tiny_models import build_tiny_video_pipeline
+
+TOKENS = Layer(activations="token", rotation="hadamard", branch_rank=4, branch_fit=False)
+
+
+def recipe(**changes) -> Recipe:
+    values = {"method": "test", "source": "none", "layer": TOKENS, "keep": {"transformer.proj_out": "w8a8"}}
+    return Recipe(**values | {"images": 10, "image_size": 64} | changes)
+
+
+def clips(count: int = 2, frames: int = 6, height: int = 64, width: int = 72) -> list[np.ndarray]:
+    """Smooth shapes that drift, with some grain; uint8 (F, H, W, 3)."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:height, :width]
+    made = []
+    for _ in range(count):
+        phase, grain = rng.random(3) * 6, rng.normal(0, 0.05, (height, width, 3))
+        moved = [np.sin((rows * 0.3 + columns * 0.2 + time * 0.4)[..., None] + phase) * 0.3 + grain for time in range(frames)]
+        made.append(((0.5 + np.stack(moved)).clip(0, 1) * 255).round().astype(np.uint8))
+    return made
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "run"
+    pipeline = build_tiny_video_pipeline()
+    made = quantize(pipeline, "w4a4", clips(), recipe=recipe(), evaluation_data=clips(1, 5, 48, 48), output=output)
+    return pipeline, made, output
+
+
+def frames_of(pipeline: LSGQuantVideoPipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(clips(1, 7, 16, 20)[0], output_type="np", color_fix=None).frames[0]
+
+
+def test_a_folder_comes_out_that_loads_and_runs_on_every_backend(result):
+    _, made, output = result
+    assert made.finished and made.report.is_file() and made.output == output
+    loaded = LSGQuantVideoPipeline.from_pretrained(output / "model")
+    layers = {name: m for name, m in loaded.transformer.named_modules() if isinstance(m, DeployedLayer)}
+    assert len(layers) == 2 * 7 + 1 and len(made.layers) == len(layers)
+    specs = {name: layer.spec for name, layer in layers.items()}
+    assert {spec.grid for spec in specs.values()} == {"token"}
+    assert specs["blocks.0.ffn.net.2"].rotation == 64 and specs["blocks.1.attn1.to_k"].rank == 4
+    assert (specs["proj_out"].weight_bits, specs["proj_out"].activation_bits, specs["proj_out"].rank) == (8, 8, 0)
+    wanted = frames_of(made.pipeline)
+    with use_backend("reference"):
+        assert np.array_equal(frames_of(loaded), frames_of(made.pipeline))
+    assert np.abs(frames_of(loaded) - wanted).max() < 1e-3
+
+
+def test_the_stored_configuration_says_version_2(result):
+    config = json.loads((result[2] / "model" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2 and config["folding"] == {"timestep": 400, "tokens": 4}
+    assert config["default"] | {"rank": 4, "grid": "token", "rotation": 256, "exponents": False} == config["default"]
+    record = json.loads((result[2] / "model" / "quantization.json").read_text())
+    assert record["data"]["clips"] == 2 and record["accounting"]["stated_bits"] == "w4a4"
+    assert "LSGQuantVideoPipeline.from_pretrained" in (result[2] / "model" / "README.md").read_text()
+
+
+def test_the_full_precision_pipeline_is_left_alone(result):
+    pipeline, made, _ = result
+    assert not any(isinstance(module, DeployedLayer) for module in pipeline.transformer.modules())
+    assert np.array_equal(frames_of(pipeline), frames_of(build_tiny_video_pipeline()))
+    assert np.abs(frames_of(made.pipeline) - frames_of(pipeline)).mean() < 0.05
+
+
+def test_rows_compare_with_full_precision_and_with_time(result):
+    bicubic, full, quantized = result[1].rows
+    assert full.full_precision and not quantized.full_precision and bicubic.kind == "bicubic"
+    assert "psnr_y_to_full_precision" in quantized.values and "temporal_error" in quantized.values
+
+
+@pytest.mark.parametrize("bits", ["w6a6", "w8a8"])
+def test_more_bits_are_closer_to_full_precision(result, bits):
+    pipeline, made, _ = result
+    finer = quantize(pipeline, bits, clips(), recipe=recipe(), evaluation_data=clips(1, 5, 48, 48))
+    error = [np.square(frames_of(one) - frames_of(pipeline)).mean() for one in (made.pipeline, finer.pipeline)]
+    assert error[1] < 0.5 * error[0]
+
+
+@torch.no_grad()
+def test_what_is_simulated_is_what_is_deployed():
+    pipeline = build_tiny_video_pipeline()
+    transformer = pipeline.transformer
+    folding = fold_wan(transformer, pipeline.config["timestep"], pipeline.prompt_embedding(1))
+    scheme = QuantizationScheme(LayerScheme(4, 4, 3, "token", 16, True), folding=folding)
+    layers = {name: layer for name, (layer, _) in quantizable_layers(transformer, scheme).items()}
+    samples = observe(layers, lambda video: pipeline(video, output_type="np"), [clip[:, :32, :32] for clip in clips()])
+    prepare(transformer, scheme, kinds=(TokenLinear, CalibratingConv2d))
+    initialise(calibrating_layers(transformer), samples, Initialisation())
+    assert any(layer.input_exponents.any() for layer in calibrating_layers(transformer).values())
+    simulated = frames_of(pipeline)
+    freeze(transformer, scheme)
+    with use_backend("reference"):
+        assert np.abs(frames_of(pipeline) - simulated).max() < 1e-4
