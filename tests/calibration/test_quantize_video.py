@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from qartsr_pipeline import LSGQuantVideoPipeline, quantize, use_backend
 from qartsr_pipeline.calibration.recipe import Recipe
