@@ -38,11 +38,12 @@ from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work, accounting_of
 from qartsr_pipeline.quantization.fold_wan import fold_wan
+from qartsr_pipeline.quantization.frames_as_channels import frames_as_channels
 from qartsr_pipeline.quantization.scheme import Folding
 from qartsr_pipeline.quantization.video_accounting import work_of_clip
 from qartsr_pipeline.video.causal_vae import temporal_factor
 
-KEEP = {"transformer.proj_out": "w8a8"}
+KEEP = {"transformer.proj_out": "w8a8", "vae.*.attentions.*": "w16a16", "vae.*": "w8a8"}
 SAMPLE_SIDE = 192  # of the clip that is measured on where none is given
 
 
@@ -60,9 +61,12 @@ def clip_of(pipeline: LSGQuantVideoPipeline, up: torch.Tensor) -> torch.Tensor:
 
 
 class VideoFamily(Family):
-    """WanTransformer3DModel and AutoencoderKLWan: encode an enlarged clip, one transformer step, decode."""
+    """WanTransformer3DModel and AutoencoderKLWan: encode an enlarged clip, one transformer step, decode.
 
-    components = ("transformer",)
+    The autoencoder is kept at 8 bits; its attention, which small models leave out, is not quantized.
+    """
+
+    components = ("transformer", "vae")
     calibrates_on = "clips"
     keep = KEEP
     block_kinds: tuple[type[nn.Module], ...] = (WanTransformerBlock, WanResidualBlock, WanAttentionBlock, WanResample)
@@ -88,6 +92,8 @@ class VideoFamily(Family):
                 Image.fromarray(image).save(frames / f"{index:05d}.png")
 
     def fold(self, pipeline: LSGQuantVideoPipeline) -> dict[str, Folding]:
+        """Folds the transformer, and makes the autoencoder's convolutions such as have a quantized form."""
+        frames_as_channels(pipeline.vae)
         timestep, prompt = pipeline.config["timestep"], pipeline.prompt_embedding(1)
         return {"transformer": fold_wan(pipeline.transformer, timestep, prompt)}
 

@@ -45,7 +45,8 @@ _MODELS: dict[str, type[nn.Module]] = {
     "PromptEmbedding": PromptEmbedding,
 }
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}  # of quantized layers, which are stored exactly
+# of quantized layers, which are stored exactly
+_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
 _OTHER_FORMATS = ("use_flashpack", "use_onnx")
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -19,6 +20,7 @@ from torch import nn
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
 from qartsr_pipeline.quantization.fold import fold_structure
 from qartsr_pipeline.quantization.fold_wan import fold_wan_structure
+from qartsr_pipeline.quantization.frames_as_channels import frames_as_channels
 from qartsr_pipeline.quantization.fuse import fuse
 from qartsr_pipeline.quantization.scheme import FORMAT_VERSION, QuantizationScheme, quantizable_layers, replace_module
 from qartsr_pipeline.stored_values import StoredValueError, check_finite
@@ -84,6 +86,8 @@ class QArtSRQuantizer(DiffusersQuantizer):
                 raise ValueError(
                     f"quantization_config has folding={scheme.folding}, but only a UNet or a transformer can be folded"
                 )
+        if isinstance(model, AutoencoderKLWan):
+            frames_as_channels(model)
         for name, (layer, layer_scheme) in quantizable_layers(model, scheme).items():
             replace_module(model, name, deployed_like(layer, layer_scheme, layer.weight.device))
 
