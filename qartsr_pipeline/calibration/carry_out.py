@@ -34,6 +34,8 @@ from qartsr_pipeline.calibration.training.progress import SILENT, Calibrated, Pr
 from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from qartsr_pipeline.checkpoint_files import shipped_checkpoints
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
+from qartsr_pipeline.quantization.calibrating import calibrating_layers
+from qartsr_pipeline.quantization.diffusers_quantizer import attach_quantizer
 from qartsr_pipeline.quantization.freeze import freeze
 
 
@@ -157,7 +159,10 @@ def _carry_out(
 def _deploy(job: Job, calibrated: Calibrated, record: dict[str, Any]) -> None:
     """Freezes the layers in place, and writes the model's folder."""
     for component, model in family_of(job.pipeline).models(job.pipeline).items():
-        freeze(model, calibrated.schemes[component])
+        if calibrating_layers(model):
+            freeze(model, calibrated.schemes[component])
+        else:  # a recipe keeps all its layers
+            attach_quantizer(model, calibrated.schemes[component])
     order = job.order
     record["accounting"] = family_of(job.pipeline).account(job.pipeline).to_dict()
     if order.keeps_output:

@@ -27,14 +27,20 @@ class ConvolutionOverFrames(nn.Module):
 
     def __init__(self, convolution: WanCausalConv3d):
         super().__init__()
-        weight, padding = convolution.weight, convolution._padding
-        outputs, inputs, self.taps, *kernel = weight.shape
+        weight = convolution.weight
+        outputs, inputs, self.taps, height, width = weight.shape
         self.stride, *stride = convolution.stride
-        self.before = padding[4]
-        sides = {"stride": tuple(stride), "padding": (padding[2], padding[0]), "bias": convolution.bias is not None}
+        right, _, bottom, _, self.before, _ = map(int, convolution._padding)
         with torch.device("meta"):
-            self.conv = nn.Conv2d(self.taps * inputs, outputs, tuple(kernel), **sides)
-        flat = weight.detach().transpose(1, 2).reshape(outputs, -1, *kernel)
+            self.conv = nn.Conv2d(
+                self.taps * inputs,
+                outputs,
+                (height, width),
+                (stride[0], stride[1]),
+                (bottom, right),
+                bias=convolution.bias is not None,
+            )
+        flat = weight.detach().transpose(1, 2).reshape(outputs, -1, height, width)
         self.conv.weight = nn.Parameter(flat, requires_grad=weight.requires_grad)
         self.conv.bias = convolution.bias
 

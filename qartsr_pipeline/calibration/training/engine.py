@@ -36,6 +36,7 @@ from qartsr_pipeline.calibration.training.progress import Calibrated, Histogram,
 from qartsr_pipeline.calibration.training.stages import quantize_per_module, train_end_to_end
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, prepare
+from qartsr_pipeline.quantization.scheme import quantizable_layers
 
 
 def calibrate(context: CalibrationContext, state: StateFile = NO_STATE, start: Path | None = None) -> Calibrated:
@@ -88,8 +89,10 @@ def begin(context: CalibrationContext, state: StateFile = NO_STATE, start: Path 
         schemes, assignment = workers.of_first(lambda: give_bits(context, schemes, kinds, samples))
         curve = assignment.curve
     torch.manual_seed(context.seed)  # adapters start from random numbers
-    for component, model in context.family.models(pipeline).items():
-        prepare(model, schemes[component], recipe.layer.adapter_rank, kinds)
+    models = context.family.models(pipeline)
+    to_prepare = [component for component, model in models.items() if quantizable_layers(model, schemes[component])]
+    for component in to_prepare or models:  # where nothing is left to quantize, this raises
+        prepare(models[component], schemes[component], recipe.layer.adapter_rank, kinds)
     run = Run(Training(context, Calibrated(schemes, curve=curve), replace(state, identity=identity)), samples)
     if workers.of_first(lambda: state.exists):
         run.training.restore()
