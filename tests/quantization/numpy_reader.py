@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-DTYPES = {"U8": np.dtype("u1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+DTYPES = {"U8": np.dtype("u1"), "I8": np.dtype("i1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -29,14 +29,16 @@ def expected_tensors(layer: dict, bias: bool) -> dict[str, tuple[np.dtype, tuple
     kernel = tuple(layer.get("kernel", ()))
     taps = int(np.prod(kernel, dtype=int))
     u8, f16, f32 = DTYPES["U8"], DTYPES["F16"], DTYPES["F32"]
+    static = a < 16 and layer.get("grid", "tensor") == "tensor"
     r = min(r, n * taps, c)
     table = {
         "weight_packed": (u8, (n, -(-taps * c * b // 8)), b < 16),
         "weight_scale": (f32, (n,), b < 16),
         "weight_zero_point": (u8, (n,), b < 8),
         "weight": (f16, (n, c, *kernel), b == 16),
-        "input_scale": (f32, (), a < 16),
-        "input_zero_point": (u8, (), a < 16),
+        "input_scale": (f32, (), static),
+        "input_zero_point": (u8, (), static),
+        "input_exponents": (DTYPES["I8"], (c,), layer.get("exponents", False)),
         "smooth": (f32, (c,), True),
         "branch_down": (f16, (r, c), r > 0),
         "branch_up": (f16, (n, r, *kernel), r > 0),
@@ -72,6 +74,25 @@ def input_operand(layer: dict, tensors: dict[str, np.ndarray], x: np.ndarray) ->
     return np.clip(np.rint(x * (smooth / tensors["input_scale"])) + zero_point, 0, 2**bits - 1) - zero_point
 
 
+def token_operand(layer: dict, tensors: dict[str, np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """u of section 5 on the token grid, and the scale of each token."""
+    v, channels, h = x * tensors["smooth"], layer["inputs"], 1
+    while 2 * h <= layer["rotation"] and channels % (2 * h) == 0:
+        h *= 2
+    if h > 1:
+        s = 1
+        while s < h:
+            pairs = v.reshape(*v.shape[:-1], -1, 2, s)
+            first, second = pairs[..., 0, :], pairs[..., 1, :]
+            v, s = np.stack([first + second, first - second], -2).reshape(v.shape), 2 * s
+        v = v * np.float32(h**-0.5)
+    powers = np.exp2(tensors["input_exponents"].astype(np.float32)) if layer["exponents"] else np.ones(channels, np.float32)
+    v = v / powers
+    largest = np.maximum(np.abs(v).max(-1, keepdims=True), np.float32(1e-30))
+    most = np.float32(2 ** (layer["activation_bits"] - 1) - 1)
+    return np.rint(v * (most / largest)) * powers, largest / most
+
+
 def cross_correlation(u: np.ndarray, w: np.ndarray, stride: list[int], padding: list[int]) -> np.ndarray:
     (batch, _, height, width), (outputs, _, kh, kw) = u.shape, w.shape
     padded = np.zeros((batch, u.shape[1], height + 2 * padding[0], width + 2 * padding[1]))
@@ -96,8 +117,12 @@ def compute(layer: dict, tensors: dict[str, np.ndarray], x: np.ndarray) -> np.nd
         return values.reshape(-1, 1, 1) if convolution else values
 
     weight = tensors["weight"] if layer["weight_bits"] == 16 else centred_weight_codes(layer, tensors)
-    scale = tensors.get("input_scale", 1.0) * over_outputs(tensors.get("weight_scale", np.ones(layer["outputs"])))
-    y = scale * product(input_operand(layer, tensors, x).astype(np.float64), weight)
+    token = layer.get("grid", "tensor") == "token"
+    operand, own = (
+        token_operand(layer, tensors, x) if token else (input_operand(layer, tensors, x), tensors.get("input_scale", 1.0))
+    )
+    scale = own * over_outputs(tensors.get("weight_scale", np.ones(layer["outputs"])))
+    y = scale * product(operand.astype(np.float64), weight)
     if layer["rank"]:
         smooth = tensors["smooth"].reshape(-1, 1, 1) if convolution else tensors["smooth"]
         down = tensors["branch_down"].astype(np.float64)

@@ -7,6 +7,7 @@ from torch import nn
 
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin
 from qartsr_pipeline.quantization.scheme import LayerScheme
+from qartsr_pipeline.quantization.token_layers import TokenLinear
 
 
 @torch.no_grad()
@@ -54,3 +55,28 @@ def _random(layer: nn.Module, kind: type, scheme: LayerScheme, seed: int, adapte
     calibrating = kind.from_layer(layer, scheme, adapter_rank)
     randomize(calibrating, generator)
     return calibrating
+
+
+def random_token_linear(
+    scheme: LayerScheme, seed: int = 0, inputs: int = 48, outputs: int = 11, bias: bool = True, adapter_rank: int = 2
+) -> TokenLinear:
+    """All parameters are something else than their start; exponents of all sizes that codes have room for."""
+    generator = torch.Generator().manual_seed(seed)
+    float_layer = nn.Linear(inputs, outputs, bias=bias)
+    with torch.no_grad():
+        for parameter in float_layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
+    layer = TokenLinear.from_layer(float_layer, scheme, adapter_rank)
+    layer.train_residual()
+    with torch.no_grad():
+        layer.weight_change.copy_(0.05 * torch.randn(outputs, inputs, generator=generator))
+    randomize(layer, generator)
+    layer.set_exponents(outliers(64, inputs, seed))
+    return layer
+
+
+def outliers(tokens: int, channels: int, seed: int = 1) -> torch.Tensor:
+    """Tokens and channels of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randn(channels, generator=generator).exp()
+    return torch.randn(tokens, channels, generator=generator) * sizes * torch.linspace(0.01, 5, tokens)[:, None]

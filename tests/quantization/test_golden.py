@@ -62,7 +62,7 @@ def test_freezing_makes_the_same_file(name: str):
     size = 8 + int.from_bytes(stored[:8], "little")
     assert save(tensors)[:size] == stored[:size]
     for key, expected in load_file(FOLDER / name / "deployed.safetensors").items():
-        tolerance = {torch.uint8: 0, torch.float32: 1e-6, torch.float16: 2e-3}[expected.dtype]
+        tolerance = {torch.uint8: 0, torch.int8: 0, torch.float32: 1e-6, torch.float16: 2e-3}[expected.dtype]
         torch.testing.assert_close(tensors[key], expected, rtol=tolerance, atol=tolerance)
 
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from random_layers import randomize
+from random_layers import outliers, random_token_linear
 from torch import nn
 
 from qartsr_pipeline.arithmetic.token_grid import centred_token_codes, rotated
@@ -23,31 +23,6 @@ BITS = [(4, 4), (6, 6), (8, 8), (2, 3), (8, 4), (4, 8), (3, 16), (16, 6)]
 
 def token_scheme(bits: tuple[int, int], rank: int = 0, rotation: int = 0, exponents: bool = False) -> LayerScheme:
     return LayerScheme(*bits, rank, "token", rotation, exponents and bits[1] < 16)
-
-
-def random_token_linear(
-    scheme: LayerScheme, seed: int = 0, inputs: int = 48, outputs: int = 11, adapter_rank: int = 2
-) -> TokenLinear:
-    """All parameters are something else than their start; exponents of all sizes that codes have room for."""
-    generator = torch.Generator().manual_seed(seed)
-    float_layer = nn.Linear(inputs, outputs, bias=seed % 2 == 0)
-    with torch.no_grad():
-        for parameter in float_layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / inputs**0.5)
-    layer = TokenLinear.from_layer(float_layer, scheme, adapter_rank)
-    layer.train_residual()
-    with torch.no_grad():
-        layer.weight_change.copy_(0.05 * torch.randn(outputs, inputs, generator=generator))
-    randomize(layer, generator)
-    layer.set_exponents(outliers(64, inputs, seed))
-    return layer
-
-
-def outliers(tokens: int, channels: int, seed: int = 1) -> torch.Tensor:
-    """Tokens and channels of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randn(channels, generator=generator).exp()
-    return torch.randn(tokens, channels, generator=generator) * sizes * torch.linspace(0.01, 5, tokens)[:, None]
 
 
 def computing(layer: DeployedLayer) -> list[str]:
@@ -77,7 +52,7 @@ def assert_agree(layer: TokenLinear, x: torch.Tensor, tolerance: float = 1e-5) -
 @pytest.mark.parametrize(("rotation", "exponents"), list(itertools.product((0, 16), (False, True))))
 def test_every_backend_computes_what_is_simulated(bits, rotation, exponents):
     for rank, seed in ((0, 0), (5, 1)):
-        layer = random_token_linear(token_scheme(bits, rank, rotation, exponents), seed)
+        layer = random_token_linear(token_scheme(bits, rank, rotation, exponents), seed, bias=seed == 0)
         assert_agree(layer, outliers(18, 48, seed).view(2, 9, 48))
 
 
