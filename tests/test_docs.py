@@ -18,7 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from qartsr_pipeline.calibration import job, recipe_files
+from qartsr_pipeline.calibration import image_family, recipe_files
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.cli.main import COMMANDS
 from qartsr_pipeline.cli.main import main as cli_main
@@ -75,7 +75,7 @@ def example_folder(tmp_path_factory):
 @pytest.fixture
 def small_recipe_and_sample(example_folder, tmp_path, monkeypatch):
     """`qartsr` is the small form of itself, and the report is about a small image."""
-    monkeypatch.setattr(job, "SAMPLE", example_folder / "other-photographs" / "0.png")
+    monkeypatch.setattr(image_family, "SAMPLE", example_folder / "other-photographs" / "0.png")
     folder = tmp_path / "recipes"
     folder.mkdir()
     small = recipe_files.with_values(recipe_files.load_recipe("qartsr"), SMALL)

@@ -38,13 +38,13 @@ def models(comfy, tiny_folder, monkeypatch, tmp_path):
     """models/qartsr with the tiny model as `base`; recipes and the report's photograph are small."""
     import folder_paths
 
-    from qartsr_pipeline.calibration import job
+    from qartsr_pipeline.calibration import image_family, job
 
     folder = Path(folder_paths.models_dir) / "qartsr"
     shutil.copytree(tiny_folder, folder / "base")
-    Image.open(job.SAMPLE).crop((0, 0, 64, 64)).save(tmp_path / "sample.png")
+    Image.open(image_family.SAMPLE).crop((0, 0, 64, 64)).save(tmp_path / "sample.png")
     real = job.load_recipe
-    monkeypatch.setattr(job, "SAMPLE", tmp_path / "sample.png")
+    monkeypatch.setattr(image_family, "SAMPLE", tmp_path / "sample.png")
     monkeypatch.setattr(job, "load_recipe", lambda name: small(real(name)))
     return folder
 
