@@ -264,7 +264,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_with_the_way_out(tmp_path, m
 
     calls, end_to_end_loss = itertools.count(1), stages.end_to_end_loss
     monkeypatch.setattr(stages, "end_to_end_loss", diverging)
-    with pytest.raises(FloatingPointError, match=f"step 2 of ET.*{said}.* smaller learning rate than 0.003"):
+    with pytest.raises(FloatingPointError, match=f"step 2 of ET.*{said}.* smaller learning rate than 0.002"):
         calibrated(recipe, state=tmp_path / "state.pt", every=1)
     monkeypatch.undo()
     assert not calibrated(recipe, state=tmp_path / "state.pt", every=1)[1].stopped  # what was saved before it is whole
