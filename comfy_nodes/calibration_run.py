@@ -102,8 +102,8 @@ def check_unfinished(order: Order, data: str | None, working: Path) -> None:
         ValueError: the run there has other inputs. FolderInUseError: another process works on it.
     """
     from qartsr_pipeline.calibration.arguments import read_arguments
-    from qartsr_pipeline.calibration.run_folder import FolderLock
     from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME
+    from qartsr_pipeline.folder_lock import FolderLock
 
     before = read_arguments(working) if (working / STATE_NAME).exists() else None
     if before is None:

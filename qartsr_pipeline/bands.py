@@ -123,11 +123,15 @@ def enlarge_in_bands(
     needed += int(SURE_SHARE * tile_size * tile_size * pipeline._pixel_bytes()) if on_cpu else 0
     if needed > free:
         share = max(0, free - needed + writing) / writing
-        fitting = " x ".join(str(int(0.98 * side * share**0.5)) for side in (image.shape[1], image.shape[0]))
+        fitting = [int(0.98 * side * share**0.5) for side in (image.shape[1], image.shape[0])]
+        way_out = (
+            f"At most about {fitting[0]} x {fitting[1]} pixels would fit: reduce the image, or cut it into parts that overlap."
+            if all(fitting)
+            else "Close other programs, or choose smaller tiles (`tile_size`, --tile-size)."
+        )
         raise NotEnoughMemory(
             f"an image of {image.shape[1]} x {image.shape[0]} pixels enlarged to {width} x {height} in bands needs about"
-            f" {needed / 1e9:.1f} GB of main memory, and {max(free, 0) / 1e9:.1f} GB are free. At most about {fitting} pixels"
-            " would fit: reduce the image, or cut it into parts that overlap."
+            f" {needed / 1e9:.1f} GB of main memory, and {max(free, 0) / 1e9:.1f} GB are free. {way_out}"
         )
     (one,) = to_images(image, keep_hidden_colors=keep_hidden_colors)
     plan = pipeline.plan(one, tile_size, tile_overlap)

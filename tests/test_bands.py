@@ -87,3 +87,6 @@ def test_what_is_said_to_fit_in_bands_does(pipe):
     width, height = map(int, str(told.value).split("At most about ")[1].split(" pixels")[0].split(" x "))
     assert width > 500
     enlarge_in_bands(pipe, np.zeros((height, width, 3), np.uint8), free=10**9)
+    with pytest.raises(NotEnoughMemory, match="are free. Close other programs") as told:  # nothing fits
+        enlarge_in_bands(pipe, np.zeros((3000, 2000, 3), np.uint8), free=10**6)
+    assert "0 x 0" not in str(told.value)

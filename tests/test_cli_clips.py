@@ -16,7 +16,7 @@ from qartsr_pipeline.cli import upscale_clips  # noqa: E402
 from qartsr_pipeline.cli.main import main  # noqa: E402
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline  # noqa: E402
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline  # noqa: E402
-from tiny_models import build_tiny_video_pipeline  # noqa: E402
+from tiny_models import build_tiny_pipeline, build_tiny_video_pipeline  # noqa: E402
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_ctrl_c_keeps_the_frames_and_resume_goes_on(upscale, clip, tmp_path, cap
     calls.clear()
     monkeypatch.setattr(QArtSRPipeline, "__call__", lambda *a, **k: calls.append(1) or call(*a, **k))
     assert upscale(clip, "--resume") == 0 and len(calls) == 4
-    assert "3 frames are there already" in capsys.readouterr().out
+    assert "already there: 3 frames" in capsys.readouterr().out
     assert_enlarged(clip, target)
 
 
@@ -130,6 +130,8 @@ def test_kinds_of_models_and_files_that_do_not_fit(upscale, upscale_whole, clip,
         (upscale_whole, [tmp_path / "photo.png"], "is a model for clips, but"),
         (upscale, [clip, tmp_path / "photo.png"], "one after the other"),
         (upscale, [tmp_path / "photo.png", "--crf", "3"], "--crf is for clips"),
+        (upscale, [tmp_path / "photo.png", "--crf", "0"], "--crf is for clips"),
+        (upscale, [tmp_path / "photo.png", "--fps", "0"], "--fps is for clips"),
         (upscale, [tmp_path / "photo.png", "-o", tmp_path / "a.mp4"], "frames/%05d.png"),
         (upscale, [clip, "--quality", "3"], "--quality is for images"),
         (upscale, [clip, "-o", tmp_path / "a.png"], "is one image, but"),
@@ -151,6 +153,38 @@ def test_without_pyav_nothing_is_loaded(upscale, clip, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(QArtSRPipeline, "from_pretrained", None)
     assert upscale(clip) == 2 and "pip install 'qartsr[video]'" in capsys.readouterr().err
+
+
+def test_numbers_that_are_missing_are_said_before_a_model_is_loaded(upscale, tmp_path, capsys, monkeypatch):
+    for number in (1, 2, 4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(QArtSRPipeline, "from_pretrained", None)
+    for pattern, said in (("%d.png", "after number 2 follows 4"), ("no_%d.png", "no image file of the form")):
+        assert upscale(tmp_path / pattern, "-o", tmp_path / "a.mp4") == 2 and said in capsys.readouterr().err
+
+
+def test_clips_in_a_folder_of_images_are_mentioned(upscale, without_network, clip, tmp_path, capsys):
+    assert upscale(tmp_path) == 2 and f"qartsr upscale '{tmp_path}/*.mp4'" in capsys.readouterr().err
+    Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    assert upscale(tmp_path) == 0
+    assert f"Clips are enlarged in a command of their own: qartsr upscale '{tmp_path}/*.mp4'" in capsys.readouterr().out
+
+
+def test_frames_of_two_models_are_not_mixed(upscale, clip, tmp_path, capsys, monkeypatch, tiny_folder):
+    call, calls = QArtSRPipeline.__call__, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return call(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QArtSRPipeline, "__call__", interrupted)
+        assert upscale(clip) == 130 and "the first frame is kept" in capsys.readouterr().err
+    assert upscale(clip, "--resume", "--dtype", "float16") == 2 and "other options (dtype)" in capsys.readouterr().err
+    build_tiny_pipeline(seed=1).save_pretrained(tiny_folder)  # other weights under the same name
+    assert upscale(clip, "--resume") == 2 and "other options (model)" in capsys.readouterr().err
 
 
 def test_several_clips_into_a_folder(upscale, without_network, clip, tmp_path, capsys):
@@ -195,7 +229,7 @@ def test_a_model_that_loses_frames_is_noticed(upscale, without_network, clip, tm
 
     monkeypatch.setattr(upscale_clips.FrameByFrame, "_all", upscale_clips.FrameByFrame.stream, raising=False)
     monkeypatch.setattr(upscale_clips.FrameByFrame, "stream", lossy)
-    assert upscale(clip) == 2 and "1 frames fewer" in capsys.readouterr().err and not (tmp_path / "clip_x4.mp4").exists()
+    assert upscale(clip) == 2 and "1 frame fewer" in capsys.readouterr().err and not (tmp_path / "clip_x4.mp4").exists()
 
 
 def test_progress_without_a_terminal(upscale, without_network, clip, capsys, monkeypatch):

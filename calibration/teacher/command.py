@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qartsr_pipeline.calibration.retraining.trainer import Trainer
-from qartsr_pipeline.calibration.run_folder import FolderLock, remove_left_over
+from qartsr_pipeline.calibration.run_folder import remove_left_over
 from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.cli.training_bar import TrainingBar
+from qartsr_pipeline.folder_lock import FolderLock
 from qartsr_pipeline.whole_files import SavingError
 
 

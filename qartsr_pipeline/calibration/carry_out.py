@@ -26,7 +26,7 @@ from qartsr_pipeline.calibration.job import (
 )
 from qartsr_pipeline.calibration.report.pipeline_folder import model_card, save_pipeline
 from qartsr_pipeline.calibration.report.run_report import FinishedRun
-from qartsr_pipeline.calibration.run_folder import FolderLock, explained
+from qartsr_pipeline.calibration.run_folder import explained
 from qartsr_pipeline.calibration.start.warm_start import RECORD_NAME
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, CalibrationContext, StateFile
 from qartsr_pipeline.calibration.training.engine import calibrate
@@ -34,6 +34,7 @@ from qartsr_pipeline.calibration.training.progress import SILENT, Calibrated, Pr
 from qartsr_pipeline.calibration.training.workers import ALONE, Workers
 from qartsr_pipeline.checkpoint_files import shipped_checkpoints
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
+from qartsr_pipeline.folder_lock import FolderLock
 from qartsr_pipeline.quantization.calibrating import calibrating_layers
 from qartsr_pipeline.quantization.diffusers_quantizer import attach_quantizer
 from qartsr_pipeline.quantization.freeze import freeze

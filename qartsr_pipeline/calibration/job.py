@@ -30,7 +30,7 @@ from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bi
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_perceptual, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
 from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
-from qartsr_pipeline.calibration.run_folder import LOCK_NAME, FolderLock, remove_left_over
+from qartsr_pipeline.calibration.run_folder import remove_left_over
 from qartsr_pipeline.calibration.timestep import at_timestep, retraining_data, search_of
 from qartsr_pipeline.calibration.training.calibration_state import STATE_NAME, started_from
 from qartsr_pipeline.calibration.training.engine import check_start
@@ -39,6 +39,7 @@ from qartsr_pipeline.calibration.training.progress import Progress
 from qartsr_pipeline.calibration.training.workers import Workers
 from qartsr_pipeline.checkpoint_files import fetch
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
+from qartsr_pipeline.folder_lock import LOCK_NAME, FolderLock
 from qartsr_pipeline.loading import default_device
 from qartsr_pipeline.whole_files import make_folder, write_whole
 

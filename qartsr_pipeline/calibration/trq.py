@@ -45,11 +45,12 @@ from qartsr_pipeline.calibration.retraining.one_step_model import OneStepModel, 
 from qartsr_pipeline.calibration.retraining.report import write_sweep
 from qartsr_pipeline.calibration.retraining.settings import Phase, Rule, Settings, TimestepSearch, check_made_with
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer
-from qartsr_pipeline.calibration.run_folder import FolderLock, remove_left_over
+from qartsr_pipeline.calibration.run_folder import remove_left_over
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
 from qartsr_pipeline.calibration.start.observers import observe
 from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress, Stopped
+from qartsr_pipeline.folder_lock import FolderLock
 from qartsr_pipeline.quantization.calibrating import calibrating_layers, prepare
 from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers

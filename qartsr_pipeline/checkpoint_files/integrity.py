@@ -114,6 +114,12 @@ def write_checksums(folder: str | os.PathLike) -> Path:
     return target
 
 
+def folder_sum(folder: Path) -> str:
+    """A SHA-256 of every file that loading `folder` reads: two folders that have the same give the same results."""
+    sums = {path.relative_to(folder).as_posix(): _known_sum(path) for path in sorted(_summed_files(folder))}
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
 def _summed_files(folder: Path) -> Iterator[Path]:
     """model_index.json, and the weights, configurations and tables in the components' folders."""
     patterns = ("model_index.json", *(f"[!.]*/[!.]*.{kind}" for kind in ("safetensors", "json", "txt")))

@@ -10,7 +10,7 @@ from pathlib import Path
 from qartsr_pipeline.cli.jobs import is_folder, matches
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.image_files import WRITABLE_FORMATS
-from qartsr_pipeline.video_files import CLIP_SUFFIXES, CONTAINERS, check_codec, is_pattern
+from qartsr_pipeline.video_files import CLIP_SUFFIXES, CONTAINERS, check_codec, complete_sequence, is_pattern
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def plan_clips(inputs: Sequence[str], upscale: float, options: ClipOptions) -> t
         taken[target.resolve()] = name
         if target.resolve() in {Path(other).resolve() for other in names}:
             raise UsageError(f"{target} is one of the inputs, which would be lost. Give another output with -o.")
+        if is_pattern(name):
+            complete_sequence(Path(name))
         if not is_pattern(target):
             check_codec(target, options.codec, options.crf)
         if target.exists() and not options.overwrite:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.image_files import DEFAULT_QUALITY, READABLE_SUFFIXES, WRITABLE_FORMATS, list_images, read_size
+from qartsr_pipeline.video_files import CLIP_SUFFIXES
 
 FORMATS = ("png", "jpg", "webp", "tif", "same")
 
@@ -206,6 +207,8 @@ def _find(inputs: Sequence[str], recursive: bool, output: str | None) -> tuple[l
                 found = [_Source(one, one.parent.relative_to(path)) for one in listing.images]
                 said = listing.left_out("; links are not followed" if recursive else "; --recursive searches them")
                 left_out += [said] if said else []
+                clips = min((suffix for suffix in listing.others if suffix in CLIP_SUFFIXES), default=None)
+                left_out += [f"Clips are enlarged in a command of their own: qartsr upscale '{path}/*{clips}'"] if clips else []
                 empty += [str(path)] if not found else []
             sources |= {os.path.abspath(source.path): source for source in found if os.path.abspath(source.path) not in sources}
     if not sources:

@@ -82,7 +82,8 @@ _VIDEO_CHECKPOINT = "video-w4a4"  # enlarges clips unless another is named, once
 def _refuse(options: argparse.Namespace, names: Sequence[str], what: str) -> None:
     """Raises UsageError when an option is given that is for the other kind of file."""
     for name in names:
-        if getattr(options, name) not in (None, False):
+        given = getattr(options, name)
+        if given is not None and given is not False:  # 0 is given, too
             raise UsageError(f"--{name.replace('_', '-')} is for {what}, but there are none among the inputs. Leave it out.")
 
 
@@ -158,8 +159,8 @@ def _run_clips(options: argparse.Namespace) -> int:
             options.chunk_overlap,
             options.fidelity,
         )
-        model = load_model(folder, options.device, options.dtype, model_options, processes)
-        counts = upscale_clips(model, options.model, pending, model_options, files, processes, options.debug)
+        model, facts = load_model(folder, options.device, options.dtype, model_options, processes)
+        counts = upscale_clips(model, facts, pending, model_options, files, processes, options.debug)
     counts = sum(processes.gather(counts), Counts(0, len(left_out), what="clips"))
     if processes.is_main:
         for line in [*left_out, *(counts.summary() if len(jobs) + len(left_out) > 1 else [])]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,17 +14,19 @@ import numpy as np
 from tqdm import tqdm
 
 from qartsr_pipeline.checkpoint_files.checking import VIDEO_PIPELINE_CLASS, named_class, read_model_index
+from qartsr_pipeline.checkpoint_files.integrity import folder_sum
 from qartsr_pipeline.cli.clips import ClipJob, ClipOptions
 from qartsr_pipeline.cli.messages import Counts, UsageError, one_line, say
 from qartsr_pipeline.cli.processes import Processes
 from qartsr_pipeline.cli.upscale_images import load_pipeline
 from qartsr_pipeline.image.resize import enlarged_size
+from qartsr_pipeline.overflow import compute_dtype
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
-from qartsr_pipeline.video_files.clip import Clip, VideoFileError
+from qartsr_pipeline.video_files.clip import Clip, frames_in_words
 from qartsr_pipeline.video_files.damage import Damage, clock
-from qartsr_pipeline.video_files.reading import open_clip, read_frames
-from qartsr_pipeline.video_files.writing import ClipWriter, open_writer
+from qartsr_pipeline.video_files.reading import open_clip
+from qartsr_pipeline.video_files.writing import open_writer, write_enlarged
 from qartsr_pipeline.whole_files import make_folder
 
 _SAID_EVERY = 30.0  # seconds between two lines about progress, where there is no terminal for a bar
@@ -116,16 +118,27 @@ class WholeClip:
         return self._pipeline.stream(frames, upscale=upscale, **self._arguments)
 
 
-def load_model(folder: Path, device: str, dtype: str, options: ClipModelOptions, processes: Processes) -> FrameModel:
-    """Loads the checkpoint and prints device, dtype and kernels. `device` and `dtype` as in `cli.device`."""
+def load_model(
+    folder: Path, device: str, dtype: str, options: ClipModelOptions, processes: Processes
+) -> tuple[FrameModel, dict[str, str]]:
+    """Loads the checkpoint and prints device, dtype and kernels. `device` and `dtype` as in `cli.device`.
+
+    Returns:
+        The model, and what its results depend on besides its options, so that `--resume` does not mix frames of two models.
+    """
     if named_class(read_model_index(folder)) == VIDEO_PIPELINE_CLASS:
-        return WholeClip(load_pipeline(folder, device, dtype, processes, LSGQuantVideoPipeline), options)
+        video = load_pipeline(folder, device, dtype, processes, LSGQuantVideoPipeline)
+        return WholeClip(video, options), _facts(folder, video)
     pipeline = load_pipeline(folder, device, dtype, processes, QArtSRPipeline)
     model = FrameByFrame(pipeline, options)
     pipeline.set_progress_bar_config(disable=True)  # of tiles; there is one of frames
     if processes.is_local_main:
         say(f"note: {folder.name} is a model for images: frames are enlarged one by one, so the finest detail may flicker.")
-    return model
+    return model, _facts(folder, pipeline)
+
+
+def _facts(folder: Path, pipeline: LSGQuantVideoPipeline | QArtSRPipeline) -> dict[str, str]:
+    return {"model": folder_sum(folder), "device": pipeline.device.type, "dtype": str(compute_dtype(pipeline.vae))}
 
 
 @dataclass(frozen=True)
@@ -133,14 +146,14 @@ class _Task:
     """What is the same for all clips of a command."""
 
     model: FrameModel
-    name: str  # of the model
+    facts: dict[str, str]  # about the model, as `load_model` returns them
     model_options: ClipModelOptions
     options: ClipOptions
 
 
 def upscale_clips(
     model: FrameModel,
-    name: str,
+    facts: dict[str, str],
     jobs: Sequence[ClipJob],
     model_options: ClipModelOptions,
     options: ClipOptions,
@@ -150,9 +163,9 @@ def upscale_clips(
     """Does this process's clips; errors are printed, with their tracebacks if `debug`.
 
     Args:
-        name: the model's, as it was given.
+        facts: see `load_model`.
     """
-    counts, task = Counts(what="clips"), _Task(model, name, model_options, options)
+    counts, task = Counts(what="clips"), _Task(model, facts, model_options, options)
     for job in jobs:
         try:
             _upscale_clip(task, job, shown=processes.is_local_main)
@@ -174,58 +187,31 @@ def _upscale_clip(task: _Task, job: ClipJob, shown: bool) -> None:
     size = enlarged_size((clip.height, clip.width), task.model_options.upscale)
     if options.output is not None:
         make_folder(job.target.parent)
-    settings = {"model": task.name, "model_options": asdict(task.model_options), "deinterlace": options.deinterlace}
+    settings = {**task.facts, "model_options": asdict(task.model_options), "deinterlace": options.deinterlace}
     writer, changes = open_writer(clip, job.target, size, options.codec, options.crf, settings, options.resume, options.overwrite)
     for notice in [*clip.notices, *changes, *_advice(clip, options)]:
         say(f"note: {notice}")
     if writer.done:
-        say(f"{job.target}: {writer.done} frames are there already")
+        say(f"{job.target}: already there: {frames_in_words(writer.done)}")
     before = writer.done
     try:
         with _Progress(job.source.name, clip.frames, before, shown) as progress:
-            for _ in _written(task, clip, writer, damage):
+            enlarge = partial(task.model.stream, upscale=task.model_options.upscale)
+            for _ in write_enlarged(enlarge, clip, writer, task.model.lead, options.deinterlace, damage):
                 progress.step()
         notices = writer.finish()
-    except BaseException as error:
+    except BaseException:
         writer.suspend(keep=True)
-        if writer.done and not isinstance(error, VideoFileError):  # whose message says so itself
-            say(f"{job.target}: the first {writer.done} frames are kept. Add --resume to go on after them.", error=True)
+        if writer.done:
+            kept = "the first frame is" if writer.done == 1 else f"the first {writer.done} frames are"
+            say(f"{job.target}: {kept} kept. Add --resume to go on after that.", error=True)
         raise
     for notice in [*notices, *damage.notices(clip)]:
         say(f"note: {notice}")
     seconds = time.perf_counter() - start
     done = writer.done - before
-    say(f"{job.source} -> {job.target} ({size[1]} x {size[0]}, {done} frames, {seconds:.1f} s, {done / seconds:.2f} frames/s)")
-
-
-def _written(task: _Task, clip: Clip, writer: ClipWriter, damage: Damage) -> Iterator[int]:
-    """Enlarges and writes every frame that is not done yet; yields the number of each.
-
-    Raises:
-        RuntimeError: the model returned another number of frames than it was given.
-    """
-    first = max(0, writer.done - task.model.lead)
-    again = writer.done - first
-    times: deque[tuple[int, int]] = deque()
-
-    def pixels() -> Iterator[np.ndarray]:
-        for frame in read_frames(clip, first, task.options.deinterlace, damage):
-            times.append((frame.time, frame.duration))
-            yield frame.pixels
-
-    for index, result in enumerate(task.model.stream(pixels(), upscale=task.model_options.upscale)):
-        if not times:
-            raise RuntimeError(f"The model returned more frames than it was given ({index}).")
-        shown_at, duration = times.popleft()
-        if not np.isfinite(result).all():
-            raise FloatingPointError(
-                f"frame {first + index} of the result has pixels that are no numbers (NaN). Try --dtype float32."
-            )
-        if index >= again:
-            writer.write(result, shown_at, duration)
-            yield writer.done
-    if times:
-        raise RuntimeError(f"The model returned {len(times)} frames fewer than it was given.")
+    facts = f"{size[1]} x {size[0]}, {frames_in_words(done)}, {seconds:.1f} s, {done / seconds:.2f} frames/s"
+    say(f"{job.source} -> {job.target} ({facts})")
 
 
 def _advice(clip: Clip, options: ClipOptions) -> list[str]:
@@ -264,9 +250,9 @@ class _Progress:
         if self._lines and now - self._said >= _SAID_EVERY:
             self._said = now
             rate = (self._done - self._first) / (now - self._start)
-            left = (
-                f" of {self._total}, {rate:.2f} frames/s, {clock(max(0, self._total - self._done) / rate)} left"
+            left_of = (
+                f"{self._done} of {self._total}, {rate:.2f} frames/s, {clock(max(0, self._total - self._done) / rate)} left"
                 if self._total
                 else ""
             )
-            say(f"{self._name}: {self._done}{left or f' frames, {rate:.2f} frames/s'}")
+            say(f"{self._name}: {left_of or f'{frames_in_words(self._done)}, {rate:.2f} frames/s'}")

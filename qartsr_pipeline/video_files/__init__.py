@@ -7,6 +7,15 @@ not known here.
 
 from qartsr_pipeline.video_files.clip import CLIP_SUFFIXES, VideoFileError, import_av
 from qartsr_pipeline.video_files.formats import CODECS, CONTAINERS, check_codec
-from qartsr_pipeline.video_files.image_sequence import is_pattern
+from qartsr_pipeline.video_files.image_sequence import complete_sequence, is_pattern
 
-__all__ = ["CLIP_SUFFIXES", "CODECS", "CONTAINERS", "VideoFileError", "check_codec", "import_av", "is_pattern"]
+__all__ = [
+    "CLIP_SUFFIXES",
+    "CODECS",
+    "CONTAINERS",
+    "VideoFileError",
+    "check_codec",
+    "complete_sequence",
+    "import_av",
+    "is_pattern",
+]

@@ -37,6 +37,11 @@ def import_av() -> ModuleType:
     return av
 
 
+def frames_in_words(count: int) -> str:
+    """ "1 frame", "7 frames"."""
+    return f"{count} frame" if count == 1 else f"{count} frames"
+
+
 def ratio(value: Any) -> Fraction | None:
     """FFmpeg's ratios, which are 0 or None where they are not known; the type depends on the version of PyAV."""
     return Fraction(value.numerator, value.denominator) if value and value.denominator else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qartsr_pipeline.video_files.clip import Clip
+from qartsr_pipeline.video_files.clip import Clip, frames_in_words
 
 
 @dataclass
@@ -49,19 +49,21 @@ class Damage:
         expected = clip.frames if clip.is_exact else None
         if self.end:
             said.append(
-                f"{name} breaks off after {self.read} frames ({self.end}). They are written. For the rest, copy it again."
+                f"{name} breaks off after {frames_in_words(self.read)} ({self.end}). What could be read is written. For"
+                " the rest, copy it again."
             )
         elif expected and self.read < expected:
             said.append(
-                f"{name} should have {expected} frames, but {self.read} were found. They are written; the file may be cut off."
+                f"{name} should have {frames_in_words(expected)}, but {self.read} could be read and are written; the file may be"
+                " cut off."
             )
-        elif clip.seconds and self.read and self.until + 2 / clip.rate < clip.seconds:
+        elif clip.seconds and self.read and not self.moved and self.until + 2 / clip.rate < clip.seconds:
             said.append(
                 f"{name} says that it lasts {clock(clip.seconds)}, but its last frame is at {clock(self.last)}. All of "
                 "its frames were written; the file may be cut off."
             )
         if self.moved:
-            said.append(f"{name}: {self.moved} frames had no time of their own, and were put right after the ones before them.")
+            said.append(f"{name} gives no time for {frames_in_words(self.moved)}; each was put right after the one before.")
         return said
 
 

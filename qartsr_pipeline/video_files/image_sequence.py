@@ -29,18 +29,8 @@ def open_sequence(path: Path, fps: float | Fraction | None = None) -> Clip:
     """Looks at an image sequence; see `open_clip`. Its numbers must have no gap."""
     if fps is not None and not 0 < fps <= 1000:
         raise VideoFileError(f"{path}: --fps is {fps:g}, but must be above 0 and at most 1000.")
-    files = numbered(path)
-    if not files:
-        raise VideoFileError(
-            f"There is no image file of the form {path}. Check the pattern and the folder you are in ({Path.cwd()})."
-        )
-    numbers = sorted(files)
-    gap = next((n for n, following in zip(numbers, numbers[1:], strict=False) if following != n + 1), None)
-    if gap is not None:
-        raise VideoFileError(
-            f"{path}: after number {gap} follows {numbers[numbers.index(gap) + 1]}. Add what is missing, or number them anew."
-        )
-    first = _read(files[numbers[0]])
+    images = complete_sequence(path)
+    first = _read(images[0])
     notices = (
         [f"{path.name}: image sequences do not say how fast they are; 25 frames a second are taken (--fps)."]
         if fps is None
@@ -55,15 +45,35 @@ def open_sequence(path: Path, fps: float | Fraction | None = None) -> Clip:
         path,
         first.height,
         first.width,
-        len(files),
+        len(images),
         rate,
         1 / rate,
         PixelKind(16 if first.sixteen_bit else 8, "rgb", first.has_alpha),
         Colour(RGB, True, 1, SRGB),
         is_exact=True,
-        images=tuple(files[number] for number in numbers),
+        images=images,
         notices=(*notices, *([f"{path.name}: transparent parts are laid over white."] if first.has_alpha else [])),
     )
+
+
+def complete_sequence(path: Path) -> tuple[Path, ...]:
+    """The files of an image sequence, in order. They are not read.
+
+    Raises:
+        VideoFileError: there are none, or numbers are missing between them.
+    """
+    files = numbered(path)
+    if not files:
+        raise VideoFileError(
+            f"There is no image file of the form {path}. Check the pattern and the folder you are in ({Path.cwd()})."
+        )
+    numbers = sorted(files)
+    gap = next((n for n, following in zip(numbers, numbers[1:], strict=False) if following != n + 1), None)
+    if gap is not None:
+        raise VideoFileError(
+            f"{path}: after number {gap} follows {numbers[numbers.index(gap) + 1]}. Add what is missing, or number them anew."
+        )
+    return tuple(files[number] for number in numbers)
 
 
 def numbered(path: Path) -> dict[int, Path]:
@@ -140,6 +150,7 @@ class SequenceWriter:
                 "other options. Give the same ones, begin anew with --overwrite, or choose another folder."
             )
         self.notices: list[str] = []
+        self._mine = None if overwrite else set(existing.values())  # files that may be replaced; None: all
 
     def _check_apart(self, clip: Clip) -> None:
         """Raises VideoFileError where a result has the name of an image that is read, such as `%1d.png` of `%d.png`."""
@@ -159,7 +170,10 @@ class SequenceWriter:
 
     def write(self, pixels: np.ndarray, time: int, duration: int) -> None:
         """Writes the next frame, (H, W, 3) in [0, 1]."""
-        said = write_image(self._file(self.done), pixels, self._source)
+        file = self._file(self.done)
+        if self._mine is not None and file not in self._mine and os.path.lexists(file):
+            raise VideoFileError(f"{file} has appeared while this ran, and is left alone. Move it away, and add --resume.")
+        said = write_image(file, pixels, self._source)
         self.notices += [] if self.notices else said
         self.done += 1
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from qartsr_pipeline.video_files.clip import Clip, VideoFileError, import_av, seconds_of
+from qartsr_pipeline.video_files.clip import Clip, VideoFileError, frames_in_words, import_av, seconds_of
 from qartsr_pipeline.video_files.copying import copied_streams, copy_tags, other_packets
 from qartsr_pipeline.video_files.encoding import Encoding
 from qartsr_pipeline.video_files.parts import Part
@@ -120,7 +120,7 @@ def _video_packets(parts: Sequence[Part], clip: Clip, header: bytes) -> Iterator
                 position += 1
     if position != len(times):
         raise VideoFileError(
-            f"{parts[0].path.parent} is damaged: {len(times) - position} frames are missing. Delete it, and run again."
+            f"{parts[0].path.parent} is damaged: it lacks {frames_in_words(len(times) - position)}. Delete it, and run again."
         )
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from qartsr_pipeline.video_files.clip import VideoFileError
+from qartsr_pipeline.folder_lock import FolderInUseError, FolderLock
+from qartsr_pipeline.video_files.clip import VideoFileError, frames_in_words
 from qartsr_pipeline.video_files.encoding import Encoding, PartWriter
 from qartsr_pipeline.whole_files import NO_ROOM, SavingError, check_place
 
@@ -58,10 +60,12 @@ class PartsWriter:
     def __init__(self, target: Path, encoding: Encoding, join: Join, job: dict[str, Any], resume: bool, overwrite: bool) -> None:
         """Args:
         join: makes the file of the parts; returns what it cannot hold.
+        overwrite: replace a result that exists, also one that appears meanwhile; and, without `resume`, parts of an earlier run.
         job: what the frames depend on: a result goes on only if it is the same.
 
         Raises:
-            VideoFileError: parts of another job, or of this one without `resume`; the folder or the result cannot be written.
+            VideoFileError: parts of another job, or of this one without `resume`; another process is at work on this result;
+                the folder or the result cannot be written.
         """
         if os.path.lexists(target):  # a folder, or write-protected: known now, not when all frames are done
             try:
@@ -69,27 +73,45 @@ class PartsWriter:
             except SavingError as error:
                 raise VideoFileError(str(error)) from error
         self._target, self._encoding, self._join = target, encoding, join
+        self._replaces = overwrite or os.path.lexists(target)  # who calls has seen that file
         self.folder = parts_folder(target)
+        self._lock = FolderLock(self.folder)
         self._job = json.loads(json.dumps({"format_version": _FORMAT, "encoding": asdict(encoding), **job}, default=str))
         self.parts: list[Part] = []
         self._writer: PartWriter | None = None
         self._begun = 0.0
         self._times: list[int] = []
         self._durations: list[int] = []
-        if self.folder.exists():
-            self._take_up(resume, overwrite)
-        self._create()
+        try:
+            if self.folder.exists():
+                self._take_lock()
+                self._take_up(resume, overwrite)
+            self._create()
+        except BaseException:
+            self._lock.release()
+            raise
         self.done = sum(len(part.times) for part in self.parts)
+
+    def _take_lock(self) -> None:
+        """Raises VideoFileError where another process writes parts here."""
+        try:
+            self._lock.take()
+        except (FolderInUseError, SavingError) as error:
+            raise VideoFileError(f"{str(error).rstrip('.')}.") from error
 
     def _take_up(self, resume: bool, overwrite: bool) -> None:
         found = _read_json(self.folder / "job.json")
         parts = _finished(self.folder)
         if overwrite and not resume:
-            self.remove()
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path != self._lock.path:
+                    path.unlink(missing_ok=True)
         elif not resume:
             frames = sum(len(part.times) for part in parts)
             raise VideoFileError(
-                f"{self.folder} holds {frames} frames of an earlier run. Add --resume to go on after them, --overwrite "
+                f"{self.folder} holds {frames_in_words(frames)} of an earlier run. Add --resume to go on after them, --overwrite "
                 "to begin anew, or delete the folder."
             )
         elif found != self._job:
@@ -107,6 +129,7 @@ class PartsWriter:
     def _create(self) -> None:
         with self._disk():
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             temporary = self.folder / "job.json.tmp"
             temporary.write_text(json.dumps(self._job, indent=1), encoding="utf-8")
             os.replace(temporary, self.folder / "job.json")
@@ -168,6 +191,7 @@ class PartsWriter:
             (self.folder / name).unlink(missing_ok=True)
         if not self.parts:
             self.remove()
+        self._lock.release()
 
     def finish(self) -> list[str]:
         """Joins the parts into the result and removes them; returns what the file cannot hold."""
@@ -177,6 +201,11 @@ class PartsWriter:
             try:
                 notices = self._join(self.parts, temporary)
                 _sync(temporary)
+                if not self._replaces and os.path.lexists(self._target):
+                    raise VideoFileError(
+                        f"{self._target} has appeared while this ran, and is left alone. Move it away and add --resume, or"
+                        " replace it: --resume --overwrite."
+                    )
                 os.replace(temporary, self._target)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -186,20 +215,21 @@ class PartsWriter:
     def remove(self) -> None:
         """Deletes the folder with everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+        if sys.platform == "win32":  # where a file that is open, as the lock's, is not deleted
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """Says in one sentence what the disk refused, and what is kept."""
+        """Says in one sentence what the disk refused."""
         try:
             yield
         except OSError as error:
-            kept = sum(len(part.times) for part in self.parts)
-            safe = f" The first {kept} frames are kept in {self.folder}; --resume goes on after them." if kept else ""
             if error.errno in NO_ROOM:
                 why = "the disk is full or a size limit is reached. Free some space, or choose another folder."
             else:
                 why = f"{error.strerror or error}. Choose another name or folder, or change its permissions."
-            raise VideoFileError(f"{self.folder.with_suffix('')} cannot be written: {why}{safe}") from error
+            raise VideoFileError(f"{self.folder.with_suffix('')} cannot be written: {why}") from error
 
 
 @contextmanager

@@ -146,6 +146,9 @@ def _described(path: Path, container: InputContainer, stream: VideoStream, frame
     rate = ratio(stream.average_rate) or ratio(stream.guessed_rate) or Fraction(25)
     count, is_exact = _count(container, stream, rate)
     time_base = ratio(stream.time_base) or Fraction(1, 90000)
+    lasts = container.duration / 1_000_000 if container.duration and len(container.streams) == 1 else None
+    if container.format.name == "avi" and stream.frames:  # it counts places, in some of which the frame before stays
+        is_exact, lasts = False, float(stream.frames * time_base)
     begins_anywhere = bool(container.format.flags & 0x0200) and (container.start_time or 0) > 0  # AVFMT_TS_DISCONT
     return Clip(
         path,
@@ -158,7 +161,7 @@ def _described(path: Path, container: InputContainer, stream: VideoStream, frame
         colour,
         1 / aspect if turn.transpose else aspect,
         turn,
-        container.duration / 1_000_000 if container.duration and len(container.streams) == 1 else None,
+        lasts,
         any(one.interlaced_frame for one in frames),
         hdr,
         round(Fraction(container.start_time, 1_000_000) / time_base) if begins_anywhere else 0,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from qartsr_pipeline.video_files.clip import Clip, VideoFileError
+from qartsr_pipeline.video_files.clip import Clip, VideoFileError, frames_in_words
+from qartsr_pipeline.video_files.damage import Damage
 from qartsr_pipeline.video_files.encoding import choose_encoding
 from qartsr_pipeline.video_files.image_sequence import SequenceWriter, is_pattern
 from qartsr_pipeline.video_files.joining import join
 from qartsr_pipeline.video_files.parts import PartsWriter
+from qartsr_pipeline.video_files.reading import read_frames
 
 
 class ClipWriter(Protocol):
@@ -51,7 +55,7 @@ def open_writer(
         codec, crf: see `choose_encoding`.
         job: what the frames depend on besides the clip: the model and its options.
         resume: go on after the frames of an earlier run.
-        overwrite: begin anew where there are some.
+        overwrite: replace a result that exists or appears meanwhile; and, without `resume`, begin anew where there are frames.
 
     Raises:
         VideoFileError: the result cannot be written like that; the message says why, and the ways out.
@@ -65,6 +69,49 @@ def open_writer(
     encoding, notices = choose_encoding(clip, target, *size, codec, crf)
     facts = {"source": _identity(clip), **(job or {})}
     return PartsWriter(target, encoding, partial(join, clip, encoding), facts, resume, overwrite), notices
+
+
+def write_enlarged(
+    enlarge: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]],
+    clip: Clip,
+    writer: ClipWriter,
+    lead: int = 0,
+    deinterlace: bool = False,
+    damage: Damage | None = None,
+) -> Iterator[np.ndarray]:
+    """Enlarges and writes every frame that is not done yet, at its time; yields each once it is written.
+
+    Args:
+        enlarge: frames (H, W, 3) float32 in [0, 1] -> as many, enlarged, in order.
+        lead: how many frames before a place `enlarge` has to see again to go on from there without a seam.
+        deinterlace, damage: see `read_frames`.
+
+    Raises:
+        VideoFileError: the clip cannot be read, or the result not be written.
+        FloatingPointError: a result is not finite. RuntimeError: there are more or fewer of them than frames.
+    """
+    first = max(0, writer.done - lead)
+    again = writer.done - first
+    times: deque[tuple[int, int]] = deque()
+
+    def pixels() -> Iterator[np.ndarray]:
+        for frame in read_frames(clip, first, deinterlace, damage):
+            times.append((frame.time, frame.duration))
+            yield frame.pixels
+
+    for index, result in enumerate(enlarge(pixels())):
+        if not times:
+            raise RuntimeError(f"The model returned more frames than it was given ({index}).")
+        shown_at, duration = times.popleft()
+        if not np.isfinite(result).all():
+            raise FloatingPointError(
+                f"frame {first + index} of the result has pixels that are no numbers (NaN). Compute in float32 (--dtype float32)."
+            )
+        if index >= again:
+            writer.write(result, shown_at, duration)
+            yield result
+    if times:
+        raise RuntimeError(f"The model returned {frames_in_words(len(times))} fewer than it was given.")
 
 
 def _identity(clip: Clip) -> list[Any]:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from qartsr_pipeline import quantize
+from qartsr_pipeline import folder_lock, quantize
 from qartsr_pipeline.calibration import job, run_folder
 from qartsr_pipeline.calibration.arguments import Order, RunArguments
-from qartsr_pipeline.calibration.run_folder import FolderInUseError, FolderLock, check_free
+from qartsr_pipeline.calibration.run_folder import check_free
 from qartsr_pipeline.calibration.saving import load_tensors, save_tensors
 from qartsr_pipeline.cli.quantize import arguments_of
+from qartsr_pipeline.folder_lock import FolderInUseError, FolderLock
 from qartsr_pipeline.whole_files import SavingError, write_whole
 from tiny_models import build_tiny_pipeline
 
@@ -54,15 +55,15 @@ def test_a_full_disk_does_not_keep_a_lock_from_being_taken(tmp_path):
 
 def test_a_lock_that_its_holder_is_about_to_remove_is_not_taken(tmp_path, monkeypatch):
     """Between opening and locking it the file was removed, and another process has made and locked a new one."""
-    holder, real = FolderLock(tmp_path), run_folder._lock
+    holder, real = FolderLock(tmp_path), folder_lock._lock
 
     def too_late(file):
-        monkeypatch.setattr(run_folder, "_lock", real)
+        monkeypatch.setattr(folder_lock, "_lock", real)
         Path(file.name).unlink()
         holder.take()
         return real(file)
 
-    monkeypatch.setattr(run_folder, "_lock", too_late)
+    monkeypatch.setattr(folder_lock, "_lock", too_late)
     with holder, pytest.raises(FolderInUseError):
         FolderLock(tmp_path).take()
 

@@ -241,6 +241,16 @@ def test_an_image_sequence_of_two_sizes_is_refused(tmp_path):
         enlarge(tmp_path / "%d.png", tmp_path / "big.mp4", fps=25)
 
 
+def test_places_of_an_avi_in_which_the_frame_before_stays_are_not_missing(tmp_path):
+    options = {"codec": "mjpeg", "format": "yuvj420p", "options": {}}
+    source = make_clip(tmp_path / "a.avi", moving(7), times=[0, 1, 2, 5, 6, 9, 10], **options)
+    assert not any("cut off" in notice for notice in enlarge(source, tmp_path / "b.mkv"))
+    assert [time for time, _ in frames_of(source)] == [time for time, _ in frames_of(tmp_path / "b.mkv")]
+    whole = make_clip(tmp_path / "c.avi", moving(12), **options)
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    assert any("lasts 0:00.5, but its last frame" in notice for notice in enlarge(whole, tmp_path / "d.mkv"))
+
+
 def test_a_last_frame_that_stays_is_no_sign_of_a_damaged_clip(tmp_path):
     first = Image.new("RGB", (16, 16), "red")
     first.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")], duration=[100, 3000])
