@@ -30,9 +30,11 @@ async def comfy_entrypoint() -> ComfyExtension:
         from .import_checkpoint import QArtSRImport
         from .load_folder import QArtSRLoadFolder
         from .load_model import QArtSRLoadModel, QArtSRModelInfo, remember_hub_models
+        from .load_video_model import QArtSRLoadVideoModel
         from .model_folders import register_model_folder
         from .quantize import QArtSRQuantize
         from .upscale import QArtSRUpscale
+        from .video_upscale import QArtSRVideoFrames, QArtSRVideoUpscale
 
         register_model_folder()
         copy_samples()
@@ -40,6 +42,7 @@ async def comfy_entrypoint() -> ComfyExtension:
             server.add_on_prompt_handler(remember_hub_models)
         # Their ids are stored in users' workflows: none is ever renamed or removed.
         listed += [QArtSRLoadModel, QArtSRUpscale, QArtSRModelInfo, QArtSRQuantize, QArtSRImport, QArtSRLoadFolder]
+        listed += [QArtSRLoadVideoModel, QArtSRVideoUpscale, QArtSRVideoFrames]
 
     class QArtSRExtension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .model_folders import find_models, model_folder
+from .model_folders import FOR_BOTH, find_models, model_folder
 
 
 def download_once(hub_id: str) -> Path:
@@ -27,7 +27,7 @@ def download_once(hub_id: str) -> Path:
     parts = hub_id.split("/")
     if len(parts) != 2 or not all(parts) or any(part.startswith(".") for part in parts) or "\\" in hub_id:
         raise CheckpointError(f"{hub_id!r} is not the name of a Hub repository: expected owner/name.")
-    there = find_models().get(hub_id)
+    there = find_models(FOR_BOTH).get(hub_id)
     if there is not None:
         return there
     base = model_folder()

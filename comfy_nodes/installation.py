@@ -22,12 +22,12 @@ def what_is_missing() -> str | None:
     found = []
     for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", line.split("#")[0].strip())
-        if match and (problem := _problem(*match.groups())):
+        if match and (problem := problem_of(*match.groups())):
             found.append(problem)
     return f'{", ".join(found)}. Run: "{sys.executable}" -m pip install -r "{REQUIREMENTS}"' if found else None
 
 
-def _problem(name: str, bound: str) -> str | None:
+def problem_of(name: str, bound: str) -> str | None:
     """What is wrong if this environment does not have release `bound` or a later one of a package; None if it has."""
     try:
         found = importlib.metadata.version(name)

@@ -14,7 +14,7 @@ from comfy_api.latest import io, ui
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
 
 from .managed_model import AUTO, DTYPES, ManagedModel, UpscaleModel, load_model
-from .model_folders import find_models, folder_of, label_of_model
+from .model_folders import FOR_IMAGES, find_models, folder_of, label_of_model
 
 CATEGORY = "QArtSR"
 QArtSRModel = io.Custom("QARTSR_MODEL")
@@ -46,53 +46,104 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, reason in backends.items() if reason is None)
 
 
-class QArtSRLoadModel(io.ComfyNode):
+def loading_inputs(labels: dict[str, str], default: str, tooltip: str) -> list[Any]:
+    """The inputs of a node that loads a model.
+
+    Args:
+        labels: name -> what is shown in the list; what is stored in workflows stays the name.
+    """
+    model = io.Combo.Input("model", options=list(labels), default=default if default in labels else None, tooltip=tooltip)
+    model.extra_dict = {"qartsr_labels": labels}  # for web/model_list.js
+    return [
+        model,
+        io.String.Input(
+            "hub_id",
+            default="",
+            tooltip="Empty: the model chosen above. Or the name of a repository on the Hugging Face Hub, owner/name: it"
+            " is downloaded into models/qartsr once, and used from there afterwards.",
+        ),
+        advanced(
+            io.Combo.Input(
+                "backend",
+                options=[AUTO, *available_backends()],
+                default=AUTO,
+                tooltip="How models of few bits are computed. auto: the fastest way of this machine. The log says why"
+                " others are not available.",
+            )
+        ),
+        advanced(
+            io.Combo.Input(
+                "dtype",
+                options=list(DTYPES),
+                default=AUTO,
+                tooltip="Number format of what is not quantized. auto: bfloat16 or float16 on a GPU, bfloat16 on a"
+                " CPU that computes faster in it, otherwise float32.",
+            )
+        ),
+    ]
+
+
+class LoadingNode(io.ComfyNode):
+    """What the nodes that load a model have in common. ComfyUI keeps a schema with its class, so none derives from another."""
+
+    classes: tuple[str, ...]  # of the models in the list
+
+    @classmethod
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        """True, or what is wrong, before anything runs. A connected or missing input is None here.
+
+        ComfyUI repeats the message for every input that this takes: so it is the model alone, `execute` checks the others, and
+        `remember_hub_models` tells what `hub_id` is for.
+        """
+        if model is not None and model not in _unused:
+            try:
+                folder_of(model, cls.classes)
+            except ValueError as error:
+                return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str | None = None, hub_id: str | None = None, **others: str | None) -> Any:
+        """Changes when the model's files do, so that the model is loaded anew. Connected inputs are None here."""
+        if hub_id and hub_id.strip():
+            return hub_id.strip()
+        folder = find_models(cls.classes).get(model)
+        return _fingerprint(folder) if folder else None
+
+    @classmethod
+    def load(cls, model: str, hub_id: str, backend: str, dtype: str) -> ManagedModel:
+        """The model; raises ValueError if one of the values does not exist, or it is of another class."""
+        from .download import download_once
+
+        if backend not in (AUTO, *available_backends()):
+            raise ValueError(
+                f"There is no kernel backend {backend!r} on this machine. Choose {AUTO}; the log says why others are missing."
+            )
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+        hub_id = hub_id.strip()
+        name, folder = (hub_id, download_once(hub_id)) if hub_id else (model, folder_of(model, cls.classes))
+        return load_model(name, folder, backend, dtype, cls.classes)
+
+
+class QArtSRLoadModel(LoadingNode):
+    classes = FOR_IMAGES
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        models = find_models()
-        names = list(models)
-        model = io.Combo.Input(
-            "model",
-            options=names,
-            default=DEFAULT_CHECKPOINT if DEFAULT_CHECKPOINT in names else None,
-            tooltip="A checkpoint folder in models/qartsr, or one of the models that are included. The list says what each is"
-            " for; photo-w4a4 suits most images.",
-        )
-        # The node's list shows these (web/upscale.js); what is stored in workflows stays the name.
-        model.extra_dict = {"qartsr_labels": {name: label_of_model(folder) for name, folder in models.items()}}
+        labels = {name: label_of_model(folder) for name, folder in find_models(cls.classes).items()}
         return io.Schema(
             node_id="QArtSRLoadModel",
             display_name="QArtSR Load Model",
             category=CATEGORY,
             description="Loads a super-resolution model. Small ones are included; put others into models/qartsr.",
             **found_by("upscale model", "super resolution model"),
-            inputs=[
-                model,
-                io.String.Input(
-                    "hub_id",
-                    default="",
-                    tooltip="Empty: the model chosen above. Or the name of a repository on the Hugging Face Hub, owner/name: it"
-                    " is downloaded into models/qartsr once, and used from there afterwards.",
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "backend",
-                        options=[AUTO, *available_backends()],
-                        default=AUTO,
-                        tooltip="How models of few bits are computed. auto: the fastest way of this machine. The log says why"
-                        " others are not available.",
-                    )
-                ),
-                advanced(
-                    io.Combo.Input(
-                        "dtype",
-                        options=list(DTYPES),
-                        default=AUTO,
-                        tooltip="Number format of what is not quantized. auto: bfloat16 or float16 on a GPU, bfloat16 on a"
-                        " CPU that computes faster in it, otherwise float32.",
-                    )
-                ),
-            ],
+            inputs=loading_inputs(
+                labels,
+                DEFAULT_CHECKPOINT,
+                "A checkpoint folder in models/qartsr, or one of the models that are included. The list says what each is for;"
+                " photo-w4a4 suits most images.",
+            ),
             outputs=[
                 QArtSRModel.Output(id="loaded_model", display_name="model", tooltip="For QArtSR Upscale and QArtSR Model Info."),
                 io.Custom("UPSCALE_MODEL").Output(
@@ -105,41 +156,9 @@ class QArtSRLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None) -> bool | str:
-        """True, or what is wrong, before anything runs. A connected or missing input is None here.
-
-        ComfyUI repeats the message for every input that this takes: so it is the model alone, `execute` checks the others, and
-        `remember_hub_models` tells what `hub_id` is for.
-        """
-        if model is not None and model not in _unused:
-            try:
-                folder_of(model)
-            except ValueError as error:
-                return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model: str | None = None, hub_id: str | None = None, **others: str | None) -> Any:
-        """Changes when the model's files do, so that the model is loaded anew. Connected inputs are None here."""
-        if hub_id and hub_id.strip():
-            return hub_id.strip()
-        folder = find_models().get(model)
-        return _fingerprint(folder) if folder else None
-
-    @classmethod
     def execute(cls, model: str, hub_id: str, backend: str, dtype: str) -> io.NodeOutput:
-        from .download import download_once
-
-        if backend not in (AUTO, *available_backends()):
-            raise ValueError(
-                f"There is no kernel backend {backend!r} on this machine. Choose {AUTO}; the log says why others are missing."
-            )
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
-        hub_id = hub_id.strip()
-        name, folder = (hub_id, download_once(hub_id)) if hub_id else (model, folder_of(model))
-        model = load_model(name, folder, backend, dtype)
-        return io.NodeOutput(model, UpscaleModel(model))
+        loaded = cls.load(model, hub_id, backend, dtype)
+        return io.NodeOutput(loaded, UpscaleModel(loaded))
 
 
 def remember_hub_models(request: dict) -> dict:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .model_folders import FOR_CLIPS, FOR_IMAGES, check_class, class_of
 from .progress import interruptible
 
 AUTO = "auto"
@@ -28,7 +29,9 @@ class QArtSRNetwork(nn.Module):
 
     def __init__(self, pipeline: Any):
         super().__init__()
-        self.unet, self.vae, self.prompt_embedding = pipeline.unet, pipeline.vae, pipeline.prompt_embedding
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
 
     def to(self, *args: Any, **kwargs: Any) -> QArtSRNetwork:
         """Moves to a device; a dtype is ignored."""
@@ -43,11 +46,11 @@ class QArtSRNetwork(nn.Module):
 
 @dataclass
 class ManagedModel:
-    """The value of a QARTSR_MODEL connection between nodes.
+    """The value of a QARTSR_MODEL or QARTSR_VIDEO_MODEL connection between nodes.
 
     Attributes:
         name: in the list of models.
-        pipeline: the loaded QArtSRPipeline.
+        pipeline: the loaded QArtSRPipeline or LSGQuantVideoPipeline.
         patcher: ComfyUI's handle on its networks; ComfyUI itself keeps only a weak reference.
         backend: of the kernels, or "auto".
     """
@@ -57,6 +60,11 @@ class ManagedModel:
     pipeline: Any
     patcher: Any
     backend: str = AUTO
+
+    @property
+    def for_clips(self) -> bool:
+        """Whether it sees many frames at once. Models for images enlarge one after another."""
+        return type(self.pipeline).__name__ in FOR_CLIPS
 
     @property
     def device(self) -> torch.device:
@@ -173,24 +181,31 @@ class UpscaleModel:
         return enlarged.to(image)
 
 
-def load_model(name: str, folder: Path, backend: str, dtype: str) -> ManagedModel:
+def load_model(name: str, folder: Path, backend: str, dtype: str, classes: tuple[str, ...] = FOR_IMAGES) -> ManagedModel:
     """Loads a checkpoint folder into main memory; nothing is on the GPU yet.
 
     Args:
         dtype: one of `DTYPES`.
+        classes: what may be loaded, see `model_folders`.
 
     Raises:
-        CheckpointError: not a complete checkpoint.
+        CheckpointError: not a complete checkpoint, or one for clips where that is not wanted.
     """
     from comfy import model_management
     from comfy.model_patcher import ModelPatcher
 
     from qartsr_pipeline.cli.device import choose_dtype
-    from qartsr_pipeline.loading import load_quietly
+    from qartsr_pipeline.loading import load_kind_quietly, load_quietly
+    from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 
+    check_class(name, folder, classes)
     device = model_management.get_torch_device()
     chosen, _ = choose_dtype(dtype, device.type)
-    pipeline = load_quietly(folder, dtype=chosen, text_encoder=None, tokenizer=None)
+    pipeline: Any
+    if class_of(folder) in FOR_CLIPS:
+        pipeline = load_kind_quietly(LSGQuantVideoPipeline, folder, dtype=chosen)
+    else:
+        pipeline = load_quietly(folder, dtype=chosen, text_encoder=None, tokenizer=None)
     pipeline.set_progress_bar_config(disable=True)
     network = QArtSRNetwork(pipeline).eval().requires_grad_(False)
     patcher = ModelPatcher(network, load_device=device, offload_device=model_management.unet_offload_device())

@@ -10,13 +10,18 @@ from functools import lru_cache
 from pathlib import Path
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, label_of, shipped_checkpoints
-from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, named_class
+from qartsr_pipeline.checkpoint_files.checking import PIPELINE_CLASS, VIDEO_PIPELINE_CLASS, named_class
 
 KIND = "qartsr"  # the folder below models/, and the key in extra_model_paths.yaml
 
+# What a node loads, by the pipeline class that a folder names.
+FOR_IMAGES: tuple[str, ...] = (PIPELINE_CLASS,)
+FOR_CLIPS: tuple[str, ...] = (VIDEO_PIPELINE_CLASS,)
+FOR_BOTH = FOR_CLIPS + FOR_IMAGES
+
 # Photographs before clean images; few bits, which can hardly be told from full precision, before many; 2 bits last.
-BEST_FIRST = ("photo-w4a4", "photo-w8a8", "photo-fp", "photo-w2a2")
-BEST_FIRST += ("tiny-w4a4", "tiny-w8a8", "tiny-fp", "tiny-w3a3", "tiny-w2a2")
+BEST_FIRST = [*("video-w4a4", "video-w6a6", "video-fp"), *("photo-w4a4", "photo-w8a8", "photo-fp", "photo-w2a2")]
+BEST_FIRST += ["tiny-w4a4", "tiny-w8a8", "tiny-fp", "tiny-w3a3", "tiny-w2a2"]
 
 DEPTH = 2  # models/qartsr/name and models/qartsr/owner/name
 
@@ -47,8 +52,10 @@ def model_folder() -> Path:
     return folder
 
 
-def find_models() -> dict[str, Path]:
+def find_models(classes: tuple[str, ...] = FOR_IMAGES) -> dict[str, Path]:
     """Name -> folder of every usable checkpoint: others by their path below the model folder, then shipped ones, best first.
+
+    With several classes, those of the first come before the others.
 
     A folder in an earlier path hides one of the same name in a later path, or a shipped one.
     """
@@ -59,7 +66,9 @@ def find_models() -> dict[str, Path]:
         for folder in _usable_folders(base, DEPTH):
             found.setdefault(folder.relative_to(base).as_posix(), folder)
     shipped = {name: found.pop(name, folder) for name, folder in sorted(shipped_checkpoints().items(), key=_recommended)}
-    return {**dict(sorted(found.items())), **shipped}
+    every = {folder: class_of(folder) for folder in (*found.values(), *shipped.values())}
+    ordered = [*sorted(found.items()), *shipped.items()]
+    return {name: folder for wanted in classes for name, folder in ordered if every[folder] == wanted}
 
 
 def _recommended(shipped: tuple[str, Path]) -> tuple[int, str]:
@@ -86,32 +95,42 @@ def _usable_folders(folder: Path, depth: int) -> list[Path]:
         if entry.name.startswith(".") or not entry.is_dir():
             continue
         if (entry / "model_index.json").is_file():
-            usable += [entry] if _is_of_ours(entry) else []
+            usable += [entry] if class_of(entry) in FOR_BOTH else []
         elif depth > 1:
             usable += _usable_folders(entry, depth - 1)
     return usable
 
 
-def _is_of_ours(folder: Path) -> bool:
-    """Whether its model_index.json names QArtSRPipeline; a file that cannot be read is logged once."""
+def class_of(folder: Path) -> str | None:
+    """The pipeline class that its model_index.json names; a file that cannot be read is logged once."""
     try:
-        named = named_class(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+        return named_class(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         if folder not in _complained:
             _complained.add(folder)
             logging.warning("QArtSR: %s is left out, its model_index.json cannot be read (%s)", folder, error)
-        return False
-    return named == PIPELINE_CLASS
+        return None
 
 
-def folder_of(name: str) -> Path:
+def check_class(name: str, folder: Path, classes: tuple[str, ...]) -> None:
+    """Raises CheckpointError where a node for images is to load a model for clips."""
+    if class_of(folder) in FOR_CLIPS and not set(FOR_CLIPS) & set(classes):
+        raise CheckpointError(
+            f"{name} is a model for clips, and this node loads models for images. Load it with QArtSR Load Video Model, for"
+            " QArtSR Video Upscale or QArtSR Video Frames; or choose a model for images."
+        )
+
+
+def folder_of(name: str, classes: tuple[str, ...] = FOR_IMAGES) -> Path:
     """The folder of a model in the list.
 
     Raises:
-        CheckpointError: there is no such model, or not any more.
+        CheckpointError: there is no such model, or not any more; or it is one for clips, and not wanted.
     """
-    models = find_models()
+    models = find_models(classes)
     if name not in models:
+        if (folder := find_models(FOR_CLIPS).get(name)) is not None:
+            check_class(name, folder, classes)
         raise CheckpointError(
             f"There is no model {name!r} any more: its folder was deleted, renamed or is damaged. Choose another one of"
             f" {', '.join(models)}, or put it back into {model_folder()}; the key R refreshes the list."
@@ -141,7 +160,7 @@ def free_folder(name: str) -> Path:
     folder = model_folder() / name
     if folder.exists():
         raise CheckpointError(f"{folder} exists already: it is left alone. Choose another name, or delete that folder.")
-    if name in find_models():
+    if name in find_models(FOR_BOTH):
         raise CheckpointError(f"There is a model {name!r} already, which the new one would hide. Choose another name.")
     return folder
 

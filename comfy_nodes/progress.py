@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 LARGEST_PREVIEW = 4 << 20  # pixels; that of a larger result is reduced
+LARGEST_FRAME = 768  # pixels of the longer side of a frame's preview, about
 EVERY = 0.4  # seconds between previews, which take time of their own
 
 
@@ -69,6 +71,33 @@ class TileProgress:
             return None
         self.shown = now
         return ("JPEG", self.canvas.copy(), None)
+
+
+class FrameProgress:
+    """Shows a bar that counts the frames of a clip, and now and then the frame that was finished last.
+
+    Args:
+        count: how many there are, or about.
+
+    Attributes:
+        done: frames so far.
+    """
+
+    def __init__(self, count: int | None):
+        from comfy.utils import ProgressBar
+
+        self.count, self.done, self.shown = count or 1, 0, -math.inf
+        self.bar = ProgressBar(self.count)
+
+    def __call__(self, frame: np.ndarray) -> None:
+        """Counts a frame, (H, W, 3) in [0, 1]. Raises ComfyUI's InterruptProcessingException if the user has cancelled."""
+        self.done += 1
+        now, preview = time.monotonic(), None
+        if now - self.shown >= EVERY or self.done == self.count:
+            self.shown, step = now, max(1, max(frame.shape[:2]) // LARGEST_FRAME)
+            image = _to_pil(torch.from_numpy(frame[::step, ::step]).permute(2, 0, 1))
+            preview = ("JPEG", image, None)
+        self.bar.update_absolute(self.done, max(self.count, self.done), preview)
 
 
 def _to_pil(image: torch.Tensor) -> PIL.Image.Image:

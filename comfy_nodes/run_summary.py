@@ -94,6 +94,30 @@ class Run:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class ClipRun:
+    """A finished run over the frames of a clip. Sizes are (height, width); the rest as in `Run`."""
+
+    count: int
+    size: tuple[int, int]
+    result: tuple[int, int]
+    seconds: float
+    memory: tuple[int, str]
+    kernels: str = ""
+
+    def line(self) -> str:
+        """Such as "96 frames, 1280 x 720 from 320 x 180, 48.0 s, 2.0 frames/s, main memory at most 1.9 GB, full precision"."""
+        frames = f"{self.count} frames" if self.count > 1 else "1 frame"
+        return ", ".join(
+            [
+                f"{frames}, {_sides(self.result)} from {_sides(self.size)}",
+                f"{self.seconds:.1f} s, {self.count / self.seconds:.2g} frames/s",
+                f"{self.memory[1]} at most {self.memory[0] / 1e9:.1f} GB",
+                f"kernels: {self.kernels}" if self.kernels else "full precision",
+            ]
+        )
+
+
 def _sides(size: tuple[int, int]) -> str:
     return f"{size[1]} x {size[0]}"
 

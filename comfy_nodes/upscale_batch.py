@@ -127,11 +127,13 @@ def tile_memory(model: ManagedModel, size: tuple[int, int], tile_size: int | Non
     """Bytes that one pass of the network needs at most, for ComfyUI to free them."""
     from qartsr_pipeline.image.tiles import USABLE_SHARE, bytes_per_pixel
     from qartsr_pipeline.overflow import compute_dtype
+    from qartsr_pipeline.video import causal_vae
 
     whole = size[0] * size[1] * model.pipeline.config.scale**2
     pixels = min(whole, tile_size**2) if tile_size else min(whole, WHOLE_TILE)
     vae = model.pipeline.vae
-    return int(pixels * bytes_per_pixel(vae, compute_dtype(vae).itemsize) / USABLE_SHARE)
+    per_pixel = causal_vae.bytes_per_pixel if model.for_clips else bytes_per_pixel
+    return int(pixels * per_pixel(vae, compute_dtype(vae).itemsize) / USABLE_SHARE)
 
 
 def enlarge(model: ManagedModel, image: torch.Tensor, options: dict, progress: TileProgress) -> torch.Tensor:

@@ -1,26 +1,27 @@
-// The list of QArtSR Load Model says what each model is for; what is stored and sent stays the model's name.
+// The lists of models say what each model is for; what is stored and sent stays the model's name.
 import { app } from "../../scripts/app.js";
 
-const NODE = "QArtSRLoadModel";
-let labels = {};
+const labels = { QArtSRLoadModel: {}, QArtSRLoadVideoModel: {} }; // by node
 
-function takeLabels(definition) {
-  labels = definition?.input?.required?.model?.[1]?.qartsr_labels ?? labels;
+function takeLabels(node, definition) {
+  labels[node] = definition?.input?.required?.model?.[1]?.qartsr_labels ?? labels[node];
 }
-
-const labelled = (name) => (labels[name] ? `${name}: ${labels[name]}` : (name ?? ""));
 
 app.registerExtension({
   name: "QArtSR.ModelList",
   beforeRegisterNodeDef(nodeType, definition) {
-    if (definition.name === NODE) takeLabels(definition);
+    if (definition.name in labels) takeLabels(definition.name, definition);
   },
   refreshComboInNodes(definitions) {
-    takeLabels(definitions[NODE]);
+    for (const node in labels) takeLabels(node, definitions[node]);
   },
   nodeCreated(node) {
-    const widget = node.comfyClass === NODE && node.widgets?.find((each) => each.name === "model");
+    const widget = node.comfyClass in labels && node.widgets?.find((each) => each.name === "model");
     if (!widget) return;
+    const labelled = (name) => {
+      const label = labels[node.comfyClass][name];
+      return label ? `${name}: ${label}` : (name ?? "");
+    };
     widget.options.getOptionLabel = labelled; // newer frontends
     Object.defineProperty(widget, "_displayValue", { get: () => labelled(widget.value), configurable: true });
     const onClick = widget.onClick;

@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
-const NODES = ["QArtSRModelInfo", "QArtSRImport"];
+const NODES = ["QArtSRModelInfo", "QArtSRImport", "QArtSRVideoUpscale", "QArtSRVideoFrames"];
 
 app.registerExtension({
   name: "QArtSR.TextOnNode",

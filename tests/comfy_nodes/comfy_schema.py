@@ -19,6 +19,7 @@ INPUTS = {
     "COMBO": WIDGET | {"options", "control_after_generate", "upload", "image_folder", "remote"},
     "IMAGE": INPUT,
     "MASK": INPUT,
+    "VIDEO": INPUT,
 }
 VALUES = {"BOOLEAN": bool, "INT": int, "FLOAT": float, "STRING": str}
 
@@ -106,11 +107,17 @@ class NodeOutput:
         self.args, self.ui, self.expand, self.block_execution = args, ui, expand, block_execution
 
 
+def multi_type_input(id: str, types: list[SimpleNamespace], **options: Any) -> Declared:
+    """An input that takes any of several types."""
+    return Declared(",".join(each.Output().io_type for each in types), id, INPUT, options)
+
+
 TYPES = {"Combo": "COMBO", "String": "STRING", "Int": "INT", "Float": "FLOAT", "Boolean": "BOOLEAN"}
-TYPES |= {"Image": "IMAGE", "Mask": "MASK"}
+TYPES |= {"Image": "IMAGE", "Mask": "MASK", "Video": "VIDEO"}
 io = SimpleNamespace(
     **{name: io_type(kind) for name, kind in TYPES.items()},
     Custom=io_type,
+    MultiType=SimpleNamespace(Input=multi_type_input),
     Schema=Schema,
     ComfyNode=ComfyNode,
     NodeOutput=NodeOutput,

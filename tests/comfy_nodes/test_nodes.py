@@ -28,6 +28,9 @@ IDS = [
     "QArtSRQuantize",
     "QArtSRImport",
     "QArtSRLoadFolder",
+    "QArtSRLoadVideoModel",
+    "QArtSRVideoUpscale",
+    "QArtSRVideoFrames",
 ]  # only ever added to: they stand in users' workflows
 
 
@@ -48,6 +51,10 @@ def test_inputs_are_only_ever_appended(nodes):
         "QArtSRQuantize": ["model", "pictures", "recipe", "bits", "steps", "seed", "name"],
         "QArtSRImport": ["kind", "base", "checkpoint", "name", "prompt_embedding", "timestep", "scale"],
         "QArtSRLoadFolder": ["folder", "first", "limit", "as_batch"],
+        "QArtSRLoadVideoModel": ["model", "hub_id", "backend", "dtype"],
+        "QArtSRVideoUpscale": ["model", "video", "scale", "tile_size", "frames_per_chunk", "chunk_overlap", "keep_colors"]
+        + ["deinterlace", "codec", "crf"],
+        "QArtSRVideoFrames": ["model", "images", "scale", "tile_size", "frames_per_chunk", "chunk_overlap", "keep_colors"],
     }
     for name, ids in known.items():
         inputs = nodes[name].define_schema().inputs
@@ -66,7 +73,7 @@ def test_nodes_take_what_their_schemas_declare(nodes):
         assert list(parameters) == list(inputs), name
         assert [each.default is not each.empty for each in parameters.values()] == list(inputs.values()), name
         for method in ("validate_inputs", "fingerprint_inputs"):
-            named = signature(getattr(node, method)).parameters.values() if method in vars(node) else ()
+            named = signature(getattr(node, method)).parameters.values() if hasattr(node, method) else ()
             assert {each.name for each in named if each.kind is not each.VAR_KEYWORD} <= inputs.keys(), (name, method)
 
 
@@ -148,7 +155,7 @@ def test_values_that_are_not_in_the_list_are_refused(nodes, comfy):
 
 def test_connected_and_missing_inputs_are_not_judged_before_they_are_known(nodes):
     for node in nodes.values():
-        if "validate_inputs" in vars(node):
+        if hasattr(node, "validate_inputs"):
             assert node.validate_inputs() is True, node
     assert nodes["QArtSRLoadModel"].fingerprint_inputs(model=None, hub_id=None, backend="auto", dtype="auto") is None
 
