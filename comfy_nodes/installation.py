@@ -41,24 +41,30 @@ def _numbers(version: str) -> list[int]:
 
 
 def copy_samples() -> None:
-    """Copies the images of the example workflows into ComfyUI's input folder, once: those that are deleted there stay away."""
+    """Copies what the example workflows load into ComfyUI's input folder, each once: what is deleted there stays away."""
     import folder_paths
 
     sources = [folder / "example_workflows" / "inputs" for folder in (Path(__file__).parent, ROOT)]
     source = next((folder for folder in sources if folder.is_dir()), None)
     try:
         done = Path(folder_paths.get_user_directory()) / "qartsr_samples_copied"
-        if source is None or done.exists():
+        if source is None:
+            return
+        samples = {path.relative_to(source).as_posix(): path for kind in ("*.png", "*.mp4") for path in source.rglob(kind)}
+        copied = set(done.read_text(encoding="utf-8").splitlines()) if done.exists() else None
+        if copied == set():  # by a version with images alone, which did not note their names
+            copied = {name for name in samples if name.endswith(".png")}
+        if copied is not None and copied >= samples.keys():
             return
         target = Path(folder_paths.get_input_directory())
-        for path in source.rglob("*.png"):
-            if not (target / path.relative_to(source)).exists():
-                (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target / path.relative_to(source))
+        for name in samples.keys() - (copied or set()):
+            if not (target / name).exists():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(samples[name], target / name)
         done.parent.mkdir(parents=True, exist_ok=True)
-        done.touch()
+        done.write_text("\n".join(sorted(samples)), encoding="utf-8")
     except OSError as error:  # a read-only folder is no reason to do without the nodes
-        logging.warning("QArtSR: the images of the example workflows are not copied to ComfyUI's input folder: %s", error)
+        logging.warning("QArtSR: the samples of the example workflows are not copied to ComfyUI's input folder: %s", error)
 
 
 def import_own_package() -> None:

@@ -1,8 +1,10 @@
 // Shows the text that a node returns for its UI in a read-only box on the node, as core's Preview Any does.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
+import { removePreview } from "./preview.js";
 
 const NODES = ["QArtSRModelInfo", "QArtSRImport", "QArtSRVideoUpscale", "QArtSRVideoFrames"];
+const WITH_PREVIEW = ["QArtSRVideoUpscale", "QArtSRVideoFrames"]; // while they run
 
 app.registerExtension({
   name: "QArtSR.TextOnNode",
@@ -23,6 +25,9 @@ app.registerExtension({
       onExecuted?.apply(this, arguments);
       const widget = this.widgets?.find((each) => each.name === "shown");
       if (widget) widget.value = (message.text ?? []).join("\n");
+      if (!WITH_PREVIEW.includes(nodeData.name)) return;
+      removePreview(this);
+      setTimeout(() => removePreview(this), 700); // the last one may be loading
     };
   },
 });

@@ -1,12 +1,11 @@
 // QArtSR Upscale: greys out inputs that have no effect, and after a run shows a line about it and a slider over before and after.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { removePreview } from "./preview.js";
 
 const NODE = "QArtSRUpscale";
 const BY_SCALE = "scale, or long_side";
 const HEIGHT = 260; // of slider and line, in pixels, at least
-
-const stores = () => document.querySelector("#vue-app")?.__vue_app__?.config?.globalProperties?.$pinia?._s;
 
 const find = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
@@ -94,18 +93,6 @@ class Comparison {
     this.back.style.display = this.next.style.display = several ? "" : "none";
     this.line.textContent = (several ? `${this.index + 1} of ${this.pairs.length}: ` : "") + (this.lines[this.index] ?? "");
   }
-}
-
-// What was shown while it ran; the frontend leaves it on the node.
-function removePreview(node) {
-  const at = node.widgets?.findIndex((widget) => widget.name === "$$canvas-image-preview") ?? -1;
-  if (at >= 0) {
-    node.widgets[at].onRemove?.();
-    node.widgets.splice(at, 1);
-  }
-  node.imgs = undefined;
-  stores()?.get("nodeOutput")?.revokePreviewsByExecutionId?.(String(node.id)); // of Vue nodes
-  node.setDirtyCanvas?.(true, true);
 }
 
 function showComparison(node, message) {

@@ -223,6 +223,11 @@ def test_samples_are_copied_once(nodes, tmp_path):
     rider.unlink()
     copy_samples()
     assert not rider.exists()
+    clip = tmp_path / "input" / "qartsr_flower.mp4"
+    clip.unlink()
+    (tmp_path / "user" / "qartsr_samples_copied").write_text("")  # as a version with images alone left it
+    copy_samples()
+    assert clip.is_file() and not rider.exists()
 
 
 def test_nodes_of_others_take_the_model(nodes, comfy, tiny_folder):

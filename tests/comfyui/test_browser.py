@@ -30,7 +30,8 @@ def server(tmp_path_factory, request):
 
 
 @pytest.mark.parametrize(
-    "name", ["QArtSR simple upscale", "QArtSR compare precisions", "QArtSR batch folder", "QArtSR core upscale node"]
+    "name",
+    [f"QArtSR {name}" for name in ("simple upscale", "video upscale", "compare precisions", "batch folder", "core upscale node")],
 )
 def test_a_template_loads_runs_and_takes_another_node(server, name):
     """The screenshot is kept in COMFYUI_SCREENSHOTS, if that is set, for a person to look at."""

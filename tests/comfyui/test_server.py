@@ -8,6 +8,7 @@ import shutil
 import time
 from urllib.parse import quote
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,16 @@ def server(tmp_path_factory):
 
 def saved(server, entry):
     images = [image for out in entry["outputs"].values() for image in out.get("images", ())]
-    return [server.base / "output" / image["filename"] for image in images if image["type"] == "output"]  # others are previews
+    written = [image for image in images if image["type"] == "output"]  # others are previews
+    return [server.base / "output" / image["subfolder"] / image["filename"] for image in written]
+
+
+def size_of(path):
+    if path.suffix != ".mp4":
+        return Image.open(path).size
+    with av.open(str(path)) as container:
+        assert container.streams.audio, "sound is kept"
+        return container.streams.video[0].width, container.streams.video[0].height
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
@@ -54,7 +64,7 @@ def test_each_example_runs(server, workflow):
         graph[decode] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 8421504}}
     entry = server.run(graph)
     assert "execution_success" in messages(entry), entry["status"]
-    assert all(max(Image.open(path).size) >= 256 for path in saved(server, entry)) and saved(server, entry)
+    assert all(max(size_of(path)) >= 256 for path in saved(server, entry)) and saved(server, entry)
 
 
 def test_the_output_is_the_pipelines(server):
