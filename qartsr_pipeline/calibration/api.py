@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qartsr_pipeline.calibration.arguments import AUTO, Order, RunArguments, argument_text, read_arguments
+from qartsr_pipeline.calibration.arguments import AUTO, Order, RunArguments, argument_text, default_recipe, read_arguments
 from qartsr_pipeline.calibration.carry_out import QuantizationResult, carry_out
 from qartsr_pipeline.calibration.data.patches import MemoryImage
 from qartsr_pipeline.calibration.families import FAMILIES, family_of, kind_of_folder
@@ -30,7 +30,7 @@ def quantize(
     bits: str | tuple[int, int] = "w4a4",
     data: str | os.PathLike | Sequence[MemoryImage] | Iterable[torch.Tensor] | None = None,
     *,
-    recipe: Recipe | str | os.PathLike = "qartsr",
+    recipe: Recipe | str | os.PathLike | None = None,
     steps: int | None = None,
     seed: int = 0,
     degradation: str = "bicubic",
@@ -50,13 +50,16 @@ def quantize(
     holds an unfinished run of the same arguments, it is continued, and ends as if it had never been stopped. Prints nothing.
 
     Args:
-        model: a full-precision pipeline, which is left as it is; a checkpoint folder; the name of a shipped model, such as
-            "tiny-fp"; or a Hub id "owner/name".
+        model: a full-precision pipeline of images or video, which is left as it is; a checkpoint folder; the name of a shipped
+            model, such as "tiny-fp"; or a Hub id "owner/name".
         bits: of weights and activations, as "w4a4" or (4, 4). Each is 2, 3, 4, 6, 8, or 16 for no quantization.
         data: images to calibrate on, of at least 256 pixels a side: a folder of photographs; a list of PIL images, arrays
             (H, W, 3) or tensors (3, H, W), uint8 or floats in [0, 1]; or a finite iterable of tensors, which is read once and
-            held in memory with 8 bits. None for procedural images, which need no data; photographs give better results.
+            held in memory with 8 bits. For a video pipeline clips of at least 5 frames: a folder with one folder of images for
+            each, or a list of clips as the pipeline takes them. None for procedural images, which need no data; photographs and
+            clips give better results.
         recipe: the method: a name ("qartsr", "lsq", "efficientdm", "maxmin", ..; see `recipe_names`), a YAML file, or a `Recipe`.
+            None: "qartsr", for a video pipeline "lsgquant".
         steps: optimizer steps in all, 0 or more; None for as many as the recipe says (350 for most). More is better and slower.
         seed: decides which patches are cut from the images, 0 or more.
         degradation: how low-resolution images are made of them: "bicubic", or with blur, noise and JPEG: "real", "photo",
@@ -102,7 +105,10 @@ def quantize(
         (128, 96)
     """
     given = model if isinstance(model, CheckpointPipeline) else None
-    family = family_of(given) if given else FAMILIES[kind_of_folder(fetch(os.fspath(model)))]
+    kind = type(given) if given else kind_of_folder(fetch(os.fspath(model)))
+    family = family_of(given) if given else FAMILIES[kind]
+    if recipe is None:
+        recipe = default_recipe(kind.__name__)
     images, measured = _pixels(family, data, "data"), _pixels(family, evaluation_data, "evaluation_data")
     arguments = RunArguments(
         model=_name_of(model),

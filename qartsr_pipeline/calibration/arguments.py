@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qartsr_pipeline.calibration.retraining.settings import FULL, SHORT, TIMESTEPS, Rule, parse_phase, phase_text
+from qartsr_pipeline.checkpoint_files.checking import VIDEO_PIPELINE_CLASS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ARGUMENTS_NAME = "run.json"
 PERCEPTUAL_NAMES = ("encoder", "lpips")
 AUTO = "auto"  # LPIPS where it is at hand, see `losses.choose_perceptual`
+VIDEO_RECIPE = "lsgquant"
 RECIPES = Path(__file__).parent / "recipes"
 # What may be different when a run is continued: what only the choice of the timestep and the report depend on ..
 MAY_CHANGE = ("evaluate", "evaluate_in_memory", "least_bypass_cost", "quality_margin")
@@ -142,6 +144,11 @@ def read_arguments(folder: Path) -> RunArguments | None:
         return RunArguments.of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): restore it, or choose another output folder") from error
+
+
+def default_recipe(pipeline_class: str) -> str:
+    """The recipe for models of that pipeline class where none is named."""
+    return VIDEO_RECIPE if pipeline_class == VIDEO_PIPELINE_CLASS else str(RunArguments.recipe)
 
 
 def recipe_names() -> list[str]:

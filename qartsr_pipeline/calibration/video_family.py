@@ -36,11 +36,11 @@ from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
 from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
 from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
-from qartsr_pipeline.quantization.accounting import Accounting, Work, accounting_of
+from qartsr_pipeline.quantization.accounting import Accounting, Work
 from qartsr_pipeline.quantization.fold_wan import fold_wan
 from qartsr_pipeline.quantization.frames_as_channels import frames_as_channels
 from qartsr_pipeline.quantization.scheme import Folding
-from qartsr_pipeline.quantization.video_accounting import work_of_clip
+from qartsr_pipeline.quantization.video_accounting import account_of_clip, work_of_clip
 from qartsr_pipeline.video.causal_vae import temporal_factor
 
 KEEP = {"transformer.proj_out": "w8a8", "vae.*.attentions.*": "w16a16", "vae.*": "w8a8"}
@@ -158,7 +158,7 @@ class VideoFamily(Family):
         return work_of_clip(pipeline.transformer, pipeline.vae)
 
     def account(self, pipeline: LSGQuantVideoPipeline) -> Accounting:
-        return accounting_of({"transformer": pipeline.transformer, "vae": pipeline.vae}, self.work(pipeline))
+        return account_of_clip(pipeline.transformer, pipeline.vae)
 
 
 def _sample_clip() -> np.ndarray:

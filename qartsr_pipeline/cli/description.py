@@ -10,19 +10,22 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from qartsr_pipeline.checkpoint_files.checking import VIDEO_PIPELINE_CLASS, named_class, read_model_index
 from qartsr_pipeline.cli.device import choose_device
-from qartsr_pipeline.loading import load_quietly
+from qartsr_pipeline.loading import load_kind_quietly
+from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, account
 from qartsr_pipeline.quantization.report import ComponentReport, describe_model
+from qartsr_pipeline.quantization.video_accounting import account_of_clip
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a checkpoint folder consists of, and what its UNet and VAE cost together; None for models of videos."""
+    """What a checkpoint folder consists of, and what its UNet or transformer and its VAE cost together."""
 
     components: list[ComponentReport]
-    accounting: Accounting | None
+    accounting: Accounting
 
 
 def describe(folder: Path, device: str | None = None) -> Description:
@@ -35,13 +38,14 @@ def describe(folder: Path, device: str | None = None) -> Description:
         CheckpointError: if the folder is not a whole checkpoint.
     """
     device = device or choose_device("auto")[0]
-    pipeline = load_quietly(folder)
+    video = named_class(read_model_index(folder)) == VIDEO_PIPELINE_CLASS
+    pipeline = load_kind_quietly(LSGQuantVideoPipeline if video else QArtSRPipeline, folder)
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     components = [_as_stored(describe_model(name, model, device), folder / name) for name, model in models.items()]
-    if not isinstance(pipeline, QArtSRPipeline):
-        return Description(components, None)
-    files = [component.packed_bytes for component in components if component.name in ("unet", "vae")]
-    return Description(components, account(pipeline.unet, pipeline.vae, files))
+    files = [component.packed_bytes for component in components if component.name in ("unet", "transformer", "vae")]
+    if isinstance(pipeline, QArtSRPipeline):
+        return Description(components, account(pipeline.unet, pipeline.vae, files))
+    return Description(components, account_of_clip(pipeline.transformer, pipeline.vae, files))
 
 
 def _as_stored(report: ComponentReport, folder: Path) -> ComponentReport:

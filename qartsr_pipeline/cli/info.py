@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     components = description.components
     if options.json:
         content = {"folder": str(folder), "label": label_of(folder), "quantized": is_quantized(folder)}
-        content["accounting"] = description.accounting and description.accounting.to_dict()
+        content["accounting"] = description.accounting.to_dict()
         content["components"] = [dataclasses.asdict(component) for component in components]
         print(json.dumps(content, indent=2))
         return 0
@@ -44,9 +44,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{folder.name}: {label_of(folder)}\n")
     titles = ["component", "class", "bits", "parameters", "size", "as fp16", "ratio", "prepared", "kernels"]
     print(_table(titles, (_row(component, kernels([component])) for component in components)))
-    if description.accounting is not None:
-        bits, multiplications = description.accounting.sentences()
-        print(f"\nbits a weight: {bits}\nmultiplications: {multiplications}")
+    bits, multiplications = description.accounting.sentences()
+    print(f"\nbits a weight: {bits}\nmultiplications: {multiplications}")
     if options.layers:
         for component in components:
             if component.layers:
@@ -74,12 +73,13 @@ def _row(component: ComponentReport, kernels: str) -> list[str]:
 
 
 def _layers(component: ComponentReport) -> str:
-    titles = ["layer", "kind", "bits", "rank", "shape", "size", "prepared", "kernel"]
+    titles = ["layer", "kind", "bits", "grid", "rank", "shape", "size", "prepared", "kernel"]
     rows = (
         [
             layer.name,
             layer.kind,
             f"W{layer.weight_bits}A{layer.activation_bits}",
+            layer.grid,
             str(layer.rank),
             " x ".join(map(str, layer.shape)),
             _megabytes(layer.packed_bytes),

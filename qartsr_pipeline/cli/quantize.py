@@ -25,15 +25,19 @@ from qartsr_pipeline.calibration.arguments import (
     ARGUMENTS_NAME,
     AUTO,
     PERCEPTUAL_NAMES,
+    VIDEO_RECIPE,
     Order,
     RunArguments,
     argument_text,
+    default_recipe,
     read_arguments,
     recipe_names,
 )
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.retraining.settings import RETRAINING_LOSSES
 from qartsr_pipeline.calibration.run_folder import check_free
+from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.checkpoint_files.checking import named_class, read_model_index
 from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
 from qartsr_pipeline.cli.messages import UsageError
 from qartsr_pipeline.cli.training_bar import TrainingBar
@@ -59,7 +63,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("model", nargs="?", help=f"full-precision checkpoint: folder, shipped name or Hub id; default: {DEFAULTS.model}")
-    add("--recipe", help=f"{', '.join(recipe_names())}, or a YAML file; default: {DEFAULTS.recipe}")
+    add(
+        "--recipe",
+        help=f"{', '.join(recipe_names())}, or a YAML file; default: {DEFAULTS.recipe}, of a video model {VIDEO_RECIPE}",
+    )
     add("--bits", type=str.lower, help=f"of weights and activations: 2, 3, 4, 6, 8, or 16 for none; default: {DEFAULTS.bits}")
     add("--steps", type=int, help="optimizer steps in all; default: the recipe's")
     add("--set", nargs="+", metavar="KEY=VALUE", help="anything else in the recipe: layer.branch_rank=4 stages.1.lr=0.003")
@@ -69,7 +76,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="start from the parameters of that run, or of a quantized checkpoint (also a shipped name or a Hub id) made of the"
         " same model, of the same or of other bits",
     )
-    add("--data", help="folder of photographs to calibrate on; default: procedural images")
+    add(
+        "--data",
+        help="folder of photographs to calibrate on; of a video model, clips: a folder of images each; default: procedural ones",
+    )
     add("--degradation", choices=DEGRADATION_NAMES, help=f"of the images; default: {DEFAULTS.degradation}")
     add(
         "--perceptual",
@@ -78,7 +88,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         f" {DEFAULTS.perceptual}",
     )
     add("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS, torchvision's: a local file, or a folder with it")
-    add("--evaluate", metavar="FOLDER", help="photographs for the report; default: the sample that comes along")
+    add("--evaluate", metavar="FOLDER", help="photographs, or clips, for the report; default: the sample that comes along")
     add("--seed", type=int, help=f"default: {DEFAULTS.seed}")
     add("--output", type=Path, default=OUTPUT, help=f"the run's folder; default: {OUTPUT}")
     add("--resume", action="store_true", default=False, help="continue the run in --output, with its arguments")
@@ -153,6 +163,9 @@ def arguments_of(given: dict[str, Any], output: Path, resume: bool) -> RunArgume
     if there is not None:
         raise UsageError(f"{output} holds a run already: continue it with --resume, or choose another --output")
     check_free(output)
+    if "recipe" not in given:
+        folder = fetch(given.get("model", DEFAULTS.model))
+        given = given | {"recipe": default_recipe(named_class(read_model_index(folder)) or "")}
     return RunArguments.of(given)
 
 

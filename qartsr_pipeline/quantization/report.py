@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from qartsr_pipeline.kernels import Backend, choose_backend
+from qartsr_pipeline.kernels import Backend, LayerSpec, choose_backend
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.diffusers_quantizer import attached_scheme
 from qartsr_pipeline.quantization.fold import FoldedConstant
@@ -38,6 +38,7 @@ class LayerReport:
 
     Attributes:
         shape: the float weight's.
+        grid: of its input: "tensor", or "token" with size of the rotation and "exponents".
         packed_bytes: everything that is stored for it.
         prepared_bytes: what its kernel keeps in memory in addition, from the layer's first call on; see `kernels.low_memory`.
     """
@@ -46,6 +47,7 @@ class LayerReport:
     kind: str
     weight_bits: int
     activation_bits: int
+    grid: str
     rank: int
     shape: tuple[int, ...]
     packed_bytes: int
@@ -82,6 +84,12 @@ class ComponentReport:
     layers: list[LayerReport] = field(default_factory=list)
 
 
+def grid_text(spec: LayerSpec) -> str:
+    """See `LayerReport.grid`."""
+    further = {f"rotated by {spec.rotation}": spec.rotation, "exponents": spec.exponents}
+    return ", ".join([spec.grid, *(text for text, there in further.items() if there)])
+
+
 def describe_layer(name: str, layer: DeployedLayer, device: str, dtype: torch.dtype) -> LayerReport:
     """Report of one layer of a model in this dtype; arguments as in `describe_model`."""
     spec, kernel = layer.spec, choose_backend(layer.spec, device)
@@ -91,6 +99,7 @@ def describe_layer(name: str, layer: DeployedLayer, device: str, dtype: torch.dt
         spec.kind,
         spec.weight_bits,
         spec.activation_bits,
+        grid_text(spec),
         spec.rank,
         (spec.out_channels, spec.in_channels, *taps),
         layer.packed_bytes,
@@ -121,7 +130,8 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _bits(model: nn.Module, layers: list[LayerReport]) -> str:
     if not layers:
         return str(_dtype(model)).removeprefix("torch.")
-    counted = Counter(f"W{layer.weight_bits}A{layer.activation_bits}" for layer in layers)
+    token = {layer: " per token" if layer.grid != "tensor" else "" for layer in layers}
+    counted = Counter(f"W{layer.weight_bits}A{layer.activation_bits}{token[layer]}" for layer in layers)
     parts = [f"{bits} x {count}" for bits, count in counted.most_common()]
     wide = sum(layer.rank >= layer.full_rank > 0 for layer in layers)
     parts += [f"{wide} with a branch of full rank"] if wide else []  # such a branch could be the whole layer, in 16 bits

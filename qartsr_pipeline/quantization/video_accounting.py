@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -11,11 +11,24 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
-from qartsr_pipeline.quantization.accounting import SIDE, Positions, Work, positions_of, unquantized_twin
+from qartsr_pipeline.quantization.accounting import (
+    SIDE,
+    Accounting,
+    Positions,
+    Work,
+    accounting_of,
+    positions_of,
+    unquantized_twin,
+)
 from qartsr_pipeline.quantization.fold_wan import FoldedConditions
 
 FRAMES = 5
 FOLDED = ("condition_embedder", "attn2.to_k", "attn2.to_v")
+
+
+def account_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, files: Iterable[int] = ()) -> Accounting:
+    """What a transformer and an autoencoder cost, quantized or not; ``files`` as for `accounting.account`."""
+    return accounting_of({"transformer": transformer, "vae": vae}, work_of_clip(transformer, vae), files)
 
 
 @torch.no_grad()

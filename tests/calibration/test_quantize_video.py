@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from qartsr_pipeline import LSGQuantVideoPipeline, quantize, use_backend
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
 from qartsr_pipeline.calibration.start.observers import observe
+from qartsr_pipeline.cli.main import main
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, calibrating_layers, prepare
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.fold_wan import fold_wan
@@ -121,3 +124,32 @@ def test_what_is_simulated_is_what_is_deployed():
     freeze(transformer, scheme)
     with use_backend("reference"):
         assert np.abs(frames_of(pipeline) - simulated).max() < 1e-4
+
+
+def test_by_command_with_a_folder_of_clips(tmp_path, capsys):
+    build_tiny_video_pipeline().save_pretrained(tmp_path / "tiny-video")
+    for number, clip in enumerate(clips(2, 5), 1):
+        (tmp_path / "clips" / str(number)).mkdir(parents=True)
+        for index, frame in enumerate(clip):
+            Image.fromarray(frame).save(tmp_path / "clips" / str(number) / f"{index}.png")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe().to_dict()), encoding="utf-8")
+    options = ["--recipe", tmp_path / "small.yaml", "--data", tmp_path / "clips", "--output", tmp_path / "run"]
+    assert main(["quantize", str(tmp_path / "tiny-video"), *map(str, options), "--device", "cpu"]) == 0
+    assert "temporal error" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "run" / "model"), "--layers"]) == 0
+    said = capsys.readouterr().out
+    assert "W4A4 per token x 14" in said and "folded at T = 400" in said and "token, rotated by 32, exponents" in said
+    assert main(["quantize", str(tmp_path / "run" / "model"), "--output", str(tmp_path / "again"), *map(str, options[:2])]) != 0
+    assert "quantized already" in capsys.readouterr().err
+
+
+def test_what_is_no_clip_is_refused_by_name():
+    pipeline = build_tiny_video_pipeline()
+    with pytest.raises(TypeError, match=r"data\[0\] is no clip"):
+        quantize(pipeline, data=[Image.new("RGB", (64, 64))], recipe=recipe())
+    with pytest.raises(ValueError, match="longest clip has 3 frames"):
+        quantize(pipeline, data=clips(2, 3), recipe=recipe())
+    with pytest.raises(ValueError, match="no clip is at least 96 pixels"):
+        quantize(pipeline, data=clips(), recipe=recipe(image_size=96))
+    with pytest.raises(ValueError, match="only image models are retrained"):
+        quantize(pipeline, data=clips(), recipe=recipe(), timestep=300)
