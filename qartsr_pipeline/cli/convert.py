@@ -28,7 +28,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     diffusers.add_argument("--timestep", type=int, default=999, metavar="T", help="it was trained at; default: 999")
     diffusers.add_argument("--scale", type=int, default=4, metavar="N", help="enlargement it was trained at; default: 4")
     diffusers.set_defaults(run=run_diffusers)
-    for source in (osediff, diffusers):
+    wan = sources.add_parser("wan", help="a one-step video model on WAN's transformer")
+    wan.add_argument(
+        "--base", required=True, metavar="BASE", help="diffusers folder, Hub id, or a transformer's .safetensors file"
+    )
+    wan.add_argument("--vae", metavar="FILE", help="autoencoder as a single file; needed beside a transformer's")
+    wan.add_argument("--lora", metavar="FILE", help="adapters of the transformer to merge, .safetensors")
+    wan.add_argument("--timestep", type=int, default=399, metavar="T", help="it was trained at; default: 399")
+    wan.add_argument("--scale", type=int, default=4, metavar="N", help="enlargement it was trained at; default: 4")
+    wan.set_defaults(run=run_wan)
+    for source in (osediff, diffusers, wan):
         source.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write, new or empty")
         source.add_argument(
             "--prompt-embedding",
@@ -58,6 +67,24 @@ def run_diffusers(options: argparse.Namespace) -> int:
     return _print_result(converted)
 
 
+def run_wan(options: argparse.Namespace) -> int:
+    """`qartsr convert wan`; returns 0."""
+    from qartsr_pipeline.convert.wan import convert_wan
+
+    _hide_progress_bars()
+    converted = convert_wan(
+        options.base,
+        options.output,
+        options.vae,
+        options.lora,
+        options.prompt_embedding,
+        options.timestep,
+        options.scale,
+        _print_step,
+    )
+    return _print_result(converted, "clip.mp4")
+
+
 def _hide_progress_bars() -> None:
     """Switches off the bars that diffusers and transformers show while they load parts."""
     import diffusers.utils.logging
@@ -73,11 +100,11 @@ def _print_step(step: str) -> None:
     print(f"{step} ..", file=sys.stderr)
 
 
-def _print_result(converted: Converted) -> int:
+def _print_result(converted: Converted, example: str = "photo.png") -> int:
     for component, merged in converted.merged.items():
         replaced = f", {len(merged.replaced)} tensors replaced" if merged.replaced else ""
         print(f"{component}: adapters of {merged.layers} layers merged{replaced}")
     prompts = "takes prompts" if converted.takes_prompts else "stored prompt only, as there is no text encoder and tokenizer"
     print(f"written: {converted.folder} ({converted.size / 1e9:.3f} GB; {prompts})")
-    print(f"try it: qartsr upscale photo.png --model {converted.folder}")
+    print(f"try it: qartsr upscale {example} --model {converted.folder}")
     return 0

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, fetch
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.convert.adapters import Merged
 from qartsr_pipeline.convert.diffusers_folder import PATTERNS, Base, read_diffusers_folder
 from qartsr_pipeline.convert.model_card import STABLE_DIFFUSION, STABLE_DIFFUSION_LICENSE, Card
@@ -178,7 +179,7 @@ def check_output(folder: Path) -> None:
         raise NotADirectoryError(f"{folder} cannot be created: {above} is a file. Choose another name.")
 
 
-def write_folder(pipeline: QArtSRPipeline, folder: Path, card: Card) -> int:
+def write_folder(pipeline: CheckpointPipeline, folder: Path, card: Card) -> int:
     """Saves the pipeline and its card; returns the bytes written.
 
     Raises:
@@ -204,7 +205,7 @@ def write_folder(pipeline: QArtSRPipeline, folder: Path, card: Card) -> int:
     return size
 
 
-def _check_space(pipeline: QArtSRPipeline, folder: Path) -> None:
+def _check_space(pipeline: CheckpointPipeline, folder: Path) -> None:
     models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     needed = sum(p.numel() * p.element_size() for model in models for p in model.state_dict().values()) + _MARGIN
     free = shutil.disk_usage(folder.parent).free

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, AutoencoderKLWan, UNet2DConditionModel, WanTransformer3DModel
 from diffusers.schedulers import DDPMScheduler
 
 from qartsr_pipeline.checkpoint_files import CheckpointError, quantization_configs
@@ -70,11 +70,11 @@ PATTERNS = [
         for name in ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*.safetensors")
     ),
 ]
-_DOWNLOAD_AGAIN = "Download the base again, whole."
+DOWNLOAD_AGAIN = "Download the base again, whole."
 # Settings of a UNet that needs more than a latent, a timestep and a prompt.
 _OTHER_CONDITIONING = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
 
-Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, "CLIPTextModel")
+Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, WanTransformer3DModel, AutoencoderKLWan, "CLIPTextModel")
 
 
 def read_diffusers_folder(folder: Path, prompt_embeds: torch.Tensor | None = None) -> Base:
@@ -93,7 +93,7 @@ def read_diffusers_folder(folder: Path, prompt_embeds: torch.Tensor | None = Non
                 f" tokenizer, or a single .safetensors file of Stable Diffusion 2.1."
             )
     index = folder / "model_index.json"
-    if index.is_file() and named_class(read_json(index, remedy=_DOWNLOAD_AGAIN)) == PIPELINE_CLASS:
+    if index.is_file() and named_class(read_json(index, remedy=DOWNLOAD_AGAIN)) == PIPELINE_CLASS:
         raise CheckpointError(f"{folder} is a converted model already. Give the base that the checkpoint was trained on.")
     quantized = quantization_configs(folder)
     if quantized:
@@ -102,11 +102,11 @@ def read_diffusers_folder(folder: Path, prompt_embeds: torch.Tensor | None = Non
     if prompt_embeds is None:
         assert text_encoder is not None and tokenizer is not None  # they were required
         prompt_embeds = embed_prompt(text_encoder, tokenizer, "")
-    unet = _read_model(UNet2DConditionModel, folder, "unet", "diffusion_pytorch_model")
+    unet = read_model(UNet2DConditionModel, folder, "unet", "diffusion_pytorch_model")
     check_unet(unet, f"unet in {folder}")
     return Base(
         unet=unet,
-        vae=_read_model(AutoencoderKL, folder, "vae", "diffusion_pytorch_model"),
+        vae=read_model(AutoencoderKL, folder, "vae", "diffusion_pytorch_model"),
         scheduler=read_scheduler(_read_scheduler_config(folder)),
         prompt_embeds=prompt_embeds,
         text_encoder=text_encoder,
@@ -117,7 +117,7 @@ def read_diffusers_folder(folder: Path, prompt_embeds: torch.Tensor | None = Non
 
 def _read_scheduler_config(folder: Path) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(path, remedy=_DOWNLOAD_AGAIN)
+    config = read_json(path, remedy=DOWNLOAD_AGAIN)
     check_numbers(config, str(path))
     return config
 
@@ -131,7 +131,7 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
             f"{folder} has no text_encoder and tokenizer, which compute the empty prompt's embedding. Give the embedding with"
             f" --prompt-embedding, or a base that has them."
         )
-    config = read_json(folder / "text_encoder" / "config.json", remedy=_DOWNLOAD_AGAIN)
+    config = read_json(folder / "text_encoder" / "config.json", remedy=DOWNLOAD_AGAIN)
     if config.get("model_type") not in ("clip_text_model", "clip"):
         raise CheckpointError(
             f"text_encoder in {folder} is a {config.get('model_type')!r} model, but only CLIP's is known here."
@@ -146,7 +146,7 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
     transformers = import_transformers(
         f"text_encoder in {folder}", "Or leave text_encoder and tokenizer out of the folder, and give --prompt-embedding."
     )
-    text_encoder = _read_model(transformers.CLIPTextModel, folder, "text_encoder", "model")
+    text_encoder = read_model(transformers.CLIPTextModel, folder, "text_encoder", "model")
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -155,12 +155,20 @@ def _read_text_parts(folder: Path, required: bool) -> tuple[CLIPTextModel | None
     return text_encoder, tokenizer
 
 
-def _read_model(kind: type[Model], folder: Path, part: str, stem: str) -> Model:
-    """Loads a part in float32 from its safetensors files, which must hold every tensor."""
-    config = read_json(folder / part / "config.json", remedy=_DOWNLOAD_AGAIN)
+def read_model(kind: type[Model], folder: Path, part: str, stem: str, like: str = "Stable Diffusion 2.1") -> Model:
+    """Loads a part in float32 from its safetensors files, which must hold every tensor.
+
+    Args:
+        stem: of the names of these files.
+        like: what a base is, for messages.
+
+    Raises:
+        CheckpointError: it is of another class, damaged or not complete.
+    """
+    config = read_json(folder / part / "config.json", remedy=DOWNLOAD_AGAIN)
     found = config.get("_class_name", kind.__name__)
     if found != kind.__name__:
-        raise CheckpointError(f"{part} in {folder} is a {found}, not a {kind.__name__}. Give a base like Stable Diffusion 2.1.")
+        raise CheckpointError(f"{part} in {folder} is a {found}, not a {kind.__name__}. Give a base like {like}.")
     check_numbers(config, f"{part}/config.json in {folder}")
     stored_tensors(folder, part, stem)
     try:

@@ -26,6 +26,7 @@ class Card:
         base_model: Hub id or None.
         takes_prompts: whether the folder holds a text encoder.
         timestep, scale: as in the pipeline.
+        video: whether it is a `LSGQuantVideoPipeline`.
     """
 
     title: str
@@ -35,10 +36,12 @@ class Card:
     takes_prompts: bool
     timestep: int
     scale: int
+    video: bool = False
 
     def text(self) -> str:
         """The file's content."""
         base = f"base_model: {yaml_text(self.base_model)}\n" if self.base_model else ""
+        name, network = ("LSGQuantVideoPipeline", "transformer") if self.video else ("QArtSRPipeline", "UNet")
         prompts = (
             'The folder holds the text encoder: `pipeline(image, prompt="...")` takes a prompt instead.'
             if self.takes_prompts
@@ -47,21 +50,21 @@ class Card:
         return f"""---
 license: {yaml_text(self.license)}
 library_name: diffusers
-{base}pipeline_tag: {PIPELINE_TAG}
+{base}pipeline_tag: {"video-to-video" if self.video else PIPELINE_TAG}
 tags: [super-resolution, one-step-diffusion, qartsr]
 ---
 # {markdown_text(self.title)}
 
-One-step diffusion super-resolution, x{self.scale}, in full precision (float32). {self.origin}
+One-step diffusion {"video " * self.video}super-resolution, x{self.scale}, in full precision (float32). {self.origin}
 
 ```python
-from qartsr_pipeline import QArtSRPipeline
+from qartsr_pipeline import {name}
 
-pipeline = QArtSRPipeline.from_pretrained({python_text(self.title)})
-pipeline(image).images[0]
+pipeline = {name}.from_pretrained({python_text(self.title)})
+{"pipeline(clip).frames[0]" if self.video else "pipeline(image).images[0]"}
 ```
 
-One call of the UNet at T = {self.timestep} with the stored embedding of a fixed prompt. {prompts}
+One call of the {network} at T = {self.timestep} with the stored embedding of a fixed prompt. {prompts}
 
 Quality and licence are those of the weights it was converted from; nothing was measured or trained in the conversion.
 """

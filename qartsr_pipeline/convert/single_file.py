@@ -18,7 +18,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.models import AutoencoderKL, AutoencoderKLWan, UNet2DConditionModel, WanTransformer3DModel
 from safetensors.torch import load_file
 
 from qartsr_pipeline.checkpoint_files import CheckpointError
@@ -31,7 +31,7 @@ from qartsr_pipeline.versions import import_transformers
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
-Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, "CLIPTextModel")
+Model = TypeVar("Model", UNet2DConditionModel, AutoencoderKL, WanTransformer3DModel, AutoencoderKLWan, "CLIPTextModel")
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 
 
@@ -96,7 +96,7 @@ def _filled(
         translated = convert(dict(tensors), config=model.config)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error.args[0]}: {_OTHER_MODEL}") from error
-    return _assign(model, translated, path)
+    return assign(model, translated, path, _OTHER_MODEL)
 
 
 def _text_encoder(path: Path, tensors: dict[str, torch.Tensor], structure: Structure) -> CLIPTextModel:
@@ -112,20 +112,24 @@ def _text_encoder(path: Path, tensors: dict[str, torch.Tensor], structure: Struc
     # Releases of transformers before 5.6 have one more level of names.
     prefix = "text_model." if any(name.startswith("text_model.") for name in names) else ""
     translated = {prefix + name.removeprefix("text_model."): tensor for name, tensor in translated.items()}
-    return _assign(model, {name: tensor for name, tensor in translated.items() if name in names}, path)
+    return assign(model, {name: tensor for name, tensor in translated.items() if name in names}, path, _OTHER_MODEL)
 
 
 _OTHER_MODEL = "it is not a file of Stable Diffusion 2.1. Give v2-1_512-ema-pruned.safetensors or a diffusers folder."
 
 
-def _assign(model: Model, tensors: dict[str, torch.Tensor], path: Path) -> Model:
-    """Gives the model float32 copies of the tensors, which must be complete and of the right shapes."""
+def assign(model: Model, tensors: dict[str, torch.Tensor], path: Path, other_model: str) -> Model:
+    """Gives the model float32 copies of the tensors, which must be complete and of the right shapes.
+
+    Args:
+        other_model: the last sentence of messages: that it is another model, and which one to give.
+    """
     wanted = model.state_dict()
     missing = sorted(wanted.keys() - tensors.keys())
     extra = sorted(tensors.keys() - wanted.keys())
     wrong = sorted(name for name in wanted.keys() & tensors.keys() if wanted[name].shape != tensors[name].shape)
     for kind, names in (("lacks", missing), ("has beyond what is known", extra), ("has in another shape", wrong)):
         if names:
-            raise CheckpointError(f"{path} {kind} {names[0]} ({len(names)} such tensors): {_OTHER_MODEL}")
+            raise CheckpointError(f"{path} {kind} {names[0]} ({len(names)} such tensors): {other_model}")
     model.load_state_dict({name: tensors[name].float() for name in wanted}, assign=True)
     return model.eval().requires_grad_(False)
