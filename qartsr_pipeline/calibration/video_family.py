@@ -24,7 +24,6 @@ from qartsr_pipeline.calibration.data.patches import (
     as_pixels,
     as_tensor,
     images_record,
-    list_photographs,
     read_photograph,
 )
 from qartsr_pipeline.calibration.family import Family, Output, outputs_of
@@ -81,7 +80,10 @@ class VideoFamily(Family):
         if folder:
             files = clip_files(folder)
             clips = [read_clip(name, paths) for name, paths in files.items()]
-            return ClipPatches(clips), {"clips": len(clips), **photographs_record(list_photographs(folder))}
+            return ClipPatches(clips), {
+                "clips": len(clips),
+                **photographs_record([path for paths in files.values() for path in paths]),
+            }
         return ClipPatches(), {"procedural": "dead leaves that move"}
 
     def write_for_measuring(self, data: Sequence[np.ndarray] | None, folder: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -41,7 +42,9 @@ class Request:
 
     models: list[str]
     data: Path
-    color_fix: str
+    clips: bool
+    frames: int | None
+    color_fix: str | None
     degradation: str
     no_color_fix: bool
     tile_size: int | None
@@ -70,12 +73,15 @@ class Request:
         return found
 
 
+Measure: TypeAlias = Callable[[Request], tuple[list[EvaluationRow], dict[str, Any]]]  # the rows, and the report for JSON
+
+
 def compare_with_papers(reports: list[str]) -> None:
     """Prints what the papers report, beside the reports in these files."""
     print(reproduce([read_report(path) for path in reports]))
 
 
-def evaluate_and_write(request: Request) -> None:
+def evaluate_and_write(request: Request, measure: Measure) -> None:
     """Measures, prints the table, and writes what is asked for."""
     if request.output:
         check_output(request.output)
@@ -91,8 +97,10 @@ def evaluate_and_write(request: Request) -> None:
         print(f"\nwritten: {written}")
 
 
-def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
+def measure_images(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
     """Runs the evaluation with a progress bar; the rows, and the report that is written as JSON."""
+    if request.frames is not None:
+        raise UsageError(f"--frames is for clips, but {request.data} is measured as images: leave it out, or add --clips")
     device, _ = choose_device(request.device)
     peers = request.peers()
     if request.no_ground_truth:
@@ -123,7 +131,7 @@ def measure(request: Request) -> tuple[list[EvaluationRow], dict[str, Any]]:
             pairs,
             metrics=list(dict.fromkeys([*BUILT_IN, *request.metrics])),
             degradation=request.degradation,
-            color_fixes=[None] if request.no_color_fix else [request.color_fix, None],
+            color_fixes=[None] if request.no_color_fix else [request.color_fix or "wavelet", None],
             tile_size=request.tile_size,
             bypass=request.bypass,
             device=device,
@@ -181,8 +189,11 @@ def report_text(report: dict[str, Any], table: str, pictures: Path | None = None
     """
     data, settings = report["data"], report["settings"]
     unchecked = [model for model, listed in data["unseen_by_record"].items() if not listed]
+    clips = data.get("clips")
+    what = "images" if clips is None else "clips"
+    count = f"{data['count']} {what}" if clips is None else f"{data['count']} {what} ({sum(clips.values())} frames)"
     lines = [
-        f"{data['count']} images of {data['folder']}, low resolution: {settings['degradation']}. {report['hardware']},"
+        f"{count} of {data['folder']}, low resolution: {settings['degradation']}. {report['hardware']},"
         f" {settings['dtype']}, {'tiles of ' + str(settings['tile_size']) if settings['tile_size'] else 'no tiles'}.",
         "",
         table,
@@ -192,7 +203,7 @@ def report_text(report: dict[str, Any], table: str, pictures: Path | None = None
     if unchecked:
         lines += [
             "",
-            f"The records of {', '.join(unchecked)} list no files: whether these images were trained on is not checked.",
+            f"The records of {', '.join(unchecked)} list no files: whether these {what} were trained on is not checked.",
         ]
     if pictures and beside:
         folder = Path(os.path.relpath(pictures, beside))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SHOWN_SIDE = 512  # larger images are cut to this around their detail
+STRIP_SIDE = 224  # the same for frames of film strips
+AMPLIFIED = 8  # differences of frames are shown so many times as large
 
 
 def comparison_sheet(images: dict[str, np.ndarray], detail: tuple[int, int, int, int]) -> np.ndarray:
@@ -29,6 +33,47 @@ def comparison_sheet(images: dict[str, np.ndarray], detail: tuple[int, int, int,
         sheet.paste(image, (left, bar))
         enlarged = image.crop(detail).resize((width, detail_height), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, bar + height + gap))
+    return np.asarray(sheet)
+
+
+def film_strip(clips: Mapping[str, Sequence[np.ndarray]], reference: str | None = None, shown: int = 5) -> np.ndarray:
+    """Clips of one length and size below one another under their captions, some frames of each side by side.
+
+    Frames larger than `STRIP_SIDE` are cut to it, around the most detailed part of the last clip's first frame.
+
+    Args:
+        clips: caption -> frames (H, W, 3) uint8.
+        reference: caption of a clip. Below each of the others, the absolute difference from it is shown, `AMPLIFIED` times.
+        shown: at most so many frames, evenly spread.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    *_, last = clips.values()
+    places = sorted({round(place) for place in np.linspace(0, len(last) - 1, shown)})
+    left, top, right, bottom = most_detailed(last[0])
+    y, x = (
+        max(0, min((low + high - STRIP_SIDE) // 2, side - STRIP_SIDE))
+        for low, high, side in ((top, bottom, last[0].shape[0]), (left, right, last[0].shape[1]))
+    )
+    rows: dict[str, list[np.ndarray]] = {}
+    for caption, frames in clips.items():
+        rows[caption] = [frames[place][y : y + STRIP_SIDE, x : x + STRIP_SIDE] for place in places]
+    if reference is not None:
+        wanted = [frame.astype(int) for frame in rows[reference]]
+        for caption in [caption for caption in clips if caption != reference]:
+            pairs = zip(rows[caption], wanted, strict=True)
+            differences = [(np.abs(frame - other) * AMPLIFIED).clip(0, 255).astype(np.uint8) for frame, other in pairs]
+            rows[f"{caption}, {AMPLIFIED} x the difference from {reference}"] = differences
+    height, width = rows[next(iter(rows))][0].shape[:2]
+    bar, gap = 28, 4
+    sheet = Image.new("RGB", (len(places) * (width + gap) - gap, len(rows) * (bar + height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, (caption, frames) in enumerate(rows.items()):
+        above = line * (bar + height)
+        draw.text((4, above + bar // 2), caption, fill="black", font=_font_for(caption, sheet.width - 8), anchor="lm")
+        for column, frame in enumerate(frames):
+            sheet.paste(Image.fromarray(np.ascontiguousarray(frame)), (column * (width + gap), above + bar))
     return np.asarray(sheet)
 
 

@@ -77,8 +77,50 @@ def clip_scores(frames: Iterable[np.ndarray], targets: Iterable[np.ndarray], bor
     return ClipScores(len(psnr), float(np.mean(psnr)), float(np.mean(ssim)), temporal.mean)
 
 
+def optical_flow(frame: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Where the pixels of a frame were in the frame before, by TV-L1, as `warping_error` takes it.
+
+    A pixel is occluded, NaN, where the flow there and back does not lead home: |w + w'|^2 > 0.01 (|w|^2 + |w'|^2) + 0.5, the rule
+    of Sundaram et al. (ECCV 2010) that Lai et al. (arXiv 1808.00449) use. The flow is scikit-image's, of Zach et al. (2007).
+
+    Args:
+        frame, before: float arrays (H, W, 3) in [0, 1] of one size, at least 16 pixels a side.
+
+    Returns:
+        (H, W, 2) float32.
+
+    Raises:
+        ValueError: the sizes differ. ImportError: scikit-image is not installed.
+    """
+    check_optical_flow()
+    from skimage.registration import optical_flow_tvl1
+
+    if frame.shape != before.shape:
+        raise ValueError(f"A frame of shape {frame.shape} follows one of {before.shape}.")
+    now, then = (luma(image).float().numpy() for image in (frame, before))
+    back, forth = optical_flow_tvl1(now, then), optical_flow_tvl1(then, now)  # (2, H, W) each
+    place = torch.from_numpy(np.indices(now.shape) + back)[None]
+    limits = torch.tensor([now.shape[0] - 1, now.shape[1] - 1]).clamp(min=1).view(1, 2, 1, 1)
+    grid = (2 * place / limits - 1).flip(1).movedim(1, -1).float()
+    home = F.grid_sample(torch.from_numpy(forth)[None], grid, padding_mode="border", align_corners=True)[0].numpy()
+    size = (back**2).sum(0) + (home**2).sum(0)
+    back[:, ((back + home) ** 2).sum(0) > 0.01 * size + 0.5] = np.nan
+    return back.transpose(1, 2, 0)
+
+
+def check_optical_flow() -> None:
+    """Raises ImportError, which says how to install it, if `optical_flow` lacks its package."""
+    try:
+        import skimage.registration  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"optical flow is computed by scikit-image, which cannot be imported ({error}): install it with"
+            " `pip install 'qartsr[metrics]'`, or leave out e_warp"
+        ) from error
+
+
 def warping_error(frames: Iterable[np.ndarray], flows: Iterable[np.ndarray], border: int = 4) -> float:
-    """E_warp: what of a frame cannot be predicted by moving the frame before it, where the motion is known.
+    """E_warp: what of a frame cannot be predicted by moving the frame before it, where the motion is known or estimated.
 
     The mean squared difference between a frame and its predecessor warped by the flow, times 1000, as Lai et al. (arXiv
     1808.00449) and LSGQuant report it. Pixels that come from outside the frame are left out; occlusions are the flow's to mark,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qartsr_pipeline.image.metrics import psnr_y
-from qartsr_pipeline.video.metrics import clip_scores, warping_error
+from qartsr_pipeline.video.metrics import clip_scores, optical_flow, warping_error
 
 
 def test_scores_are_means_over_frames_and_see_flicker():
@@ -44,3 +45,19 @@ def test_warping_error_is_that_of_what_does_not_follow_the_motion():
     for bad in ((frames[:1], []), (frames, flows[:2]), (frames, [np.full((24, 28, 2), 99.0)] * 3), (frames, [flows[0][:5]] * 3)):
         with pytest.raises(ValueError):
             warping_error(*bad)
+
+
+def test_optical_flow_finds_motion_and_what_was_hidden():
+    noise = np.random.default_rng(0).random((20, 24), np.float32)
+    image = np.asarray(Image.fromarray(noise).resize((96, 80), Image.Resampling.BICUBIC))[..., None].repeat(3, 2).clip(0, 1)
+    before, frame = image[8:56, 8:72], image[9:57, 10:74]
+    flow = optical_flow(frame, before)
+    inner = flow[6:-6, 6:-6]
+    assert flow.shape == (48, 64, 2) and np.isfinite(inner).mean() > 0.98
+    assert np.nanmean(np.abs(inner - [1.0, 2.0])) < 0.1
+    covered = before.copy()
+    covered[12:36, 24:44] = np.random.default_rng(1).random((24, 20, 1))  # goes away, and shows what was behind
+    hidden = np.isnan(optical_flow(frame, covered))[..., 0]
+    assert hidden[14:32, 24:40].mean() > 3 * max(0.01, hidden[:, 48:].mean())
+    with pytest.raises(ValueError):
+        optical_flow(frame, before[:40])

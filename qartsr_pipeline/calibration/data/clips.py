@@ -1,8 +1,9 @@
-"""Clips: folders of images, clips in memory, or procedural images that move, as a source of patches."""
+"""Clips: video files, folders of images, clips in memory, or procedural images that move, as a source of patches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,75 @@ from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.pairs import Pair
 from qartsr_pipeline.calibration.data.patches import as_pixels, list_photographs, read_photograph
 from qartsr_pipeline.video.frames import checked_frames, frames_of
+from qartsr_pipeline.video_files.clip import CLIP_SUFFIXES, VideoFileError
+from qartsr_pipeline.video_files.damage import Damage
+from qartsr_pipeline.video_files.reading import open_clip, read_frames
 
 FRAMES = 5  # of a clip that is calibrated on
 FASTEST = 4  # pixels a frame
 
 
 def clip_files(folder: str | Path) -> dict[str, list[Path]]:
-    """Name -> image files in order of their names, for each folder of images below ``folder``, or for ``folder`` itself.
+    """Name -> its files, for each clip below ``folder``: the images of a folder in order of their names, or one video file.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
+        FileNotFoundError: no such folder, or neither an image nor a video file in it.
     """
     folder = Path(folder)
+    videos = video_files_in(folder)
     clips: dict[str, list[Path]] = {}
-    for path in list_photographs(folder):
+    for path in [] if videos and not has_images(folder) else list_photographs(folder):
         name = folder.name if path.parent == folder else path.parent.relative_to(folder).as_posix()
         clips.setdefault(name, []).append(path)
-    return clips
+    return dict(sorted((clips | {path.relative_to(folder).as_posix(): [path] for path in videos}).items()))
 
 
-def read_clip(name: str, paths: list[Path]) -> np.ndarray:
-    """(F, H, W, 3) uint8; raises ValueError if the images differ in size, and ImageFileError for one that cannot be read."""
-    images = [read_photograph(path) for path in paths]
+def video_files_in(folder: str | Path) -> list[Path]:
+    """Every video file below ``folder``, sorted by path; none if there is no such folder."""
+    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file())
+    return [path for path in found if not path.name.startswith("._")]  # what macOS puts beside files
+
+
+def has_images(folder: Path) -> bool:
+    """Whether an image lies somewhere below the folder."""
+    try:
+        return bool(list_photographs(folder))
+    except FileNotFoundError:
+        return False
+
+
+def read_clip(name: str, paths: list[Path], frames: int | None = None) -> np.ndarray:
+    """(F, H, W, 3) uint8, of the files that `clip_files` gives.
+
+    Args:
+        frames: only so many, the first ones; None for all.
+
+    Raises:
+        ValueError: the images differ in size. ImageFileError: one cannot be read.
+        VideoFileError: a video file cannot be read, is damaged, or has more than 8 bits a channel, which would be lost.
+    """
+    if len(paths) == 1 and paths[0].suffix.lower() in CLIP_SUFFIXES:
+        return _read_video(paths[0], frames)
+    images = [read_photograph(path) for path in paths[:frames]]
     sizes = sorted({image.shape[1::-1] for image in images})
     if len(sizes) > 1:
-        raise ValueError(f"{name}: the images of a clip must have one size, these have {sizes} (width, height)")
+        raise ValueError(
+            f"{name}: each folder of images is taken for a clip, whose images must have one size, not {sizes} (width, height)"
+        )
     return np.stack(images)
+
+
+def _read_video(path: Path, frames: int | None) -> np.ndarray:
+    clip, damage = open_clip(path), Damage()
+    if clip.kind.depth > 8 or clip.colour.is_hdr:
+        what = "in HDR" if clip.colour.is_hdr else f"of {clip.kind.depth} bits a channel"
+        raise VideoFileError(f"{path} is {what}, but only clips of 8 bits are taken here. Convert it, or leave it out.")
+    found = [(frame.pixels * 255).round().astype(np.uint8) for frame in islice(read_frames(clip, damage=damage), frames)]
+    if damage.packets or damage.frames or damage.end:
+        raise VideoFileError(
+            f"{path} is damaged: only {len(found)} frames were read as they are. Copy it again, or leave it out."
+        )
+    return np.stack(found)
 
 
 def clips_of(clips: Iterable[Any], name: str = "data") -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -21,10 +21,11 @@ from qartsr_pipeline.calibration.evaluation.measurement import (
     Progress,
 )
 from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, load_metrics
-from qartsr_pipeline.calibration.evaluation.originals import Data, Original, originals_of
+from qartsr_pipeline.calibration.evaluation.originals import Data, originals_of
 from qartsr_pipeline.calibration.evaluation.peers import Upscaler, check_complete, peers_of
-from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
+from qartsr_pipeline.calibration.evaluation.rows import E_WARP, EvaluationRow
 from qartsr_pipeline.checkpoint_files import fetch
+from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.loading import load_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
@@ -110,6 +111,8 @@ def evaluate(
         raise ValueError("`color_fixes` is empty: give at least one alignment, such as None for the network's own colours")
     if bypass and not ground_truth:
         raise ValueError("`bypass` reproduces the originals, so it needs ground truth: leave it out")
+    if E_WARP in metrics:
+        raise ValueError(f"{E_WARP} is measured on clips, from frame to frame: use `evaluate_clips`, or --clips, or leave it out")
     others = peers_of(peers or {})
     named = named_models(models, needed=not others)
     taken = [name for name in others if name in (*named, BICUBIC, ORIGINAL)]
@@ -119,7 +122,8 @@ def evaluate(
     check_complete(others, originals)
     loaded = load_metrics(metrics, "cpu" if device is None else str(device), backbones)
     folders = {name: model if isinstance(model, QArtSRPipeline) else fetch(model) for name, model in named.items()}
-    check_unseen([folder for folder in folders.values() if isinstance(folder, Path)], originals)
+    files = [path for original in originals for path in original.files]
+    check_unseen([folder for folder in folders.values() if isinstance(folder, Path)], files)
     candidates = [
         Candidate.of(name, each if isinstance(each, QArtSRPipeline) else load_model(each, dtype, device))
         for name, each in folders.items()
@@ -135,9 +139,8 @@ def evaluate(
     return evaluation.run(originals)
 
 
-def check_unseen(folders: Sequence[Path], originals: Sequence[Original]) -> None:
+def check_unseen(folders: Sequence[Path], files: Sequence[Path]) -> None:
     """Raises ValueError if a model's record lists one of the originals' files as one that the model was made with."""
-    files = [path for original in originals for path in original.files]
     for folder in folders:
         check_no_overlap(files, folder)
 
@@ -150,15 +153,20 @@ def row_names(models: Sequence[str]) -> dict[str, str]:
     return {model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)}
 
 
-def named_models(models: Model | Sequence[Model] | Mapping[str, Model], needed: bool = True) -> dict[str, Model]:
+P = TypeVar("P", bound=CheckpointPipeline)
+
+
+def named_models(
+    models: P | str | os.PathLike | Sequence[P | str | os.PathLike] | Mapping[str, P | str | os.PathLike], needed: bool = True
+) -> dict[str, P | str | os.PathLike]:
     """Name of its rows -> model, as `evaluate` says. Raises ValueError if there is none and one is ``needed``."""
     if isinstance(models, Mapping):
         named = dict(models)
     else:
-        given = [models] if isinstance(models, (QArtSRPipeline, str, os.PathLike)) else list(models)
-        texts = row_names([os.fspath(model) for model in given if not isinstance(model, QArtSRPipeline)])
+        given = [models] if isinstance(models, (CheckpointPipeline, str, os.PathLike)) else list(models)
+        texts = row_names([os.fspath(model) for model in given if not isinstance(model, CheckpointPipeline)])
         named = {
-            f"model {number}" if isinstance(model, QArtSRPipeline) else texts[os.fspath(model)]: model
+            f"model {number}" if isinstance(model, CheckpointPipeline) else texts[os.fspath(model)]: model
             for number, model in enumerate(given, 1)
         }
     if not named and needed:

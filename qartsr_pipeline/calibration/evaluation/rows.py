@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 SECONDS = "seconds"
-TEMPORAL = "temporal_error"  # of clips
+TEMPORAL, E_WARP, SECONDS_A_FRAME = "temporal_error", "e_warp", "seconds_a_frame"  # of clips
 COLUMNS = {
     "psnr_y": ("PSNR-Y", "{:.2f}"),
     "ssim_y": ("SSIM-Y", "{:.4f}"),
@@ -16,12 +16,15 @@ COLUMNS = {
     "lpips_vgg": ("LPIPS (VGG)", "{:.4f}"),
     "dists": ("DISTS", "{:.4f}"),
     TEMPORAL: ("temporal error", "{:.3f}"),
+    E_WARP: ("E_warp", "{:.3f}"),
+    "e_warp_over_full_precision": ("E_warp over full precision's", "{:.3f}"),
     "gain": ("over bicubic", "{:+.2f}"),
     "share_of_gain": ("of full precision's gain", "{:.1%}"),
     "psnr_y_to_full_precision": ("PSNR-Y to full precision", "{:.2f}"),
     "ssim_y_to_full_precision": ("SSIM-Y to full precision", "{:.4f}"),
     "closer_than_bicubic": ("closer to it than bicubic", "{:+.2f}"),
     SECONDS: ("s an image", "{:.2f}"),
+    SECONDS_A_FRAME: ("s a frame", "{:.2f}"),
 }
 TO_FULL_PRECISION = "_to_full_precision"
 
@@ -45,6 +48,7 @@ class EvaluationRow:
         gain: PSNR-Y over that of bicubic, in dB; None for bicubic and where PSNR-Y is not measured.
         share_of_gain: of the gain of the first model in full precision under the same colour alignment.
         closer_than_bicubic: by how many dB the output is closer to the full-precision output than bicubic is.
+        e_warp_over_full_precision: E_warp over that of the first model, if that is in full precision.
     """
 
     name: str
@@ -58,10 +62,12 @@ class EvaluationRow:
     gain: float | None = None
     share_of_gain: float | None = None
     closer_than_bicubic: float | None = None
+    e_warp_over_full_precision: float | None = None
 
     def numbers(self) -> dict[str, float]:
-        """All means by name: `values`, then seconds, gain, share_of_gain and closer_than_bicubic where there are any."""
-        further = {name: getattr(self, name) for name in (SECONDS, "gain", "share_of_gain", "closer_than_bicubic")}
+        """All means by name: `values`, then seconds and what compares rows, where there are any."""
+        compared = ("gain", "share_of_gain", "closer_than_bicubic", "e_warp_over_full_precision")
+        further = {name: getattr(self, name) for name in (SECONDS, *compared)}
         return {**self.values, **{name: value for name, value in further.items() if value is not None}}
 
     def to_json(self) -> dict[str, Any]:
@@ -96,10 +102,12 @@ def make_rows(measured: Mapping[RowKey, Mapping[str, list[float]]], images: int 
     models = [key for key in measured if key.kind == "model"]
     reference = models[0].name if models and models[0].full_precision else None
     gains = {key: of["psnr_y"] - bicubic for key, of in means.items() if bicubic is not None and key.kind != "bicubic"}
+    warped = next((means[key].get(E_WARP) for key in models if key.name == reference), None)  # None without clips
     whole = {key.color_fix: gains[key] for key in models if key.name == reference and key in gains}
+    others = [key for key in models if key.name != reference]
     rows = []
     for key, metrics in measured.items():
-        compared = key.kind == "model" and key.name != reference and whole.get(key.color_fix, 0) > 0
+        compared = key in others and whole.get(key.color_fix, 0) > 0
         rows.append(
             EvaluationRow(
                 *key,
@@ -110,6 +118,7 @@ def make_rows(measured: Mapping[RowKey, Mapping[str, list[float]]], images: int 
                 gain=gains.get(key),
                 share_of_gain=gains[key] / whole[key.color_fix] if compared else None,
                 closer_than_bicubic=_closer_than_bicubic(metrics),
+                e_warp_over_full_precision=means[key][E_WARP] / warped if warped and key in others else None,
             )
         )
     return rows

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-import torch
 
 from qartsr_pipeline.calibration.data.clips import read_clip
-from qartsr_pipeline.calibration.evaluation.clips import ClipModel, evaluate_clips
+from qartsr_pipeline.calibration.evaluation.clips import ClipModel, ClipOutputs, evaluate_clips
 from qartsr_pipeline.calibration.report.report import write_report
 from qartsr_pipeline.calibration.report.run_report import SHOWN, FinishedRun, RunReport, report_data, shown_versions
 
@@ -24,7 +23,8 @@ def make_clip_report(run: FinishedRun, folder: Path) -> RunReport:
     models = {run.model_name: run.full_precision, f"{run.recipe.method} {run.bits}": run.quantized}
     shown: list[dict[str, np.ndarray]] = []
 
-    def keep(versions: Mapping[str, Sequence[torch.Tensor]]) -> None:
+    def keep(clip: ClipOutputs) -> None:
+        versions = {"low resolution": clip.low.split(1), **clip.outputs}
         if len(shown) < SHOWN:
             shown.append(shown_versions({name: frames[len(frames) // 2] for name, frames in versions.items()}))
 
