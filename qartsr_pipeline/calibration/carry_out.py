@@ -206,6 +206,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
         "hardware": hardware(job.pipeline.vae.device.type),
         "loss": {stage: [float(f"{loss:.4g}") for loss in losses] for stage, losses in calibrated.losses.items()},
         "modules": calibrated.turns,
+        **({"sensitivities": calibrated.sensitivities} if calibrated.sensitivities else {}),
         "relative_error_of_each_layer_alone": {
             "before_training": {name: round(error, 6) for name, error in calibrated.errors_before.items()},
             "after_training": {name: round(error, 6) for name, error in calibrated.layer_errors.items()},

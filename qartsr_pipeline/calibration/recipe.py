@@ -1,7 +1,7 @@
 """What a quantization method is, as data: which parameters exist, how they start, and in which stages they are trained.
 
 A recipe is a YAML file, `recipes/NAME.yaml`, one a method; bits are an argument. Its keys are the attributes of `Recipe`,
-`Layer`, `Budget` and `Stage`, which document them. The engine knows no method by name.
+`Layer`, `Budget`, `Volts` and `Stage`, which document them. The engine knows no method by name.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from qartsr_pipeline.calibration.recipe_layers import Budget, Layer, RecipeError, number, one_of
+from qartsr_pipeline.calibration.recipe_layers import Budget, Layer, RecipeError, Volts, number, one_of
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
 VERSION = 1
 
-MODULES = ("blocks", "parts", "all")
-ORDERS = ("reversed", "forward", "distributed")
+MODULES = ("blocks", "parts", "all", "layers")
+ORDERS = ("reversed", "forward", "distributed", "sensitive")
 OTHERS = ("quantized_so_far", "full_precision")
-TRAINED = ("smoothing", "offset", "branch", "adapter", "bias", "bounds", "step")
+TRAINED = ("smoothing", "offset", "branch", "adapter", "bias", "residual", "bounds", "step")
 LOSSES = ("module_l2", "noise_l2", "image_l2", "image_l1", "perceptual", "lpips")
 DEFAULT_KEEP = dict.fromkeys(("unet.conv_in", "unet.conv_out", "vae.encoder.conv_in", "vae.decoder.conv_out"), "w8a8")
 
@@ -31,12 +31,14 @@ class Stage:
     Attributes:
         name: for bars, plots and reports.
         modules: what is quantized and trained at a time: "blocks" (each ResNet block, transformer block, sampler, first and last
-            layer), "parts" (encoder, UNet, decoder) or "all" (everything at once).
+            layer), "parts" (encoder, UNet, decoder), "all" (everything at once), or "layers", each on recordings of its own
+            full-precision input, with the steps that `Recipe.volts` gives it.
         order: of the modules: "reversed" from the output to the input, "forward", or "distributed": the middle of the largest gap
-            next, so that the modules done so far are always spread over the network.
+            next, so that the modules done so far are always spread over the network. Of layers: "sensitive", the most sensitive
+            first.
         others: what the rest of the network is meanwhile: "quantized_so_far": modules that had their turn are quantized, and go
             on being trained, the others are full precision; "full_precision": all but the module itself.
-        train: which parameters, of smoothing, offset, branch, adapter, bias, bounds, step. "step" trains one factor for both
+        train: which parameters, of smoothing, offset, branch, adapter, bias, residual, bounds, step. "step" trains one factor for both
             bounds (the step size, with the zero point kept), "bounds" each for itself.
         loss: weight of each term, by name: module_l2 (norm of the error of the module's own output, relative to that of the
             output), noise_l2 (the same of the UNet's output), image_l2 (root mean square of the picture's error, values in
@@ -90,6 +92,11 @@ class Stage:
             raise RecipeError(f"{where}loss has only weights of 0, which trains nothing: give one of them a weight")
         if self.modules == "all" and "module_l2" in self.loss:
             raise RecipeError(f"{where}loss.module_l2 needs modules: blocks or parts; with all at once no module has a turn")
+        of_layers = self.modules == "layers"
+        if of_layers and (self.others != "full_precision" or set(self.loss) != {"module_l2"}):
+            raise RecipeError(f"{where}modules: layers needs others: full_precision and the loss module_l2 alone, of each layer")
+        if of_layers != (self.order == "sensitive"):
+            raise RecipeError(f"{where}order: sensitive is that of modules: layers, and the only one they have: give both")
         if not isinstance(self.layers, str):
             raise RecipeError(f"{where}layers is {self.layers!r}, expected a pattern of layer names such as vae.*")
         number(where + "share", self.share, 0)
@@ -112,6 +119,7 @@ class Recipe:
         stages: their training, in order; none for a method that does not train.
         keep: pattern of "component.layer" names -> bits such as w8a8, or w16a16 to leave layers as they are. The first match
             wins. These layers have no branch, and never fewer bits than the others.
+        volts: how stages that train layer by layer divide their steps.
         budget: what layers that nothing is said of may cost together, if they are to have bits and ranks of their own.
         steps: optimizer steps of the whole run.
         images: calibration pictures that observers see.
@@ -126,6 +134,7 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     keep: dict[str, str] = field(default_factory=DEFAULT_KEEP.copy)
     budget: Budget = field(default_factory=Budget)
+    volts: Volts = field(default_factory=Volts)
     steps: int = 0
     images: int = 16
     image_size: int = 256
@@ -164,6 +173,7 @@ class Recipe:
             "offset": self.layer.offset != "none",
             "branch": self.layer.has_branches,
             "adapter": self.layer.adapter_rank > 0,
+            "residual": self.layer.residual,
         }
         for stage in self.stages:
             for part in stage.train:
@@ -205,7 +215,8 @@ class Recipe:
             raise RecipeError(f"stages is {stages!r}, expected a list")
         stages = tuple(_build(Stage, stage, f"stages[{index}].") for index, stage in enumerate(stages))
         budget = _build(Budget, data.pop("budget", None) or {}, "budget.")
-        return _build(cls, data | {"layer": layer, "stages": stages, "budget": budget}, "")
+        volts = _build(Volts, data.pop("volts", None) or {}, "volts.")
+        return _build(cls, data | {"layer": layer, "stages": stages, "budget": budget, "volts": volts}, "")
 
 
 def _build(kind: type, data: Any, where: str) -> Any:

@@ -11,6 +11,8 @@ SMOOTHING = ("none", "ones", "search")
 OFFSETS = ("none", "zero", "mean", "centre")
 ROTATIONS = ("none", "hadamard")
 ACTIVATIONS = ("static", "dynamic", "token")
+READINGS = ("channels", "scalar")
+RULES = ("percentile", "absolute")
 CLIP = ("after_rounding", "before_rounding")
 
 
@@ -45,6 +47,8 @@ class Layer:
             to branch_rank, where that removes most of the picture's error; 0 gives all layers branch_rank.
         branch_rounds: of refinement of that start at most: the branch from what quantization leaves of the weight, and again.
         branch_fit: whether that start is then fitted to what quantization leaves of the layer's outputs, on a sample of inputs.
+        residual: with "token": the weight that is quantized has a change of its own, zero until a branch is fitted, weights are
+            rounded on patches, or a stage trains it. Nothing that is stored is larger for it.
         adapter_rank: rank of the adapter F1 F2 that is merged into the weight before quantization, started at 0, or at what keeps
             the residual weight as it is, as far as this rank goes, when a branch is fitted; 0 for none.
         rounding: of weights, when parameters are set: "nearest", or "patches": errors of taps and channels make up for each other
@@ -67,6 +71,7 @@ class Layer:
     branch_budget: float = 0.0
     branch_rounds: int = 0
     branch_fit: bool = False
+    residual: bool = False
     adapter_rank: int = 0
     rounding: str = "nearest"
     bounds: str = "minmax"
@@ -101,6 +106,10 @@ class Layer:
             raise RecipeError(
                 f"layer.exponents is {self.exponents!r}, expected true or false, and true with activations: token only"
             )
+        if not isinstance(self.residual, bool) or self.residual and (self.activations != "token" or self.adapter_rank):
+            raise RecipeError(
+                f"layer.residual is {self.residual!r}, expected true or false, true with activations: token and no adapter_rank"
+            )
         if self.branch_budget and not self.branch_rank:
             raise RecipeError("layer.branch_budget needs a branch_rank, the highest that a layer may get")
         if not isinstance(self.branch_fit, bool):
@@ -108,8 +117,8 @@ class Layer:
         for name in ("branch_rounds", "branch_fit"):
             if getattr(self, name) and (not self.has_branches or self.rotation != "none" and self.activations != "token"):
                 raise RecipeError(f"layer.{name} needs a branch, and no rotation but with activations: token")
-        if self.rounding == "patches" and not (self.adapter_rank and self.deployable):
-            raise RecipeError("layer.rounding: patches needs an adapter_rank, and the package's own grid: give it with those")
+        if self.rounding == "patches" and not ((self.adapter_rank or self.residual) and self.deployable):
+            raise RecipeError("layer.rounding: patches needs an adapter_rank or residual, and a grid of the package: give those")
         if self.branch_rounds and self.branch_fit:
             raise RecipeError("layer.branch_rounds and layer.branch_fit are two ways to improve the branch: give one of them")
 
@@ -124,6 +133,38 @@ class Layer:
         if self.offset != "none" or self.group_size:
             return False
         return self.activations == "token" or self.activations == "static" and self.rotation == "none"
+
+
+@dataclass(frozen=True)
+class Volts:
+    """How stages with ``modules: layers`` divide their steps, by the sensitivity of layers (VOLTS of LSGQuant, arXiv 2602.03182):
+    the variance over clips, or images, of a layer's mean input.
+
+    Attributes:
+        reading: "channels": of each channel's mean, averaged over channels; "scalar": of the mean of all values.
+        rule: what ``low`` and ``high`` are: "percentile" of the layers, or "absolute" sensitivities, which fit one model only.
+        low, high: layers up to ``low`` are trained for ``low_steps``, those up to ``high`` for ``medium_steps``, the others in
+            rounds of ``medium_steps`` until they converge, or what is left of the stage's steps is spent.
+        low_steps, medium_steps: steps of a layer.
+        converged: a layer has converged once a round lowers its error by less than this share.
+    """
+
+    reading: str = "channels"
+    rule: str = "percentile"
+    low: float = 33.0
+    high: float = 67.0
+    low_steps: int = 1
+    medium_steps: int = 30
+    converged: float = 0.01
+
+    def __post_init__(self) -> None:
+        one_of("volts.reading", self.reading, READINGS)
+        one_of("volts.rule", self.rule, RULES)
+        number("volts.low", self.low, 0, 100 if self.rule == "percentile" else math.inf)
+        number("volts.high", self.high, self.low, 100 if self.rule == "percentile" else math.inf)
+        number("volts.low_steps", self.low_steps, 0, whole=True)
+        number("volts.medium_steps", self.medium_steps, 1, whole=True)
+        number("volts.converged", self.converged, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report of a finished calibration run of a video model: as for images, measured on clips, with a frame of each."""
+"""The report of a finished calibration run of a video model: measured on clips, with a frame and a film strip of each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import cast
 import numpy as np
 
 from qartsr_pipeline.calibration.data.clips import read_clip
+from qartsr_pipeline.calibration.data.patches import as_pixels
 from qartsr_pipeline.calibration.evaluation.clips import ClipModel, ClipOutputs, evaluate_clips
 from qartsr_pipeline.calibration.report.report import write_report
 from qartsr_pipeline.calibration.report.run_report import SHOWN, FinishedRun, RunReport, report_data, shown_versions
+from qartsr_pipeline.image.comparison_sheet import film_strip
 
 
 def make_clip_report(run: FinishedRun, folder: Path) -> RunReport:
@@ -22,11 +24,14 @@ def make_clip_report(run: FinishedRun, folder: Path) -> RunReport:
     read = {Path(name).name: read_clip(name, paths) for name, paths in clips.items()}
     models = {run.model_name: run.full_precision, f"{run.recipe.method} {run.bits}": run.quantized}
     shown: list[dict[str, np.ndarray]] = []
+    strips: dict[str, np.ndarray] = {}
 
     def keep(clip: ClipOutputs) -> None:
         versions = {"low resolution": clip.low.split(1), **clip.outputs}
         if len(shown) < SHOWN:
+            versions_shown = {name: [as_pixels(frame) for frame in frames] for name, frames in clip.outputs.items()}
+            strips[clip.name] = film_strip(versions_shown, run.model_name)
             shown.append(shown_versions({name: frames[len(frames) // 2] for name, frames in versions.items()}))
 
     rows = evaluate_clips(cast(Mapping[str, ClipModel], models), read, on_clip=keep)
-    return RunReport(write_report(folder, report_data(run, rows, shown)), rows)
+    return RunReport(write_report(folder, report_data(run, rows, shown, strips)), rows)

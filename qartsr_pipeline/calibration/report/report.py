@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from PIL import Image
 
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow, table
 from qartsr_pipeline.calibration.report import report_plots as plots
-from qartsr_pipeline.calibration.training.progress import Histogram
+from qartsr_pipeline.calibration.training.progress import Histogram, LayerSensitivity
 from qartsr_pipeline.image.comparison_page import Comparison, NamedImage, comparison_html, data_address, document
 from qartsr_pipeline.image.comparison_sheet import cut_to_detail, sheet_around_detail
 from qartsr_pipeline.whole_files import write_whole
@@ -31,9 +32,11 @@ class ReportData:
         module_losses: (module, loss before, loss after its training), as they were trained.
         curve: bits a weight and predicted error of the image, from the smallest assignment of bits and ranks to the chosen one.
         layer_errors: layer -> relative squared error of its output.
+        sensitivities: layer -> sensitivity, class and steps, see `training.volts`; they are also written to sensitivities.json.
         bounds: layer -> {"counts": n numbers, "edges": n + 1, "lower": .., "upper": ..}: its input's histogram and bounds.
         sweep: rows of the timestep sweep, each with "timestep" and numbers; "chosen": true marks one.
         metrics: rows of an evaluation.
+        strips: film strips of clips, name -> (H, W, 3) uint8.
         pictures: for each image name -> (H, W, 3) uint8, of one size, in the order in which they are shown.
     """
 
@@ -43,10 +46,12 @@ class ReportData:
     module_losses: list[tuple[str, float, float]] = field(default_factory=list)
     curve: list[tuple[float, float]] = field(default_factory=list)
     layer_errors: dict[str, float] = field(default_factory=dict)
+    sensitivities: Mapping[str, LayerSensitivity] = field(default_factory=dict)
     bounds: Mapping[str, Histogram] = field(default_factory=dict)
     sweep: list[dict[str, Any]] | None = None
     metrics: list[EvaluationRow] = field(default_factory=list)
     pictures: list[dict[str, np.ndarray]] = field(default_factory=list)
+    strips: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def write_report(folder: str | Path, data: ReportData) -> Path:
@@ -65,9 +70,11 @@ def write_report(folder: str | Path, data: ReportData) -> Path:
         _facts(data),
         _metrics(data),
         *_pictures(data, page),
+        _strips(data, page),
         _losses(data, page),
         _modules(data, page),
         _curve(data, page),
+        _sensitivities(data, page),
         _layers(data, page),
         _bounds(data, page),
         _sweep(data, page),
@@ -148,6 +155,14 @@ def _pictures(data: ReportData, page: Page) -> list[str]:
     return [_section("Images", *figures)] if figures else []
 
 
+def _strips(data: ReportData, page: Page) -> str:
+    images = [
+        page.image(f"strip-{number}.png", _encoded(pixels), f"{name}: frames of each version, and what they differ by.")
+        for number, (name, pixels) in enumerate(data.strips.items(), 1)
+    ]
+    return _section("Film strips", *images) if images else ""
+
+
 def _encoded(pixels: np.ndarray) -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG", optimize=True)
@@ -183,6 +198,19 @@ def _curve(data: ReportData, page: Page) -> str:
     plot = page.plot("budget.png", lambda: plots.plot_curve(data.curve), description)
     rows = [[f"{bits:.3f}", _number(error)] for bits, error in data.curve]
     return _section("Budget", plot, _details("As a table", _table(rows, ["bits a weight", "predicted squared error"])))
+
+
+def _sensitivities(data: ReportData, page: Page) -> str:
+    if not data.sensitivities:
+        return ""
+    found = data.sensitivities
+    write_whole(page.folder / "sensitivities.json", (json.dumps(found, indent=1) + "\n").encode())
+    names = sorted(found, key=lambda name: -found[name]["value"])
+    rows = [[name, _number(found[name]["value"]), found[name]["kind"], str(found[name]["steps"])] for name in names]
+    description = f"The most sensitive {min(len(names), plots.MOST_LAYERS)} of {len(names)} layers."
+    plot = page.plot("sensitivities.png", lambda: plots.plot_sensitivities(found), description)
+    listed = _details("All layers as a table", _table(rows, ["layer", "sensitivity", "class", "steps"]))
+    return _section("Sensitivity of each layer", plot, listed, '<p><a href="sensitivities.json">sensitivities.json</a></p>')
 
 
 def _layers(data: ReportData, page: Page) -> str:

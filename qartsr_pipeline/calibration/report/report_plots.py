@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qartsr_pipeline.calibration.training.progress import Histogram
+from qartsr_pipeline.calibration.training.progress import Histogram, LayerSensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,6 +84,22 @@ def plot_layer_errors(errors: dict[str, float]) -> bytes:
 def worst_layers(errors: dict[str, float], count: int) -> list[str]:
     """Names by falling error, those with an error that is no number first."""
     return sorted(errors, key=lambda name: -errors[name] if math.isfinite(errors[name]) else -math.inf)[:count]
+
+
+def plot_sensitivities(sensitivities: Mapping[str, LayerSensitivity]) -> bytes:
+    """How much the inputs of the most sensitive `MOST_LAYERS` layers vary from clip to clip, the most sensitive at the top."""
+    shown = worst_layers({name: row["value"] for name, row in sensitivities.items()}, MOST_LAYERS)
+    figure, axes = _lines(shown)
+    for kind, colour in (("high", ORANGE), ("medium", BLUE), ("low", GREY)):
+        places = [place for place, name in enumerate(shown) if sensitivities[name]["kind"] == kind]
+        if places:
+            axes.scatter(
+                _positive([sensitivities[shown[place]]["value"] for place in places]), places, color=colour, s=22, label=kind
+            )
+    _log_if_possible(axes, "x", _positive([sensitivities[name]["value"] for name in shown]))
+    axes.set_xlabel("sensitivity: variance of the mean input over clips")
+    _legend_above(figure)
+    return png_of(figure)
 
 
 def plot_curve(curve: list[tuple[float, float]]) -> bytes:

@@ -74,12 +74,18 @@ def make_report(run: FinishedRun, folder: Path) -> RunReport:
     return RunReport(write_report(folder, report_data(run, rows, images)), rows)
 
 
-def report_data(run: FinishedRun, rows: list[EvaluationRow], images: list[dict[str, np.ndarray]]) -> ReportData:
+def report_data(
+    run: FinishedRun,
+    rows: list[EvaluationRow],
+    images: list[dict[str, np.ndarray]],
+    strips: dict[str, np.ndarray] | None = None,
+) -> ReportData:
     """What the report says of the run.
 
     Args:
         rows: of the table of metrics.
         images: name -> (H, W, 3) uint8, of one size, for each image that is shown.
+        strips: film strips of clips, name -> (H, W, 3) uint8.
     """
     calibrated = run.calibrated
     return ReportData(
@@ -88,11 +94,13 @@ def report_data(run: FinishedRun, rows: list[EvaluationRow], images: list[dict[s
         losses=calibrated.losses,
         module_losses=[(turn["module"], turn["first"], turn["last"]) for turn in calibrated.turns],
         curve=calibrated.curve,
+        sensitivities=calibrated.sensitivities,
         layer_errors=calibrated.layer_errors,
         bounds=calibrated.histograms,
         sweep=run.sweep,
         metrics=rows,
         pictures=images,
+        strips=strips or {},
     )
 
 

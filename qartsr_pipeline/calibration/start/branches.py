@@ -64,7 +64,8 @@ def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
     Given the quantized residual weight R and inputs q, the branch B of that rank which minimises |X W^T - q R^T - x B^T|, x being
     the smoothed inputs: reduced-rank regression, as in QERA (arXiv 2410.06040), here also for what the inputs lose. A ridge holds
     it to the branch that is there, the more the fewer positions there are for each channel: what a sample does not show is left
-    as it is. The merged adapter takes up the change of the branch, so that R stays as it is; as far as the adapter's rank goes.
+    as it is. What is merged into the weight takes up the change of the branch, so that R stays as it is; an adapter does so as
+    far as its rank goes.
 
     Args:
         layer: has a branch; its smoothing, bounds and branch are set.
@@ -84,10 +85,24 @@ def fit_branch(layer: CalibratingMixin, rows: torch.Tensor) -> None:
     down = torch.linalg.solve_triangular(root.T, u, upper=True).T
     balance = (s / down.norm(dim=1).clamp(min=1e-12)).sqrt().clamp(min=1e-12)  # |up| = |down|, which trains best
     _store(layer, vh.T * (s / balance), down * balance[:, None])
-    if "adapter_up" in layer._parameters:
+    if merges(layer):
         change = layer.transform_rows(residual - layer.residual_weight()) * layer.smooth.view(1, -1, *[1] * (residual.dim() - 2))
         merged = layer.merged_weight() - layer.weight.float()
-        set_adapter(layer, merged + change)
+        merge(layer, merged + change)
+
+
+def merges(layer: CalibratingMixin) -> bool:
+    """Whether something is merged into the layer's weight: an adapter, or a change of the whole weight."""
+    return "adapter_up" in layer._parameters or "weight_change" in layer._parameters
+
+
+@torch.no_grad()
+def merge(layer: CalibratingMixin, difference: torch.Tensor) -> None:
+    """Has ``difference``, of the weight's shape, merged into the weight; with an adapter as far as its rank goes."""
+    if "weight_change" in layer._parameters:
+        layer.get_parameter("weight_change").copy_(difference)
+    else:
+        set_adapter(layer, difference)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 
 from qartsr_pipeline.calibration.recipe_layers import BOUNDS, OFFSETS, Layer
-from qartsr_pipeline.calibration.start.branches import branch_from_weight, fit_branch, left_by_quantization, unfolded
+from qartsr_pipeline.calibration.start.branches import branch_from_weight, fit_branch, left_by_quantization, merges, unfolded
 from qartsr_pipeline.calibration.start.observers import InputSample, input_bounds, row_bounds
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, Rotated
 from qartsr_pipeline.calibration.start.rounding import relative_patch_error, round_together
@@ -211,6 +211,8 @@ def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor,
     for layer in layers:
         if options.branch_fit and _has(layer, "adapter_up"):
             layer.adapter_up.zero_()  # of another phi
+        if _has(layer, "weight_change"):
+            layer.get_parameter("weight_change").zero_()
         branch_from_weight(layer)
         _weight_bounds(layer, energy, options)
     if _has(first, "input_lower"):
@@ -288,7 +290,7 @@ def initialise(
             error = sum(_refine_branch(layer, inputs, options) for layer in group)
         if options.rounding == "patches":
             for name, layer in zip(names, group, strict=True):
-                if _has(layer, "weight_lower"):
+                if _has(layer, "weight_lower") and merges(layer):
                     round_together(layer, samples[name].together)
                 errors[name] = relative_output_error(layer, samples[name])
             continue

@@ -32,12 +32,16 @@ class InputSample:
         vectors: list of (positions, C) float32: the input at random positions, all channels.
         windows: list of (n, C, side, side) of a convolution's input at random places; empty for other layers.
         lower, upper: (C,) extremes over everything that was seen.
+        means: (C,) of everything in a batch, one for each batch.
     """
 
     vectors: list[torch.Tensor] = field(default_factory=list)
     windows: list[torch.Tensor] = field(default_factory=list)
     lower: torch.Tensor | None = None
     upper: torch.Tensor | None = None
+    means: list[torch.Tensor] = field(default_factory=list)
+    _sum: torch.Tensor | None = None
+    _count: int = 0
 
     def add(self, x: torch.Tensor, positions: int, generator: torch.Generator) -> None:
         """Takes in (B, C, H, W) of a convolution or (..., C) of a linear layer."""
@@ -45,8 +49,16 @@ class InputSample:
         lower, upper = rows.amin(0), rows.amax(0)
         self.lower = lower if self.lower is None else torch.minimum(self.lower, lower)
         self.upper = upper if self.upper is None else torch.maximum(self.upper, upper)
+        self._sum = rows.double().sum(0) if self._sum is None else self._sum + rows.double().sum(0)
+        self._count += len(rows)
         chosen = torch.randperm(len(rows), generator=generator)[:positions]
         self.vectors.append(rows[chosen.to(rows.device)].clone())
+
+    def end_batch(self) -> None:
+        """Everything since the last call was of one batch."""
+        if self._sum is not None:
+            self.means.append((self._sum / self._count).float())
+            self._sum, self._count = None, 0
 
     def add_windows(self, x: torch.Tensor, layer: nn.Conv2d, generator: torch.Generator) -> None:
         """Takes in windows of (B, C, H, W) in which the layer has up to `OUTPUTS` x `OUTPUTS` outputs; none of a smaller map."""
@@ -135,6 +147,8 @@ def observe(
     try:
         for batch in batches:
             run(batch)
+            for sample in samples.values():
+                sample.end_batch()
     finally:
         for handle in handles:
             handle.remove()

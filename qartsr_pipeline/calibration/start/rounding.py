@@ -3,9 +3,9 @@
 With Y patches of the smoothed input, X the same quantized, and M the weight that is left beside the branch, the codes Q are
 sought that minimise |Y M^T - X Q^T|^2, or |X M^T - X Q^T|^2 where inputs have 4 bits or more. The real weight of least error,
 found by regression, is rounded column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and its error is made up for
-by the columns that are not rounded yet. The merged adapter becomes the difference to the original weight, so that training starts
-from there, as far as the adapter's rank goes. The mean of the error that is left goes into the bias. Nothing that is stored or
-run is larger for it.
+by the columns that are not rounded yet. What is merged into the weight becomes the difference to the original weight, so that training
+starts from there; an adapter does so as far as its rank goes. The mean of the error that is left goes into the bias. Nothing that
+is stored or run is larger for it.
 
 Patches hold all taps of a convolution together: neighbours in an image are nearly equal, so errors of taps can cancel.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import affine_parameters, code_range
-from qartsr_pipeline.calibration.start.branches import set_adapter
+from qartsr_pipeline.calibration.start.branches import merge
 from qartsr_pipeline.calibration.start.observers import row_bounds
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
@@ -65,11 +65,13 @@ class Patches:
         held = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == HELD_OUT - 1
         quantized = layer.quantized_input(inputs, over)
         self.quantized = patches_of(layer, quantized[~held])
-        self.lost = patches_of(layer, (inputs * over)[~held]) - self.quantized  # by quantizing them
-        self._held = patches_of(layer, (inputs * over)[held]), patches_of(layer, quantized[held])
+        full = inputs * over
+        full = layer.transform_rows(full) if inputs.dim() == 2 else full
+        self.lost = patches_of(layer, full[~held]) - self.quantized  # by quantizing them
+        self._held = patches_of(layer, full[held]), patches_of(layer, quantized[held])
 
     def error(self, layer: CalibratingMixin, beside: torch.Tensor) -> float:
-        """Squared error of the layer's output on what is held out; ``beside``: M, (N, K)."""
+        """Squared error of the layer's output on what is held out; ``beside``: M, (N, K), as the quantizer sees it."""
         full, quantized = self._held
         difference = full @ beside.T - quantized @ layer.qweight.flatten(1).T
         if layer.bias is not None:
@@ -84,10 +86,10 @@ class Patches:
 
 @torch.no_grad()
 def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
-    """Sets adapter, weight bounds and bias of a layer that is set up otherwise; taken back unless the error falls.
+    """Sets what is merged into the weight, its bounds, and the bias, of a layer set up otherwise; taken back unless the error falls.
 
     Args:
-        layer: with an adapter, and fewer than 16 bits for its weight.
+        layer: with something merged into its weight, and fewer than 16 bits for it.
         inputs: as for `Patches`.
 
     Returns:
@@ -98,10 +100,10 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
     beside = layer.weight.float() / over_inputs
     if layer.has_branch:
         beside = beside - torch.einsum("nr...,rc->nc...", *layer.stored_branch())
-    shape, matrix = beside.shape, beside.flatten(1)
+    shape, matrix = beside.shape, layer.transform_rows(beside).flatten(1)
     before = patches.error(layer, matrix)
-    names = ("adapter_up", "adapter_down", "weight_lower", "weight_upper", *(["bias_change"] if layer.bias is not None else []))
-    kept = {name: layer.get_parameter(name).clone() for name in names}
+    names = ("adapter_up", "adapter_down", "weight_change", "weight_lower", "weight_upper", "bias_change")
+    kept = {name: layer.get_parameter(name).clone() for name in names if name in layer._parameters}
     hessian = patches.quantized.T @ patches.quantized
     ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-12)
     hessian.diagonal().add_(ridge)
@@ -113,7 +115,7 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
     layer.weight_lower.copy_(lower)
     layer.weight_upper.copy_(upper)
     rounded = _rounded(layer, wanted, inverse)
-    set_adapter(layer, (rounded - matrix).view(shape) * over_inputs)
+    merge(layer, layer.transform_rows((rounded - matrix).view(shape)) * over_inputs)
     if layer.bias is not None:
         layer.bias_change.copy_(patches.mean_error(layer, matrix))
     if patches.error(layer, matrix) < before:

@@ -33,10 +33,13 @@ from qartsr_pipeline.calibration.training.calibration_state import (
     started_from,
 )
 from qartsr_pipeline.calibration.training.progress import Calibrated, Histogram, Stopped, StopSignals
+from qartsr_pipeline.calibration.training.qao import refine_layers
 from qartsr_pipeline.calibration.training.stages import quantize_per_module, train_end_to_end
 from qartsr_pipeline.calibration.training.steps import Training
+from qartsr_pipeline.calibration.training.volts import classified
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, prepare
 from qartsr_pipeline.quantization.scheme import quantizable_layers
+from qartsr_pipeline.quantization.token_layers import TokenLinear
 
 
 def calibrate(context: CalibrationContext, state: StateFile = NO_STATE, start: Path | None = None) -> Calibrated:
@@ -93,7 +96,12 @@ def begin(context: CalibrationContext, state: StateFile = NO_STATE, start: Path 
     to_prepare = [component for component, model in models.items() if quantizable_layers(model, schemes[component])]
     for component in to_prepare or models:  # where nothing is left to quantize, this raises
         prepare(models[component], schemes[component], recipe.layer.adapter_rank, kinds)
-    run = Run(Training(context, Calibrated(schemes, curve=curve), replace(state, identity=identity)), samples)
+    for layer in context.family.layers(pipeline).values() if recipe.layer.residual else ():
+        if isinstance(layer, TokenLinear) and layer.layer_scheme.weight_bits < 16:
+            layer.train_residual()
+    found = classified(samples, recipe.volts) if any(stage.modules == "layers" for stage in recipe.stages) else {}
+    result = Calibrated(schemes, curve=curve, sensitivities=found)
+    run = Run(Training(context, result, replace(state, identity=identity)), samples)
     if workers.of_first(lambda: state.exists):
         run.training.restore()
     else:
@@ -175,6 +183,8 @@ class Run:
                 training.position.stage = index  # stages without steps before it were passed by
                 if stage.modules == "all":
                     train_end_to_end(training, plan)
+                elif stage.modules == "layers":
+                    refine_layers(training, plan, self.samples)
                 else:
                     quantize_per_module(training, plan)
         for block in training.blocks:

@@ -70,12 +70,20 @@ def follow(progress: Progress, items: Collection[Item], what: str) -> Iterator[I
 
 
 class TurnRecord(TypedDict):
-    """One module's turn: loss of its first and of its last step."""
+    """One module's turn: loss of its first and of its last step. Of a layer's: error on inputs held out, before and after."""
 
     stage: str
     module: str
     first: float
     last: float
+
+
+class LayerSensitivity(TypedDict):
+    """See `training.volts`: its sensitivity, its class ("low", "medium", "high"), and the steps that it was trained for."""
+
+    value: float
+    kind: str
+    steps: int
 
 
 class Histogram(TypedDict):
@@ -101,6 +109,7 @@ class Calibrated:
         weights: SHA-256 of the original weights, the same before and after.
         start: what is recorded of the run that it started from.
         stopped: whether it was asked to stop before the end.
+        sensitivities: "component.layer" -> of its input over the calibration clips, where a stage asks for it.
         curve: bits a weight and predicted error of the assignments that led to the schemes, where there was a budget.
     """
 
@@ -114,6 +123,7 @@ class Calibrated:
     start: dict[str, Any] | None = None
     stopped: bool = False
     curve: list[tuple[float, float]] = field(default_factory=list)
+    sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)
 
 
 class Stopped(Exception):

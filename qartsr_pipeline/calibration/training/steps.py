@@ -23,7 +23,8 @@ from qartsr_pipeline.calibration.training.calibration_state import (
     save_calibration,
 )
 from qartsr_pipeline.calibration.training.progress import Calibrated, Step, Stopped, StopSignals
-from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+from qartsr_pipeline.calibration.training.volts import planned_steps
+from qartsr_pipeline.quantization.calibrating import CalibratingLinear, CalibratingMixin
 
 # Prefixes of parameter names, by the name that a recipe's `train` has for them. A step factor is no bound: the longer name wins.
 PARAMETERS = {
@@ -32,6 +33,7 @@ PARAMETERS = {
     "branch": ("branch_up", "branch_down"),
     "adapter": ("adapter_up", "adapter_down"),
     "bias": ("bias_change",),
+    "residual": ("weight_change",),
     "bounds": ("weight_lower", "weight_upper", "input_lower", "input_upper"),
     "step": ("weight_log_step", "input_log_step"),
 }
@@ -111,10 +113,22 @@ class Training:
 
     def plan(self, index: int, stage: Stage) -> StagePlan:
         """The stage's turns; its steps are divided between those that train anything."""
+        if stage.modules == "layers":
+            return self._plan_of_layers(index, stage)
         order = turns(self.blocks, stage.modules, stage.order)
         trained = [any(self._trained(block, stage) for block in turn.blocks) for turn in order]
         shares = iter(self.context.recipe.steps_of(stage, sum(trained)))
         return StagePlan(index, stage, order, [next(shares) if any_trained else 0 for any_trained in trained])
+
+    def _plan_of_layers(self, index: int, stage: Stage) -> StagePlan:
+        """A turn for each layer that is trained, the most sensitive first, with its steps at most."""
+        recipe, found = self.context.recipe, self.result.sensitivities
+        owners = {self._names[id(layer)]: block for block in self.blocks for layer in self._trained(block, stage)}
+        owners = {name: block for name, block in owners.items() if isinstance(self.layers[name], CalibratingLinear)}
+        names = sorted(owners, key=lambda name: -found[name]["value"])
+        order = [Turn(name, (Block(name, owners[name].part, self.layers[name], (self.layers[name],)),)) for name in names]
+        steps = planned_steps([found[name]["kind"] for name in names], recipe.steps_of(stage, 1)[0], recipe.volts)
+        return StagePlan(index, stage, order, steps)
 
     def take_turn(self, plan: StagePlan, number: int, loss_of: LossOfStep) -> None:
         """All steps of one turn, from the position on.
@@ -225,6 +239,7 @@ class Training:
             "losses": self.result.losses,
             "turns": self.result.turns,
             "errors_before": self.result.errors_before,
+            "sensitivities": self.result.sensitivities,
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
         }
         save_calibration(self.state.path, self.layers, self.state.identity, entries)
@@ -236,6 +251,7 @@ class Training:
         self.position = Position(entries["stage_index"], entries["turn_index"], entries["step"])
         self.result.losses, self.result.turns = entries["losses"], entries["turns"]
         self.result.errors_before = entries["errors_before"]
+        self.result.sensitivities = entries.get("sensitivities", {})  # states of earlier versions have none
         self._optimizer_state = entries["optimizer"]
 
 
@@ -251,6 +267,8 @@ def step_size(layer: CalibratingMixin, name: str) -> float:
         size *= 0.1
     elif name == "bias_change" and layer.bias is not None:  # starts at 0
         size = float(layer.bias.abs().mean())
+    elif name == "weight_change":  # starts at 0: measured by the weight
+        size = float(layer.weight.abs().mean())
     elif name == "input_offset" and "input_upper" in layer._parameters:  # may start at 0: measured by the range of the input
         size = float((layer.input_upper - layer.input_lower).abs()) * float((-layer.log_smooth).exp().mean()) * 0.1
     return max(size, 1e-6)
