@@ -26,9 +26,9 @@ from tiny_models import build_tiny_video_pipeline
 VIDEO_RECIPES = ("minmax", "smoothquant", "quarot", "vidit_q", "svdquant_token", "quantvsr", "lsgquant")
 
 
-def clips(count: int = 3, frames: int = 5, side: int = 64) -> list[np.ndarray]:
+def clips(count: int = 3, frames: int = 5, side: int = 64, seed: int = 0) -> list[np.ndarray]:
     """Smooth shapes that drift, with some grain, each of another brightness; uint8 (F, H, W, 3)."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:side, :side]
     made = []
     for index in range(count):
@@ -98,7 +98,7 @@ def test_fitted_branch_leaves_the_quantized_weight_as_it_is():
     initialise({"layer": layer}, {"layer": sample}, Initialisation(smoothing=()))
     weight, error = layer.qweight.clone(), relative_output_error(layer, sample)
     fit_branch(layer, sample.rows)
-    assert torch.allclose(layer.qweight, weight, atol=1e-2 * float(weight.abs().max()))
+    assert torch.allclose(layer.qweight, weight, atol=1e-2 * float(weight.detach().abs().max()))
     assert (layer.qweight - weight).abs().mean() < 1e-3 * weight.abs().mean() and relative_output_error(layer, sample) < error
 
 
@@ -114,8 +114,11 @@ def test_rounding_together_works_on_rotated_layers():
 def refined(tmp_path_factory):
     """Quantized by the recipe, with few steps."""
     recipe = small(load_recipe("lsgquant"), steps=150)
+    recipe = replace(recipe, stages=tuple(replace(stage, patch=32) for stage in recipe.stages))
     output = tmp_path_factory.mktemp("runs") / "run"
-    result = quantize(build_tiny_video_pipeline(), "w4a4", clips(), recipe=recipe, evaluation_data=clips(1), output=output)
+    result = quantize(
+        build_tiny_video_pipeline(), "w4a4", clips(), recipe=recipe, evaluation_data=clips(1, seed=1), output=output
+    )
     return result, recipe, output
 
 
@@ -155,7 +158,7 @@ def test_what_was_trained_is_what_is_deployed(refined):
 
 def test_a_stopped_run_goes_on_to_the_same_result(refined, tmp_path):
     result, recipe, output = refined
-    arguments = {"recipe": recipe, "evaluation_data": clips(1), "output": tmp_path / "run"}
+    arguments = {"recipe": recipe, "evaluation_data": clips(1, seed=1), "output": tmp_path / "run"}
     stopped = quantize(build_tiny_video_pipeline(), "w4a4", clips(), callback=lambda step, *_: step >= 60, **arguments)
     assert not stopped.finished
     whole = quantize(build_tiny_video_pipeline(), "w4a4", clips(), **arguments)
@@ -172,7 +175,7 @@ def test_recipes_of_video_are_on_the_token_grid():
 @pytest.mark.parametrize("name", ["smoothquant", "vidit_q", "svdquant_token", "quantvsr"])
 def test_recipes_run(name):
     result = quantize(
-        build_tiny_video_pipeline(), "w6a6", clips(), recipe=small(load_recipe(name)), evaluation_data=clips(1, 5, 32)
+        build_tiny_video_pipeline(), "w6a6", clips(), recipe=small(load_recipe(name)), evaluation_data=clips(1, side=32, seed=1)
     )
     assert result.finished and max(row.after for row in result.layers) < 0.2
 

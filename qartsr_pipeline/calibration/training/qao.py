@@ -8,7 +8,8 @@ the steps that VOLTS gives it (`volts`). The loss is |y_q - y| / |y|. The distan
 whole, is the loss of a stage of its own, behind this one (``noise_l2``: z_H = z_L - sigma v).
 
 A layer is trained in rounds, each with a learning rate that falls to 0. A quarter of the recordings is held out and judges: a
-round that raises their error is taken back, and one that hardly lowers it is the last. So no layer leaves worse than it came.
+round that raises their error is taken back, and the next one is slower; one that hardly lowers it is the last. So no layer leaves
+worse than it came.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 HELD_OUT = 4  # one position in so many judges
 ROWS = 1024  # positions a step
+SLOWER, SLOWEST = 1 / 4, 1 / 64  # factor of the learning rate after a round that was taken back, and the smallest product of these
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,13 @@ class _Rounds:
     """The rounds of one layer.
 
     Attributes:
-        done: steps so far. least: error on what is held out.
+        done: steps so far. least: error on what is held out. pace: factor of the learning rate.
     """
 
     def __init__(self, training: Training, plan: StagePlan, number: int, data: tuple[Recorded, Recorded]) -> None:
         self.training, self.plan, self.number = training, plan, number
         self.data, self.held = data
-        self.done = 0
+        self.done, self.pace = 0, 1.0
         self.least = self.held.error(plan.turns[number].blocks[0].layers[0])
 
     def run(self, layer: CalibratingMixin, steps: int, losses: list[float], converged: float) -> bool:
@@ -121,7 +123,7 @@ class _Rounds:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self._check_finite(name, loss, trained)
-            rate = stage.lr * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            rate = self.pace * stage.lr * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["relative"] * rate
             optimizer.step()
@@ -137,7 +139,8 @@ class _Rounds:
             with torch.no_grad():
                 for parameter, value in zip(trained, before, strict=True):
                     parameter.copy_(value)
-            return False
+            self.pace *= SLOWER
+            return self.pace >= SLOWEST and not self.training.stop.requested
         worth_it = error < (1 - converged) * self.least and not self.training.stop.requested
         self.least = error
         return worth_it
