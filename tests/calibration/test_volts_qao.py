@@ -39,7 +39,8 @@ def clips(count: int = 3, frames: int = 5, side: int = 64, seed: int = 0) -> lis
 
 
 def small(recipe: Recipe, **changes) -> Recipe:
-    return replace(recipe, **{"images": 15, "image_size": 64} | changes)
+    """On few small images, and of the transformer alone."""
+    return replace(recipe, **{"images": 15, "image_size": 64, "keep": {"vae.*": "w16a16"}} | changes)
 
 
 def layer_and_sample(rank: int = 4, positions: int = 600) -> tuple[TokenLinear, InputSample]:
@@ -113,8 +114,9 @@ def test_rounding_together_works_on_rotated_layers():
 @pytest.fixture(scope="module")
 def refined(tmp_path_factory):
     """Quantized by the recipe, with few steps."""
-    recipe = small(load_recipe("lsgquant"), steps=150)
-    recipe = replace(recipe, stages=tuple(replace(stage, patch=32) for stage in recipe.stages))
+    recipe = load_recipe("lsgquant")
+    stages = tuple(replace(stage, patch=32) for stage in recipe.stages)
+    recipe = small(recipe, steps=200, layer=replace(recipe.layer, branch_rank=4), stages=stages)
     output = tmp_path_factory.mktemp("runs") / "run"
     result = quantize(
         build_tiny_video_pipeline(), "w4a4", clips(), recipe=recipe, evaluation_data=clips(1, seed=1), output=output
@@ -124,11 +126,12 @@ def refined(tmp_path_factory):
 
 def test_qao_lowers_errors_of_the_layers_that_volts_chose(refined):
     result, _, output = refined
-    assert result.finished and len(result.layers) == 2 * 7 + 1
+    assert result.finished
     record = json.loads((output / "model" / "quantization.json").read_text())
     found = record["sensitivities"]
     spent = len(record["loss"]["QAO"])
-    assert sum(row["steps"] for row in found.values()) == spent <= 144 and len(record["loss"]["together"]) == 6
+    assert sorted(found) == sorted(name for name in (row.name for row in result.layers) if name.startswith("transformer."))
+    assert sum(row["steps"] for row in found.values()) == spent <= 196 and len(record["loss"]["together"]) == 4
     assert all(row["steps"] <= 1 for row in found.values() if row["kind"] == "low")
     turns = [turn for turn in record["modules"] if turn["stage"] == "QAO"]
     assert all(turn["last"] <= turn["first"] for turn in turns)
@@ -150,7 +153,7 @@ def test_what_was_trained_is_what_is_deployed(refined):
     result, _, output = refined
     loaded = LSGQuantVideoPipeline.from_pretrained(output / "model")
     layers = [module for module in loaded.transformer.modules() if isinstance(module, DeployedLayer)]
-    assert len(layers) == 15 and all(layer.spec.grid == "token" for layer in layers)
+    assert len(layers) == 2 * 7 + 1 and all(layer.spec.grid == "token" for layer in layers)
     video = clips(1, 5, 16)[0]
     made, again = (pipe(video, output_type="np").frames for pipe in (result.pipeline, loaded))
     assert np.abs(made - again).max() < 1e-3
@@ -172,12 +175,14 @@ def test_recipes_of_video_are_on_the_token_grid():
         assert recipe.layer.activations == "token" and recipe.layer.deployable and recipe.reading, name
 
 
-@pytest.mark.parametrize("name", ["smoothquant", "vidit_q", "svdquant_token", "quantvsr"])
+@pytest.mark.parametrize("name", ["vidit_q", "svdquant_token", "quantvsr"])
 def test_recipes_run(name):
+    recipe, layer = load_recipe(name), load_recipe(name).layer
+    recipe = small(replace(recipe, layer=replace(layer, branch_rank=min(4, layer.branch_rank))), images=5)
     result = quantize(
-        build_tiny_video_pipeline(), "w6a6", clips(), recipe=small(load_recipe(name)), evaluation_data=clips(1, side=32, seed=1)
+        build_tiny_video_pipeline(), "w6a6", clips(side=96), recipe=recipe, evaluation_data=clips(1, side=32, seed=1)
     )
-    assert result.finished and max(row.after for row in result.layers) < 0.2
+    assert result.finished and len(result.layers) == 15 and max(row.after for row in result.layers) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ class InputSample:
         lower, upper = rows.amin(0), rows.amax(0)
         self.lower = lower if self.lower is None else torch.minimum(self.lower, lower)
         self.upper = upper if self.upper is None else torch.maximum(self.upper, upper)
-        self._sum = rows.double().sum(0) if self._sum is None else self._sum + rows.double().sum(0)
+        sums = rows.sum(0, dtype=torch.float64 if rows.device.type != "mps" else None)
+        self._sum = sums if self._sum is None else self._sum + sums
         self._count += len(rows)
         chosen = torch.randperm(len(rows), generator=generator)[:positions]
         self.vectors.append(rows[chosen.to(rows.device)].clone())

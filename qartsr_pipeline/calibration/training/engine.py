@@ -99,9 +99,10 @@ def begin(context: CalibrationContext, state: StateFile = NO_STATE, start: Path 
     for layer in context.family.layers(pipeline).values() if recipe.layer.residual else ():
         if isinstance(layer, TokenLinear) and layer.layer_scheme.weight_bits < 16:
             layer.train_residual()
-    found = classified(samples, recipe.volts) if any(stage.modules == "layers" for stage in recipe.stages) else {}
-    result = Calibrated(schemes, curve=curve, sensitivities=found)
-    run = Run(Training(context, result, replace(state, identity=identity)), samples)
+    run = Run(Training(context, Calibrated(schemes, curve=curve), replace(state, identity=identity)), samples)
+    one_by_one = run.training.trained_one_by_one()
+    if one_by_one:
+        run.training.result.sensitivities = classified({name: samples[name] for name in one_by_one}, recipe.volts)
     if workers.of_first(lambda: state.exists):
         run.training.restore()
     else:

@@ -30,7 +30,10 @@ from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 HELD_OUT = 4  # one position in so many judges
 ROWS = 1024  # positions a step
-SLOWER, SLOWEST = 1 / 4, 1 / 64  # factor of the learning rate after a round that was taken back, and the smallest product of these
+SLOWER, SLOWEST = (
+    1 / 4,
+    1 / 64,
+)  # factor of the learning rate after a round that was taken back, and the smallest product of these
 
 
 @dataclass(frozen=True)

@@ -120,11 +120,19 @@ class Training:
         shares = iter(self.context.recipe.steps_of(stage, sum(trained)))
         return StagePlan(index, stage, order, [next(shares) if any_trained else 0 for any_trained in trained])
 
+    def trained_one_by_one(self) -> list[str]:
+        """Names of the layers that stages with ``modules: layers`` train."""
+        stages = [stage for stage in self.context.recipe.stages if stage.modules == "layers"]
+        return list(dict.fromkeys(name for stage in stages for name in self._owners(stage)))
+
+    def _owners(self, stage: Stage) -> dict[str, Block]:
+        """Linear layer that the stage trains -> its block."""
+        owners = {self._names[id(layer)]: block for block in self.blocks for layer in self._trained(block, stage)}
+        return {name: block for name, block in owners.items() if isinstance(self.layers[name], CalibratingLinear)}
+
     def _plan_of_layers(self, index: int, stage: Stage) -> StagePlan:
         """A turn for each layer that is trained, the most sensitive first, with its steps at most."""
-        recipe, found = self.context.recipe, self.result.sensitivities
-        owners = {self._names[id(layer)]: block for block in self.blocks for layer in self._trained(block, stage)}
-        owners = {name: block for name, block in owners.items() if isinstance(self.layers[name], CalibratingLinear)}
+        recipe, found, owners = self.context.recipe, self.result.sensitivities, self._owners(stage)
         names = sorted(owners, key=lambda name: -found[name]["value"])
         order = [Turn(name, (Block(name, owners[name].part, self.layers[name], (self.layers[name],)),)) for name in names]
         steps = planned_steps([found[name]["kind"] for name in names], recipe.steps_of(stage, 1)[0], recipe.volts)
