@@ -38,8 +38,8 @@ class Stage:
             first.
         others: what the rest of the network is meanwhile: "quantized_so_far": modules that had their turn are quantized, and go
             on being trained, the others are full precision; "full_precision": all but the module itself.
-        train: which parameters, of smoothing, offset, branch, adapter, bias, residual, bounds, step. "step" trains one factor for both
-            bounds (the step size, with the zero point kept), "bounds" each for itself.
+        train: which parameters, of smoothing, offset, branch, adapter, bias, residual, bounds, step. "step" trains one factor
+            for both bounds (the step size, with the zero point kept), "bounds" each for itself.
         loss: weight of each term, by name: module_l2 (norm of the error of the module's own output, relative to that of the
             output), noise_l2 (the same of the UNet's output), image_l2 (root mean square of the picture's error, values in
             [-1, 1]), image_l1 (its mean), perceptual, and lpips: the weight that LPIPS gets in the place of perceptual where that

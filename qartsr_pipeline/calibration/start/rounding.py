@@ -3,9 +3,9 @@
 With Y patches of the smoothed input, X the same quantized, and M the weight that is left beside the branch, the codes Q are
 sought that minimise |Y M^T - X Q^T|^2, or |X M^T - X Q^T|^2 where inputs have 4 bits or more. The real weight of least error,
 found by regression, is rounded column by column as in GPTQ (arXiv 2210.17323): a column is rounded, and its error is made up for
-by the columns that are not rounded yet. What is merged into the weight becomes the difference to the original weight, so that training
-starts from there; an adapter does so as far as its rank goes. The mean of the error that is left goes into the bias. Nothing that
-is stored or run is larger for it.
+by the columns that are not rounded yet. What is merged into the weight becomes the difference to the original weight, so that
+training starts from there; an adapter does so as far as its rank goes. The mean of the error that is left goes into the bias.
+Nothing that is stored or run is larger for it.
 
 Patches hold all taps of a convolution together: neighbours in an image are nearly equal, so errors of taps can cancel.
 """
@@ -86,7 +86,7 @@ class Patches:
 
 @torch.no_grad()
 def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
-    """Sets what is merged into the weight, its bounds, and the bias, of a layer set up otherwise; taken back unless the error falls.
+    """Sets what is merged into the weight, its bounds, and the bias, of a layer set up otherwise, unless the error grows.
 
     Args:
         layer: with something merged into its weight, and fewer than 16 bits for it.
