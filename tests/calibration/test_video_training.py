@@ -21,7 +21,7 @@ from qartsr_pipeline.calibration.data.clips import moving_by_whole_pixels
 from qartsr_pipeline.calibration.retraining.trainer import load_state
 from qartsr_pipeline.image.metrics import psnr_y
 
-PHASES = ("--phases", "images:1:1e-3:32:2", "latent:1:1e-3:32:2", "pixel:1:1e-3:32:2", "joint:2:1e-3:32:2")
+PHASES = ("--phases", "images:1:1e-3:32:2", "latent:1:1e-3:32:2", "pixel:1:1e-3:32:2", "whole:1:1e-3:32:2", "joint:2:1e-3:32:2")
 
 
 @pytest.fixture

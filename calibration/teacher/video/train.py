@@ -3,14 +3,16 @@
     python -m calibration.teacher.video.train --data PHOTOS --clips FRAMES --output runs/video
     python -m calibration.teacher.video.train --resume --output runs/video                after Ctrl-C, or with more --phases
 
-Four phases, each with its own steps and learning rate (`retraining.settings.Phase`; patches are the frames' sides):
+Five phases, each with its own steps and learning rate (`retraining.settings.Phase`; patches are the frames' sides):
 
 1. ``images``: the autoencoder learns to reproduce frames, high-resolution and bicubic ones, each by itself.
 2. ``latent``: autoencoder frozen. The transformer learns the step from the latents of the bicubic frames to those of the
    originals, with an error that is about that of their pixels. Without this phase the decoder would do all the work.
 3. ``pixel``: transformer and decoder learn together, on decoded frames, each by itself: for the same time a batch shows five
    times as many different images as clips of five frames would.
-4. ``joint``: everything trains on clips and on the differences of their frames, and the decoder's convolutions see the frames
+4. ``whole``: the encoder learns as well, still on frames by themselves. With a learning rate as high as that of ``pixel`` it would
+   undo what the others have learned.
+5. ``joint``: everything trains on clips and on the differences of their frames, and the decoder's convolutions see the frames
    before.
 
 Latents are normalised before the first phase but ``images``. Everything is a function of the seed and of the step number: a
@@ -39,9 +41,9 @@ from qartsr_pipeline.calibration.retraining.settings import Phase, Settings, par
 from qartsr_pipeline.calibration.retraining.trainer import STATE_NAME, Trainer, load_state
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 
-PHASES = ("images", "latent", "pixel", "joint")
-DEFAULT_PHASES = ("latent:600:1e-3:96:8", "pixel:6000:5e-4:96:8", "joint:4000:2e-4:96:2", "joint:1000:1e-4:128:2")
-STILL = ("images", "latent", "pixel")  # phases that see frames by themselves
+PHASES = ("images", "latent", "pixel", "whole", "joint")
+DEFAULT_PHASES = ("latent:500:1e-3:96:8", "pixel:6000:3e-4:96:8", "whole:1300:1e-4:96:8", "joint:1000:5e-5:96:2")
+STILL = ("images", "latent", "pixel", "whole")  # phases that see frames by themselves
 DIFFERENCES = 0.5  # weight of the frames' differences in time
 
 
@@ -58,6 +60,7 @@ class VideoTrainer(Trainer):
             "images": [vae],
             "latent": [transformer],
             "pixel": [transformer, vae.decoder],
+            "whole": [transformer, vae],
             "joint": [transformer, vae],
         }
         return modules[phase.name]
@@ -94,10 +97,9 @@ class VideoTrainer(Trainer):
                 source, target = model.encode(up), model.encode(high).float()
             weight = (model.latents_std * model.latents_std.new_tensor(SCALES)).view(1, -1, 1, 1, 1)
             return F.l1_loss(model.step(source).float() * weight, target * weight)
-        joint = phase.name == "joint"
-        with torch.set_grad_enabled(joint):
+        with torch.set_grad_enabled(phase.name != "pixel"):
             source = model.encode(up)
-        return frame_loss(model.decode(model.step(source), temporal=joint), high)
+        return frame_loss(model.decode(model.step(source), temporal=phase.name == "joint"), high)
 
     def _scores(self, phase: Phase) -> dict[str, float]:
         rows = [validate(self.model, up.to(self.model.device), high, phase.name == "joint") for up, high in self.data.held_out]
