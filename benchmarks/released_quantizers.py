@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from benchmarks.result import Result, markdown
+from qartsr_pipeline.arithmetic.group_grid import quantize_groups
 from qartsr_pipeline.calibration.recipe_layers import Layer
-from qartsr_pipeline.calibration.start.other_grids import layer_kinds, quantize_groups
+from qartsr_pipeline.calibration.start.other_grids import layer_kinds
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 from qartsr_pipeline.quantization.scheme import LayerScheme
 

@@ -24,6 +24,7 @@ from qartsr_pipeline.calibration.evaluation.metrics import BUILT_IN, load_metric
 from qartsr_pipeline.calibration.evaluation.originals import originals_of
 from qartsr_pipeline.calibration.evaluation.rows import EvaluationRow
 from qartsr_pipeline.calibration.families import family_of
+from qartsr_pipeline.calibration.recipe import parse_bits
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, GroupedWeights, Offset
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
@@ -154,12 +155,17 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "model": cell.model,
         "settings": settings,
-        "learning_rate": {"factor": chosen["factor"], "held_out_losses": chosen["losses"]},
+        "learning_rate": {
+            "factor": chosen["factor"],
+            "held_out_losses": chosen["losses"],
+            "bracketed": chosen.get("bracketed"),
+        },
         "perceptual": model.perceptual.name if recipe.is_perceptual else None,
         "losses": {stage: [float(f"{loss:.4g}") for loss in losses] for stage, losses in calibrated.losses.items()},
         "layer_errors": {name: float(f"{error:.4g}") for name, error in calibrated.layer_errors.items()},
         "metrics": metrics_of(rows, cell.method.label),
         **stored_size(pipeline),
+        **multiplications(model.pipeline, pipeline, cell.bits),
         "seconds": round(time.perf_counter() - start, 1),
         "environment": {"versions": versions(), "hardware": hardware(comparison.device)},
     }
@@ -179,22 +185,50 @@ def stored_size(pipeline: QArtSRPipeline) -> dict[str, float]:
     return {"megabytes": round(size / 1e6, 4), "bits_a_weight": round(8 * size / weights, 3)}
 
 
+def multiplications(full: QArtSRPipeline, pipeline: QArtSRPipeline, bits: str) -> dict[str, float]:
+    """What a pipeline in simulation multiplies, as shares of what its quantized layers do.
+
+    Args:
+        full: the same model at full precision.
+        bits: the stated ones.
+
+    Returns:
+        "branch_cost" of all branches, and "wider": of the layers that have other bits.
+    """
+    family = family_of(pipeline)
+    work, total, branches, wider = family.work(full), 0, 0, 0
+    for name, layer in family.layers(pipeline).items():
+        positions, weights = work.layers[name]
+        own, scheme = positions.multiplications(weights), layer.layer_scheme
+        total += own
+        wider += own if (scheme.weight_bits, scheme.activation_bits) != parse_bits(bits) else 0
+        each = positions.branch_multiplications(layer.weight.shape[0], layer.weight.shape[1], layer.weight[0, 0].numel())
+        branches += scheme.rank_for(layer) * each
+    return {"branch_cost": round(branches / max(total, 1), 4), "wider": round(wider / max(total, 1), 4)}
+
+
 def stored_tensors(layer: CalibratingMixin) -> dict[str, torch.Tensor]:
     """Name -> tensor on the meta device, of the shape and dtype in which a checkpoint folder stores it.
 
     A grid that exists in simulation only is stored nowhere; its tensors are what a folder would hold: packed codes, float32
-    scales of the weights' groups (the grid is symmetric, so no zero points), the float32 offsets of its inputs, one byte for
-    whether dynamic activations are unsigned, and the rest as in every deployed layer.
+    scales of the weights' groups, a byte for the zero point of each where the grid is affine, the float32 offsets of its inputs,
+    what says how dynamic activations are quantized, and the rest as in every deployed layer.
     """
     shape = layer.weight.shape
     tensors = dict(deployed_like(layer, layer.layer_scheme, "meta").named_buffers())
     if isinstance(layer, GroupedWeights) and "weight_scale" in tensors:
         outputs, inputs, *kernel = shape
-        tensors["weight_scale"] = torch.empty((outputs, _groups(layer, inputs), *kernel), device="meta")
+        groups = outputs, _groups(layer, inputs), *kernel
+        tensors["weight_scale"] = torch.empty(groups, device="meta")
         tensors.pop("weight_zero_point", None)
+        if layer.affine:
+            tensors["weight_zero_point"] = torch.empty(groups, dtype=torch.uint8, device="meta")
     if isinstance(layer, DynamicActivations):
-        tensors["input_offset"] = torch.empty((), device="meta")
-        tensors["input_unsigned"] = torch.empty((), dtype=torch.uint8, device="meta")
+        if layer.affine:
+            tensors["input_shrink"] = torch.empty((), device="meta")
+        else:
+            tensors["input_offset"] = torch.empty((), device="meta")
+            tensors["input_unsigned"] = torch.empty((), dtype=torch.uint8, device="meta")
         for name in ("input_scale", "input_zero_point"):
             tensors.pop(name, None)
     if isinstance(layer, Offset):

@@ -19,8 +19,12 @@ from qartsr_pipeline.calibration.training.engine import Run, begin
 from qartsr_pipeline.calibration.training.progress import Calibrated, Stopped
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
-SWEPT = (0.3, 1.0, 3.0)  # factors of the recipe's learning rates; if the smallest or largest is best, those of FURTHER are tried
-FURTHER = {0.3: (0.1, 0.03), 3.0: (10.0, 30.0)}
+SWEPT = (
+    0.3,
+    1.0,
+    3.0,
+)  # factors of the recipe's learning rates; if the smallest or largest is best, the next of LADDER are tried
+LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SWEEP_SHARE, SWEEP_STEPS = 1 / 3, 20  # a trial has this share of the steps, but at most so many
 
 
@@ -81,7 +85,8 @@ def sweep(trials: Trials) -> dict[str, Any]:
     """Chooses the learning rate of a cell's group with a few steps, by the distance to full precision on held-out patches.
 
     Returns:
-        "factor", and "losses" by factor (None where training diverged).
+        "factor"; "losses" by factor (None where training diverged); and "bracketed": whether both a smaller and a larger factor
+        were worse.
 
     Raises:
         FloatingPointError: training diverged with every rate. Stopped: by Ctrl-C.
@@ -96,18 +101,26 @@ def sweep(trials: Trials) -> dict[str, Any]:
         return known
     losses = {factor: _short_run(trials, factor) for factor in SWEPT}
     best = min(losses, key=losses.__getitem__)
-    for factor in FURTHER.get(best, ()) if losses[best] < math.inf else ():
-        losses[factor] = _short_run(trials, factor)
-        if losses[factor] >= losses[best]:
+    while losses[best] < math.inf:
+        untried = [factor for factor in _neighbours(best) if factor not in losses]
+        if not untried:
             break
-        best = factor
+        losses[untried[0]] = _short_run(trials, untried[0])
+        best = min(losses, key=losses.__getitem__)
     if losses[best] == math.inf:
         factors = ", ".join(map(str, SWEPT))
         raise FloatingPointError(f"{cell.group}: training diverges with the recipe's learning rates times {factors}")
     shown = {f"{factor:g}": losses[factor] if math.isfinite(losses[factor]) else None for factor in sorted(losses)}
-    chosen = {"settings": settings, "factor": best, "losses": shown}
+    bracketed = min(losses) < best < max(losses)
+    chosen = {"settings": settings, "factor": best, "losses": shown, "bracketed": bracketed}
     write_json(path, chosen)
     return chosen
+
+
+def _neighbours(factor: float) -> list[float]:
+    """The next smaller and the next larger factor that may be tried."""
+    smaller, larger = [f for f in LADDER if f < factor], [f for f in LADDER if f > factor]
+    return smaller[-1:] + larger[:1]
 
 
 def _trial_share(recipe: Recipe) -> float:

@@ -64,6 +64,11 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe]]] = {
 }
 # A published rank is another thing where layers have 16 to 96 channels: each of the two also with what the other has.
 SAME_BUDGET, SAME_RANK = "svdquant-same-budget", "qartsr-same-rank"
+# A published grid has one code less than it could, which are three of four at 2 bits: also with all codes and clipped bounds.
+AFFINE, AFFINE_SAME_BUDGET = "svdquant-affine", "svdquant-affine-same-budget"
+# QArtSR's budget lets some layers run at more bits: without these, and the others with them.
+SAME_BITS, WIDER = "qartsr-same-bits", {"lsq-same-budget": "lsq", "efficientdm-same-budget": "efficientdm"}
+EQUAL = (SAME_BUDGET, SAME_RANK, AFFINE, AFFINE_SAME_BUDGET, SAME_BITS, *WIDER)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,27 @@ class Method:
 
 def method_names() -> tuple[str, ...]:
     """Everything that --methods takes."""
-    return (*METHODS, SAME_BUDGET, SAME_RANK, *ABLATIONS)
+    return (*METHODS, *EQUAL, *ABLATIONS)
+
+
+def _made_equal(name: str) -> tuple[str, Recipe]:
+    """Label and recipe of one of EQUAL: a method with what another one has, in multiplications, bytes or codes."""
+    svdquant, main = load_recipe("svdquant"), load_recipe(MAIN)
+    if name == SAME_RANK:
+        ranked = _with_layer(main, branch_rank=svdquant.layer.branch_rank)
+        return f"{main.method}, ranks of {svdquant.method}", replace(ranked, budget=Budget())
+    if name == SAME_BITS:
+        return f"{main.method}, all layers at the stated bits", replace(main, budget=replace(main.budget, wider=0.0))
+    if name in WIDER:
+        other = load_recipe(WIDER[name])
+        return f"{other.method}, bits of {main.method}", replace(other, budget=replace(main.budget, branch=None))
+    label = svdquant.method
+    if name in (AFFINE, AFFINE_SAME_BUDGET):
+        label, svdquant = f"{label}, all codes, clipped", _with_layer(svdquant, group_grid="affine")
+    if name in (SAME_BUDGET, AFFINE_SAME_BUDGET):
+        label = f"{label}, branches as dear as those of {main.method}"
+        svdquant = _with_layer(svdquant, branch_rank=main.layer.branch_rank, branch_budget=main.budget.branch or 0.0)
+    return label, svdquant
 
 
 def make_method(name: str, steps: int) -> Method:
@@ -92,14 +117,8 @@ def make_method(name: str, steps: int) -> Method:
     if name in ABLATIONS:
         label, change = ABLATIONS[name]
         kind, recipe = "ablation", change(load_recipe(MAIN))
-    elif name in (SAME_BUDGET, SAME_RANK):
-        kind, svdquant, main = "method", load_recipe("svdquant"), load_recipe(MAIN)
-        if name == SAME_RANK:
-            label, rank = f"{main.method}, ranks of {svdquant.method}", svdquant.layer.branch_rank
-            recipe = replace(_with_layer(main, branch_rank=rank), budget=Budget())
-        else:
-            label, share = f"{svdquant.method}, branches as dear as those of {main.method}", main.budget.branch or 0.0
-            recipe = _with_layer(svdquant, branch_rank=main.layer.branch_rank, branch_budget=share)
+    elif name in EQUAL:
+        kind, (label, recipe) = "method", _made_equal(name)
     else:
         kind, recipe = "method", load_recipe(name)
         label = recipe.method

@@ -131,6 +131,8 @@ def table(entries: list[Entry]) -> str:
         "method",
         *(heading for heading, _ in columns.values()),
         "# by truth",
+        "branches",
+        "at other bits",
         "bits a weight",
         "MB",
         "learning rate",
@@ -142,11 +144,19 @@ def table(entries: list[Entry]) -> str:
         factor = first["learning_rate"]["factor"]
         values = [_with_spread(entry, metric, layout) for metric, (_, layout) in columns.items()]
         seconds = f"{statistics.fmean(cell['seconds'] for cell in entry.cells):.0f}"
-        rate = "" if factor is None else f"x{factor:g}"
-        size = [f"{entry.bits_a_weight:.1f}", f"{first['megabytes']:.2f}"]
+        rate = (
+            "" if factor is None else f"x{factor:g}" + ("" if first["learning_rate"].get("bracketed", True) else " (at the end)")
+        )
+        size = [_share(first, "branch_cost"), _share(first, "wider")]
+        size += [f"{entry.bits_a_weight:.1f}", f"{first['megabytes']:.2f}"]
         lines.append([str(rank), entry.label, *values, str(truth[id(entry)]), *size, rate, seconds])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _share(cell: dict[str, Any], name: str) -> str:
+    """Cells of older versions have none."""
+    return f"{cell[name]:.1%}" if name in cell else ""
 
 
 def _with_spread(entry: Entry, metric: str, layout: str) -> str:
@@ -216,7 +226,9 @@ def heading(cells: list[dict[str, Any]], full: dict[str, dict[str, Any]]) -> str
             f" bicubic {bicubic[TRUTH]:.2f} and {bicubic['ssim_y']:.4f}. Colours aligned ({COLOR_FIX}), the pipeline's default.",
             "PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a weight, MB: all that is"
             " stored of the quantized layers (codes, scales, zero points, smoothing, branches, biases); of grids that exist in"
-            " simulation only, what a folder would store. s: the time of a cell, searching and measuring included.",
+            " simulation only, what a folder would store. Branches: their multiplications, as a share of the layers' own; at"
+            " other bits: share of the layers' multiplications, the first and last ones' included."
+            " s: the time of a cell, searching and measuring included.",
             f"{'; '.join(hardware)}; {', '.join(f'{k} {v}' for k, v in first['environment']['versions'].items())}.",
         ]
     )
@@ -235,6 +247,8 @@ def as_json(entries: list[Entry], full: dict[str, dict[str, Any]]) -> dict[str, 
             "learning_rate_factor": entry.cells[0]["learning_rate"]["factor"],
             "megabytes": entry.cells[0]["megabytes"],
             "bits_a_weight": entry.bits_a_weight,
+            "branch_cost": entry.cells[0].get("branch_cost"),
+            "wider": entry.cells[0].get("wider"),
             "mean": {metric: round(entry.mean(metric), 5) for metric in entry.values},
             "spread": {m: round(s, 5) for m in entry.values if (s := entry.spread(m)) is not None},
             "mean_without_colour_alignment": _means(entry, "none"),

@@ -13,6 +13,7 @@ ROTATIONS = ("none", "hadamard")
 ACTIVATIONS = ("static", "dynamic", "token")
 READINGS = ("channels", "scalar")
 RULES = ("percentile", "absolute")
+GROUP_GRIDS = ("symmetric", "affine")
 CLIP = ("after_rounding", "before_rounding")
 
 
@@ -60,6 +61,9 @@ class Layer:
             at run time; or "dynamic": from the extremes of every pixel's or token's group of channels, in simulation only.
         exponents: with "token": static scales of input channels as well, powers of two.
         group_size: input channels that share a weight scale (and a dynamic activation scale); 0 for one scale a row.
+        group_grid: of weights in groups and of dynamic activations. "symmetric", from the largest magnitude: one code less, so
+            three at 2 bits; or "affine": all codes and a zero point, between extremes that are shrunken to the least squared
+            error, of each group of a weight, and by one factor for all groups of a layer's input.
         clip: a value within half a step beyond the extreme codes is clipped, for gradients, "before_rounding" (as in LSQ), or
             counts as inside "after_rounding". The quantized values are the same.
     """
@@ -80,6 +84,7 @@ class Layer:
     activations: str = "static"
     exponents: bool = False
     group_size: int = 0
+    group_grid: str = "symmetric"
     clip: str = "after_rounding"
 
     def __post_init__(self) -> None:
@@ -89,6 +94,7 @@ class Layer:
         one_of("layer.bounds", self.bounds, BOUNDS)
         one_of("layer.rotation", self.rotation, ROTATIONS)
         one_of("layer.activations", self.activations, ACTIVATIONS)
+        one_of("layer.group_grid", self.group_grid, GROUP_GRIDS)
         one_of("layer.clip", self.clip, CLIP)
         number("layer.branch_rank", self.branch_rank, 0, whole=True)
         number("layer.branch_budget", self.branch_budget, 0)
@@ -110,6 +116,8 @@ class Layer:
             raise RecipeError(
                 f"layer.residual is {self.residual!r}, expected true or false, true with activations: token and no adapter_rank"
             )
+        if self.group_grid == "affine" and not (self.group_size or self.activations == "dynamic"):
+            raise RecipeError("layer.group_grid: affine needs a group_size or dynamic activations: other grids are affine anyway")
         if self.branch_budget and not self.branch_rank:
             raise RecipeError("layer.branch_budget needs a branch_rank, the highest that a layer may get")
         if not isinstance(self.branch_fit, bool):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from calibration import compare
 from calibration.comparison import learning_rate, methods, setting, table
-from calibration.comparison.cells import CROP, most_restored, stored_size
+from calibration.comparison.cells import CROP, most_restored, multiplications, stored_size
 from calibration.comparison.methods import Cell, make_method, method_names
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.fingerprint import file_digests
@@ -156,6 +156,7 @@ def test_the_learning_rate_is_chosen_on_held_out_patches_with_a_third_of_the_ste
     made = cells(command.output)
     losses = made["lsq-w4a4-seed0"]["learning_rate"]["held_out_losses"]
     assert list(losses) == ["0.3", "1", "3", "10", "30"] and losses["30"] is None  # beyond the end as long as it helps
+    assert made["lsq-w4a4-seed0"]["learning_rate"]["bracketed"]
     assert made["lsq-w4a4-seed0"]["learning_rate"]["factor"] == 10.0
     assert made["qartsr-w4a4-seed0"]["learning_rate"]["factor"] == 1.0
     assert made["maxmin-w4a4-seed0"]["learning_rate"]["factor"] is None
@@ -246,8 +247,17 @@ def test_passionsr_is_also_measured_at_the_bits_of_its_publication():
         "maxmin-w4a4-seed0", "passionsr-w4a4-seed0", "passionsr-w8a8-seed0",
     ]  # fmt: skip
     assert len(compare.first_cells(both, ["w8a8"])) == 2
+
+
+def test_methods_are_also_measured_with_what_others_have():
     same, main = make_method(methods.SAME_BUDGET, 6).recipe.layer, load_recipe("qartsr")
     assert (same.branch_rank, same.branch_budget) == (main.layer.branch_rank, main.budget.branch) and same.branch_budget > 0
+    affine = make_method(methods.AFFINE_SAME_BUDGET, 6).recipe.layer
+    assert affine == replace(same, group_grid="affine") and make_method(methods.AFFINE, 6).recipe.layer.branch_rank == 32
+    assert make_method(methods.SAME_BITS, 6).recipe.budget == replace(main.budget, wider=0)
+    for name, other in methods.WIDER.items():
+        assert make_method(name, 6).recipe.layer == load_recipe(other).layer
+        assert make_method(name, 6).recipe.budget == replace(main.budget, branch=None)
     assert make_method("maxmin", 6).recipe.steps == 0 and make_method("lsq", 6).recipe.steps == 6
     assert all(make_method(name, 6).name == name for name in method_names())
 
@@ -277,6 +287,18 @@ def test_a_simulated_grids_size_is_what_a_folder_would_store():
     grouped = stored_size(one_layer(Layer(group_size=3, activations="dynamic"), LayerScheme(4, 4)))
     bits = 8 * 8 * 4 + 32 * 8 * 3 + smoothing_and_bias + 32 + 8  # codes, three groups a row, offset, sign
     assert grouped["bits_a_weight"] == bits / 64
+    affine = stored_size(one_layer(Layer(group_size=3, activations="dynamic", group_grid="affine"), LayerScheme(4, 4)))
+    assert affine["bits_a_weight"] == (bits + 8 * 8 * 3 - 8) / 64  # a zero point a group; a factor for the offset, and no sign
+
+
+def test_multiplications_of_branches_and_of_other_bits_are_counted():
+    pipeline = one_layer(Layer(), LayerScheme(8, 8, 2))
+    same, other = (multiplications(build_tiny_pipeline(), pipeline, bits) for bits in ("w8a8", "w4a4"))
+    assert same == {"branch_cost": 2 * (8 + 8) / 64, "wider": 0.0} and other["wider"] == 1.0
+
+
+def test_simulated_offsets_are_stored():
+    smoothing_and_bias = 32 * 8 + 32 * 8
     shifted = stored_size(one_layer(Layer(offset="zero"), LayerScheme(4, 4)))
     bits = 8 * 8 * 4 + (32 + 8) * 8 + (32 + 8) + smoothing_and_bias + 32 * 8  # scales and zero points, and an offset a channel
     assert shifted["bits_a_weight"] == bits / 64

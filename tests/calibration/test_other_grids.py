@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from qartsr_pipeline.calibration.recipe_layers import Layer
-from qartsr_pipeline.calibration.start.other_grids import hadamard, layer_kinds, quantize_groups
+from qartsr_pipeline.arithmetic.group_grid import quantize_affine_groups, quantize_groups
+from qartsr_pipeline.calibration.recipe_layers import Layer, RecipeError
+from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
+from qartsr_pipeline.calibration.start.observers import SHRINK, observe
+from qartsr_pipeline.calibration.start.other_grids import hadamard, layer_kinds
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear
 from qartsr_pipeline.quantization.freeze import freeze_layer
 from qartsr_pipeline.quantization.scheme import LayerScheme
@@ -19,6 +22,7 @@ LAYERS = {
     "groups": (Layer(group_size=4), False),
     "dynamic": (Layer(activations="dynamic"), False),
     "dynamic groups": (Layer(activations="dynamic", group_size=4), False),
+    "affine dynamic groups": (Layer(activations="dynamic", group_size=4, group_grid="affine"), False),
     "rotated": (Layer(rotation="hadamard"), False),
     "all of it": (Layer(rotation="hadamard", offset="mean", group_size=4), True),
     "rotated dynamic groups": (Layer(rotation="hadamard", activations="dynamic", group_size=4), False),
@@ -177,3 +181,35 @@ def test_rotation_helps_where_one_channel_is_large():
             new.input_upper.copy_(seen.max())
             errors.append(float((new(x) - layer(x)).square().mean()))
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_affine_groups_have_all_codes_and_the_factor_of_least_error(bits):
+    torch.manual_seed(0)
+    x = torch.randn(6, 10) ** 3
+    wide = quantize_affine_groups(x, 1, 4, bits, [1.0])
+    best = quantize_affine_groups(x, 1, 4, bits, SHRINK)
+    assert best.shape == x.shape and len(best[0, :4].unique()) <= 2**bits
+    for start in (0, 4, 8):
+        of_wide, of_best = ((q - x)[:, start : start + 4].square().sum(1) for q in (wide, best))
+        assert (of_best <= of_wide + 1e-6).all()
+    assert bits == 4 or (best - x).square().sum() < 0.95 * (wide - x).square().sum()
+    if bits == 2:  # a symmetric grid has three codes there
+        assert (best - x).square().sum() < (quantize_groups(x, 1, 4, bits) - x).square().sum()
+
+
+def test_an_affine_layer_is_closer_than_a_symmetric_one_at_two_bits():
+    errors = {}
+    for grid in ("symmetric", "affine"):
+        torch.manual_seed(0)
+        plain = nn.Conv2d(8, 8, 3, padding=1)
+        x = torch.nn.functional.silu(torch.randn(4, 8, 16, 16))
+        settings = Layer(smoothing="search", group_size=4, activations="dynamic", group_grid=grid)
+        layer = layer_kinds(settings, False)[1].from_layer(plain, LayerScheme(2, 2))
+        sample = observe({"": plain}, plain, [x])[""]
+        errors[grid] = initialise({"": layer}, {"": sample}, Initialisation.of(settings))[""]
+        if grid == "affine":
+            assert 0.3 <= layer.input_shrink < 1 and layer.input_offset == 0
+    assert errors["affine"] < 0.8 * errors["symmetric"]
+    with pytest.raises(RecipeError, match="group_grid: affine needs a group_size or dynamic activations"):
+        Layer(group_grid="affine")

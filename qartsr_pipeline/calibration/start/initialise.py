@@ -209,6 +209,8 @@ def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor,
     seen = first.transform_rows(smoothed)
     energy = seen.square().mean(0)
     for layer in layers:
+        if isinstance(layer, DynamicActivations):
+            layer.set_input_shrink(seen)
         if options.branch_fit and _has(layer, "adapter_up"):
             layer.adapter_up.zero_()  # of another phi
         if _has(layer, "weight_change"):

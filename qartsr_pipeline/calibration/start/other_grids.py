@@ -6,7 +6,8 @@ gives the classes that a recipe's layer asks for, put together from
 - `LearnedStep`: one trained factor for both bounds (LSQ, arXiv 1902.08153). It has a deployed form.
 - `ClippedFirst`: other gradients at the ends of the grid (LSQ as well). It has a deployed form.
 - `Offset`: an offset per input channel, subtracted before quantization (PassionSR's LET, arXiv 2411.17106).
-- `GroupedWeights`, `DynamicActivations`: symmetric scales of groups of channels (SVDQuant, arXiv 2411.05007).
+- `GroupedWeights`, `DynamicActivations`: scales of groups of channels (SVDQuant, arXiv 2411.05007), symmetric as there
+  or affine.
 - `Rotated`: inputs and weights rotated by a Hadamard matrix (QuaRot, arXiv 2404.00456).
 
 All of them give exactly the original layer while `quantizing` is False, and none writes to the original weights.
@@ -21,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qartsr_pipeline.arithmetic.affine import SMALLEST_SCALE, centred_codes, code_range, round_straight_through
+from qartsr_pipeline.arithmetic.affine import code_range, round_straight_through
+from qartsr_pipeline.arithmetic.group_grid import quantize_affine_groups, quantize_groups
 from qartsr_pipeline.calibration.recipe_layers import Layer
+from qartsr_pipeline.calibration.start.observers import SHRINK
 from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin, Kinds
 from qartsr_pipeline.quantization.scheme import LayerScheme
 from qartsr_pipeline.quantization.token_layers import TokenLinear
@@ -168,36 +171,14 @@ class Offset(Shifted):
         return new
 
 
-def _grouped(x: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """Splits an axis into (groups, size), zeros behind the last channel; ``size`` 0 is one group."""
-    channels = x.shape[axis]
-    size = min(size or channels, channels)
-    missing = -channels % size
-    if missing:
-        x = torch.cat([x, x.new_zeros([missing if i == axis else n for i, n in enumerate(x.shape)])], axis)
-    return x.unflatten(axis, (-1, size))
-
-
-def quantize_groups(x: torch.Tensor, axis: int, size: int, bits: int, unsigned: bool = False) -> torch.Tensor:
-    """``x`` after quantization with one scale for every ``size`` neighbours along ``axis``, from their largest magnitude.
-
-    Symmetric codes are -(2^(b-1) - 1) to 2^(b-1) - 1, so -1 to 1 at 2 bits; unsigned ones 0 to 2^b - 1. The last group may be
-    smaller. Float32, x's shape; differentiable, through the scales too.
-    """
-    groups = _grouped(x.float(), axis, size)
-    largest = groups.clamp(min=0) if unsigned else groups.abs()
-    scale = (largest.amax(axis + 1, keepdim=True) / code_range(bits, not unsigned)[1]).clamp(min=SMALLEST_SCALE)
-    codes = centred_codes(groups, 1 / scale, torch.zeros_like(scale), bits, symmetric=not unsigned)
-    return (codes * scale).flatten(axis, axis + 1).narrow(axis, 0, x.shape[axis])
-
-
 class GroupedWeights(_Layer):
-    """Weights with one symmetric scale per output channel, tap and `group_size` input channels, from their extremes.
+    """Weights with one scale per output channel, tap and `group_size` input channels, from their extremes.
 
     There are no weight bounds to train.
     """
 
     group_size: int
+    affine: bool
 
     @classmethod
     def from_layer(cls, layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, adapter_rank: int = 0) -> Self:
@@ -212,20 +193,27 @@ class GroupedWeights(_Layer):
 
     def quantized_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """``weight`` after quantization, same shape."""
+        if self.affine:
+            return quantize_affine_groups(weight, 1, self.group_size, self.layer_scheme.weight_bits, SHRINK)
         return quantize_groups(weight, 1, self.group_size, self.layer_scheme.weight_bits)
 
 
 class DynamicActivations(Shifted):
-    """Inputs with one symmetric scale per pixel or token and `group_size` channels, from their extremes at run time.
+    """Inputs with one scale per pixel or token and `group_size` channels, from their extremes at run time.
 
     As in SVDQuant's released program, inputs that are all but nonnegative because SiLU or GELU gave them are shifted by their
     minimum and quantized unsigned. Which ones these are is told here from a sample, there from the architecture: our reading.
 
-    Parameters that are not trained: input_offset (), input_unsigned () of 0 or 1; set by `set_input_range`.
+    Affine ones are not shifted; their extremes are multiplied by input_shrink.
+
+    Parameters that are not trained: input_offset (), input_unsigned () of 0 or 1, set by `set_input_range`; input_shrink (), set
+    by `set_input_shrink`.
     """
 
     group_size: int
+    affine: bool
     input_unsigned: nn.Parameter
+    input_shrink: nn.Parameter
 
     @classmethod
     def from_layer(cls, layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, adapter_rank: int = 0) -> Self:
@@ -235,12 +223,24 @@ class DynamicActivations(Shifted):
             new._parameters.pop(name, None)
         for name in ("input_offset", "input_unsigned"):
             new.register_parameter(name, nn.Parameter(torch.zeros((), device=layer.weight.device), requires_grad=False))
+        if cls.affine:
+            new.input_shrink = nn.Parameter(torch.ones((), device=layer.weight.device), requires_grad=False)
         return new
+
+    @torch.no_grad()
+    def set_input_shrink(self, smoothed: torch.Tensor) -> None:
+        """Of affine activations: the factor of least squared error on a sample (positions, C) of phi x."""
+        bits = self.layer_scheme.activation_bits
+        if not self.affine or bits == 16:
+            return
+        tried = (quantize_affine_groups(smoothed, 1, self.group_size, bits, [factor]) for factor in SHRINK)
+        errors = [float((quantized - smoothed).square().sum()) for quantized in tried]
+        self.input_shrink.fill_(SHRINK[errors.index(min(errors))])
 
     @torch.no_grad()
     def set_input_range(self, lower: float) -> None:
         """Chooses signed or unsigned codes by the smallest value that a sample of the input has."""
-        unsigned = lower >= LOWEST_OF_SILU
+        unsigned = lower >= LOWEST_OF_SILU and not self.affine
         self.input_unsigned.fill_(unsigned)
         self.input_offset.fill_(min(lower, 0.0) if unsigned else 0.0)
 
@@ -250,6 +250,8 @@ class DynamicActivations(Shifted):
         smoothed = x.float() * smooth
         if bits == 16:
             return smoothed
+        if self.affine:
+            return quantize_affine_groups(smoothed, _channel_axis(x), self.group_size, bits, [float(self.input_shrink)])
         return quantize_groups(smoothed, _channel_axis(x), self.group_size, bits, bool(self.input_unsigned))
 
 
@@ -290,9 +292,9 @@ class Rotated(_Layer):
 
 
 @functools.cache
-def _kind(base: type[CalibratingMixin], parts: tuple[type, ...], group_size: int) -> type[CalibratingMixin]:
+def _kind(base: type[CalibratingMixin], parts: tuple[type, ...], group_size: int, affine: bool) -> type[CalibratingMixin]:
     name = "".join(part.__name__ for part in parts if part is not SimulationOnly) + base.__name__
-    return type(name, (*parts, base), {"group_size": group_size, "__module__": __name__})
+    return type(name, (*parts, base), {"group_size": group_size, "affine": affine, "__module__": __name__})
 
 
 def layer_kinds(layer: Layer, step: bool) -> Kinds:
@@ -320,4 +322,5 @@ def layer_kinds(layer: Layer, step: bool) -> Kinds:
     linear = TokenLinear if layer.activations == "token" else CalibratingLinear
     if not parts:
         return linear, CalibratingConv2d
-    return _kind(linear, parts, layer.group_size), _kind(CalibratingConv2d, parts, layer.group_size)
+    grid = layer.group_size, layer.group_grid == "affine"
+    return _kind(linear, parts, *grid), _kind(CalibratingConv2d, parts, *grid)
