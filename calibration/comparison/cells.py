@@ -137,7 +137,7 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     if not model.references:
         full_precision(comparison, cell.model, again=True)
     trials = Trials(comparison, cell)
-    chosen = sweep(trials) if cell.method.recipe.stages else {"factor": None, "losses": {}}
+    chosen = sweep(trials) if cell.method.recipe.steps else {"factor": None, "losses": {}}
     recipe = with_rate(cell.method.recipe, chosen["factor"] or 1.0)
     pipeline, calibrated = trials.calibrate(recipe, cell.key)
     sheet = None if cell.model else full_precision(comparison, "")["sheet"]

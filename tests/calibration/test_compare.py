@@ -165,6 +165,12 @@ def test_the_learning_rate_is_chosen_on_held_out_patches_with_a_third_of_the_ste
     assert engine.begun.count(("LSQ", 0)) == 1  # all of these calibrations start from the same layers
 
 
+def test_what_does_not_train_has_no_learning_rate(command, engine):
+    command(methods="qartsr-start maxmin")
+    assert [steps for _, steps, _ in engine.calls] == [0, 0]
+    assert {cell["learning_rate"]["factor"] for cell in cells(command.output).values()} == {None}
+
+
 def test_a_method_whose_training_diverges_does_not_end_the_comparison(command, engine, monkeypatch, capsys):
     monkeypatch.setattr(learning_rate, "SWEPT", (30.0,))
     engine.diverges_at = 30.0
