@@ -79,6 +79,14 @@ class Family(ABC):
     def fold(self, pipeline: Any) -> dict[str, Folding]:
         """Replaces what is constant at the fixed timestep and prompt, in place; component -> what was folded."""
 
+    def rotate(self, pipeline: Any) -> tuple[str, ...] | None:
+        """Rotates what layers see by changing weights, exactly and in place; the pipeline is folded.
+
+        Returns:
+            Patterns of "component.layer": of layers whose input is still to be rotated at run time. None for all, and no change.
+        """
+        return None
+
     @abstractmethod
     def blocks(self, pipeline: Any) -> list[Block]:
         """All blocks of a pipeline with calibrating layers, in the order in which they run."""

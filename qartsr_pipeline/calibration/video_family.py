@@ -38,6 +38,7 @@ from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work
 from qartsr_pipeline.quantization.fold_wan import fold_wan
 from qartsr_pipeline.quantization.frames_as_channels import frames_as_channels
+from qartsr_pipeline.quantization.rotate_wan import ROTATED_ONLINE, rotate_wan
 from qartsr_pipeline.quantization.scheme import Folding
 from qartsr_pipeline.quantization.video_accounting import account_of_clip, work_of_clip
 from qartsr_pipeline.video.causal_vae import temporal_factor
@@ -98,6 +99,10 @@ class VideoFamily(Family):
         frames_as_channels(pipeline.vae)
         timestep, prompt = pipeline.config["timestep"], pipeline.prompt_embedding(1)
         return {"transformer": fold_wan(pipeline.transformer, timestep, prompt)}
+
+    def rotate(self, pipeline: LSGQuantVideoPipeline) -> tuple[str, ...]:
+        rotate_wan(pipeline.transformer)
+        return tuple(f"transformer.{pattern}" for pattern in ROTATED_ONLINE)
 
     @staticmethod
     def part_of(name: str) -> str:

@@ -120,7 +120,7 @@ def fold_wan(transformer: WanTransformer3DModel, timestep: int, prompt_embeds: t
         _fold_block(block, modulation.unflatten(1, (6, -1)), prompt[0], counts.to(torch.float64).log())
     shift, scale = (_exact(transformer.scale_shift_table) + time[:, None])[0]
     _fold_input(transformer.proj_out, 1 + scale, shift)
-    _assign(transformer, "scale_shift_table", torch.zeros_like(transformer.scale_shift_table))
+    assign(transformer, "scale_shift_table", torch.zeros_like(transformer.scale_shift_table))
     replace_module(transformer, "condition_embedder", FoldedConditions(time.shape[-1]))
     return Folding(int(timestep), len(kinds))
 
@@ -133,7 +133,7 @@ def _fold_block(block: Any, modulation: torch.Tensor, prompt: torch.Tensor, log_
     _fold_output(block.attn1.to_out[0], gate)
     _fold_input(block.ffn.net[0].proj, 1 + ffn_scale, ffn_shift)
     _fold_output(block.ffn.net[2], ffn_gate)
-    _assign(block, "scale_shift_table", _neutral(block.scale_shift_table))
+    assign(block, "scale_shift_table", _neutral(block.scale_shift_table))
     if not isinstance(block.norm2, nn.Identity):
         _fold_input(block.attn2.to_q, _exact(block.norm2.weight), _exact(block.norm2.bias))
     _without_affine(block)
@@ -185,20 +185,20 @@ def _linear64(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 def _fold_input(layer: nn.Linear, scale: torch.Tensor, shift: torch.Tensor) -> None:
     """layer(scale x + shift) = layer'(x)."""
     weight = _exact(layer.weight)
-    _assign(layer, "bias", _exact(layer.bias) + weight @ shift)
-    _assign(layer, "weight", weight * scale)
+    assign(layer, "bias", _exact(layer.bias) + weight @ shift)
+    assign(layer, "weight", weight * scale)
 
 
 def _fold_output(layer: nn.Linear, gate: torch.Tensor) -> None:
     """gate layer(x) = layer'(x)."""
-    _assign(layer, "weight", _exact(layer.weight) * gate[:, None])
-    _assign(layer, "bias", _exact(layer.bias) * gate)
+    assign(layer, "weight", _exact(layer.weight) * gate[:, None])
+    assign(layer, "bias", _exact(layer.bias) * gate)
 
 
-def _assign(module: nn.Module, name: str, values: torch.Tensor) -> None:
+def assign(module: nn.Module, name: str, values: torch.Tensor) -> None:
     """A new parameter in the place of the one of this name. Nothing is written into the old one: others may read it."""
     old = module.get_parameter(name)
-    setattr(module, name, nn.Parameter(values.to(old, copy=True), requires_grad=old.requires_grad))
+    setattr(module, name, nn.Parameter(values.to(old, copy=True).contiguous(), requires_grad=old.requires_grad))
 
 
 def fold_wan_structure(transformer: WanTransformer3DModel, folding: Folding) -> None:

@@ -55,8 +55,11 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
     if any(getattr(model, "is_quantized", False) for model in models.values()):  # set by diffusers when it loads such a model
         raise ValueError("the model is quantized already; quantize the full-precision model that it was made from")
     chosen = recipe.layer.branch_budget or recipe.budget.is_set
-    default = replace(_plain(recipe, *bits), rank=0 if chosen else recipe.layer.branch_rank)
     folding = family.fold(pipeline)
+    rotates = recipe.layer.activations == "token" and recipe.layer.rotation == "hadamard"
+    online = family.rotate(pipeline) if rotates else ()
+    grid = replace(_grid(recipe), rotation=LARGEST_ROTATION if online is None else 0)
+    default = _with_bits(grid, *bits, rank=0 if chosen else recipe.layer.branch_rank)
     _check_keep(family.kept(recipe), models)
     schemes = {}
     for component, model in models.items():
@@ -64,24 +67,29 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
         for pattern, text in family.kept(recipe).items():
             if pattern.startswith(f"{component}."):
                 weights, activations = parse_bits(text)
-                own = _plain(recipe, max(weights, bits[0]), max(activations, bits[1]))
+                own = _with_bits(grid, max(weights, bits[0]), max(activations, bits[1]))
                 kept[pattern.removeprefix(f"{component}.")] = own
         plain = QuantizationScheme(default, kept)
-        for name in quantizable_layers(model, plain):
+        rotated: dict[str, LayerScheme | None] = {}
+        for name, (_, scheme) in quantizable_layers(model, plain).items():
             rank = given_rank(recipe, f"{component}.{name}")
-            if rank is not None and plain.for_layer(name) == default:
-                kept[name] = replace(default, rank=rank)
-        schemes[component] = QuantizationScheme(default, kept, folding.get(component))
+            if rank is not None and scheme == default:
+                scheme = kept[name] = replace(default, rank=rank)
+            if any(fnmatchcase(f"{component}.{name}", pattern) for pattern in online or ()):
+                rotated[name] = replace(scheme, rotation=LARGEST_ROTATION)
+        schemes[component] = QuantizationScheme(default, {**rotated, **kept, **rotated}, folding.get(component))
     return schemes
 
 
-def _plain(recipe: Recipe, weight_bits: int, activation_bits: int) -> LayerScheme:
-    """A layer without a branch, on the recipe's grid."""
+def _grid(recipe: Recipe) -> LayerScheme:
+    """The recipe's grid; bits and rank of what this gives mean nothing."""
     layer = recipe.layer
-    if layer.activations != "token":
-        return LayerScheme(weight_bits, activation_bits)
-    rotation = LARGEST_ROTATION if layer.rotation == "hadamard" else 0
-    return LayerScheme(weight_bits, activation_bits, 0, "token", rotation, layer.exponents and activation_bits < 16)
+    return LayerScheme(grid="token", exponents=layer.exponents) if layer.activations == "token" else LayerScheme()
+
+
+def _with_bits(grid: LayerScheme, weight_bits: int, activation_bits: int, rank: int = 0) -> LayerScheme:
+    exponents = grid.exponents and activation_bits < 16
+    return replace(grid, weight_bits=weight_bits, activation_bits=activation_bits, rank=rank, exponents=exponents)
 
 
 def _check_keep(kept: Mapping[str, str], models: dict[str, nn.Module]) -> None:
