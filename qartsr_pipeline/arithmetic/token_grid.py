@@ -13,9 +13,10 @@ Float32 throughout, rounding half to even.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from qartsr_pipeline.arithmetic.affine import centred_codes
 
@@ -135,7 +136,7 @@ def rotated(x: torch.Tensor, size: int) -> torch.Tensor:
     """x H, H block-diagonal of normalized Hadamard matrices: (..., C) -> (..., C), which spreads outliers over a block.
 
     H is symmetric and its own inverse, so that a layer with rotated weights and activations is the layer, (x H) (W H)^T = x W^T.
-    A matrix of size 256 takes 8 additions for each number.
+    Float32; additions in one order, so that results are the same bit for bit wherever they are computed. Differentiable.
 
     Args:
         size: of the blocks, a power of two that divides C.
@@ -145,8 +146,45 @@ def rotated(x: torch.Tensor, size: int) -> torch.Tensor:
     """
     if size < 1 or size & (size - 1) or x.shape[-1] % size:
         raise ValueError(f"the rotation's size must be a power of two that divides {x.shape[-1]} channels, but is {size}.")
-    turned, step = x.float().unflatten(-1, (-1, size)), 1
+    return _Rotation.apply(x.float(), size)
+
+
+class _Rotation(torch.autograd.Function):
+    """H is symmetric, so the gradient is rotated in the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.size = size
+        return _rotated(x, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _rotated(gradient, ctx.size), None
+
+
+def _rotated(x: torch.Tensor, size: int) -> torch.Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    return rotate_(x, size, x.new_empty(2 * x.numel()))
+
+
+def rotate_(x: torch.Tensor, size: int, scratch: torch.Tensor) -> torch.Tensor:
+    """`rotated` in place, for contiguous float32 (..., C) without gradient.
+
+    Sums and differences of numbers 1, 2, 4, .. apart. Numbers of one place in their blocks lie together meanwhile, in rows:
+    neighbours within a block would be added one by one.
+
+    Args:
+        scratch: float32, at least twice as many numbers as x has; large ones are slow to allocate.
+    """
+    blocks, count = x.view(-1, size), x.numel()
+    rows, other = (part.view(size, -1) for part in scratch.view(-1)[: 2 * count].split(count))
+    rows.copy_(blocks.t())  # PyTorch transposes two dimensions fast, more of them slowly
+    step = 1
     while step < size:
-        first, second = turned.unflatten(-1, (-1, 2, step)).unbind(-2)
-        turned, step = torch.stack([first + second, first - second], -2).flatten(-3), 2 * step
-    return turned.flatten(-2) * size**-0.5
+        (first, second), (above, below) = (t.view(size // (2 * step), 2, -1).unbind(1) for t in (rows, other))
+        torch.add(first, second, out=above)
+        torch.sub(first, second, out=below)
+        rows, other, step = other, rows, 2 * step
+    blocks.copy_(rows.mul_(size**-0.5).t())
+    return x

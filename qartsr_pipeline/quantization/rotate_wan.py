@@ -1,10 +1,10 @@
 """Rotations of WAN's transformer that cost nothing at run time: they go into the weights before quantization, exactly.
 
-Outliers of a few channels are spread over a block of channels, as in QuaRot (arXiv 2404.00456), and activations need no rotation:
+Outliers of a few channels are spread over a block of them, as in QuaRot (arXiv 2404.00456), and activations need no rotation:
 
-- The residual stream is rotated, x' = G x: layers that write it have G W, those that read it W G^T. Between them are norms without
-  weights (`fold_wan`), which take off the mean and divide by the deviation. They commute with G where G 1 = 1, since then neither
-  changes. A Hadamard matrix H turns 1 into one coordinate, so G = H diag(1, O) H with an orthogonal O, here a random one.
+- The residual stream is rotated, x' = G x: layers that write it have G W, those that read it W G^T. The norms between them have
+  no weights (`fold_wan`). They take off the mean and divide by the deviation, which G changes neither of if G 1 = 1. A Hadamard
+  matrix H turns 1 into one coordinate, so G = H diag(1, O) H with an orthogonal O, here a random one.
 - Values of self-attention are rotated head by head with a Hadamard matrix, and the output projection, which reads them, as well.
 
 What is left is the input of the second feed-forward layer, behind GELU: it is rotated at run time.
