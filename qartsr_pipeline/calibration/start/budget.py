@@ -15,7 +15,7 @@ several weightings is kept (our reading: the papers say nothing about it).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -95,7 +95,11 @@ def ways(stated: LayerScheme, layer: nn.Linear | nn.Conv2d) -> list[LayerScheme]
     for pair in dict.fromkeys(pairs):
         tried = RANKS if pair == pairs[0] else () if pair[0] >= 8 else RANK_WIDER
         ranks = [0, *(rank for rank in tried if rank <= stated.rank)]
-        found += [LayerScheme(*pair, rank) for rank in ranks if rank * (inputs + outputs * taps) < inputs * outputs * taps / 2]
+        found += [
+            replace(stated, weight_bits=pair[0], activation_bits=pair[1], rank=rank)
+            for rank in ranks
+            if rank * (inputs + outputs * taps) < inputs * outputs * taps / 2
+        ]
     return found
 
 
@@ -135,7 +139,7 @@ def errors_of_ways(
             fit_branch(candidate, rows)
             errors[scheme] = min(errors[scheme], error(candidate))
     bits = ranked.scheme.weight_bits, ranked.scheme.activation_bits
-    predicted = errors[LayerScheme(*bits)]
+    predicted = errors[replace(ranked.scheme, rank=0)]
     if bits[1] < 8 and predicted > 0:  # finer activations shift nothing
         correction = min(max(measured(plain[bits]) / predicted, 1 / MOST_CORRECTION), MOST_CORRECTION)
         errors = {way: error * (correction if way.activation_bits < 8 else 1) for way, error in errors.items()}

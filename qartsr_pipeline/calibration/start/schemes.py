@@ -126,8 +126,7 @@ def give_ranks(context: CalibrationContext, schemes: Schemes, kinds: Kinds, samp
     layers, reach = _free_layers(context, schemes, samples), _sensitivities(context, schemes, samples)
     budget = RankBudget(context.recipe.layer.branch_budget, kinds, context.recipe.layer.bounds)
     ranks = ranks_within_budget(layers, reach, budget, context.progress)
-    free = next(iter(schemes.values())).default
-    return _with(schemes, {name: replace(free, rank=rank) for name, rank in ranks.items()})
+    return _with(schemes, {name: replace(layers[name].scheme, rank=rank) for name, rank in ranks.items()})
 
 
 def give_bits(context: CalibrationContext, schemes: Schemes, kinds: Kinds, samples: Samples) -> tuple[Schemes, Assignment]:
@@ -189,7 +188,8 @@ def _free_layers(context: CalibrationContext, schemes: Schemes, samples: Samples
         f"{component}.{name}": RankedLayer(layer, replace(scheme, rank=recipe.layer.branch_rank), samples[f"{component}.{name}"])
         for component, model in context.family.models(context.pipeline).items()
         for name, (layer, scheme) in quantizable_layers(model, schemes[component]).items()
-        if scheme == schemes[component].default and given_rank(recipe, f"{component}.{name}") is None
+        if replace(scheme, rotation=schemes[component].default.rotation) == schemes[component].default
+        and given_rank(recipe, f"{component}.{name}") is None
     }
 
 
