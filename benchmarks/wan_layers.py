@@ -2,8 +2,9 @@
 
     python -m benchmarks run wan-layers --output benchmarks/results/wan_layers_NAME.json
 
-One block of the 1.3 B shape, folded and rotated: queries, keys, values and output of self-attention, queries of cross-attention, and
-both feed-forward layers, the second of which rotates its input at run time. Quantizing the input is counted. Weights are random.
+One block of the 1.3 B shape, folded and rotated: queries, keys, values and output of self-attention, queries of cross-attention,
+and both feed-forward layers, the second of which rotates its input at run time. Quantizing the input is counted. Weights are
+random.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ that oneDNN adds to the product in place.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from qartsr_pipeline.kernels.backend import X86, Backend, Constraints
 from qartsr_pipeline.kernels.codes import quantized_floats, quantized_rows, weight_bytes
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
-from qartsr_pipeline.kernels.tokens import SIGN, of_tokens, quantized_tokens, unsigned
+from qartsr_pipeline.kernels.tokens import SIGN, linear_of_tokens, unsigned
 
 BRANCH_OPERATORS = ("mkldnn._linear_pointwise", "mkldnn._convolution_pointwise_")
 
@@ -72,6 +73,18 @@ def hidden_rows(rows: torch.Tensor, branch: Branch) -> torch.Tensor:
     """
     rows = rows.to(branch.up.dtype)
     return rows if branch.down is None else torch.ops.mkldnn._linear_pointwise(rows, branch.down, None, "none", [], "")
+
+
+def row_branch(branch: Branch | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """What adds the branch of rows to a float32 output, in place; None without one."""
+    if branch is None:
+        return None
+
+    def add(rows: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        hidden = hidden_rows(rows, branch)
+        return y.addmm_(hidden, branch.up.t()) if branch.up.dtype == y.dtype else y.add_(F.linear(hidden, branch.up))
+
+    return add
 
 
 def add_branch(y: torch.Tensor, hidden: torch.Tensor, branch: Branch, spec: LayerSpec) -> None:
@@ -151,10 +164,10 @@ class FloatProduct(Backend):
         ready = _constants(layer, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if layer.spec.grid == "token":
-            codes, scales = quantized_tokens(rows, layer)
-            y = of_tokens(F.linear(codes.float(), ready.weight()), scales, layer)
-        else:
-            y = F.linear(_codes(rows, ready, layer), ready.weight(), layer.bias)
+            weight = ready.weight()
+            y = linear_of_tokens(rows, layer, lambda codes: F.linear(codes.float(), weight), row_branch(ready.branch))
+            return y.view(*x.shape[:-1], -1)
+        y = F.linear(_codes(rows, ready, layer), ready.weight(), layer.bias)
         if ready.branch is not None:
             y += F.linear(hidden_rows(rows, ready.branch), ready.branch.up)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -268,16 +281,15 @@ class OneDNN(Backend):
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
         packed = _prepacked(layer, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        dtype = compute_dtype(x.dtype)
         if layer.spec.grid == "token":
-            codes, scales = quantized_tokens(rows, layer)
-            dtype = torch.float32  # a token's scale comes after
-            y = of_tokens(_linear_product(unsigned(codes), packed, None, dtype), scales, layer)
-        else:
-            y = _linear_product(_input_codes(rows, packed, layer.spec), packed, layer.bias, dtype)
+
+            def product(codes: torch.Tensor) -> torch.Tensor:
+                return _linear_product(unsigned(codes), packed, None, torch.float32)
+
+            return linear_of_tokens(rows, layer, product, row_branch(packed.branch)).view(*x.shape[:-1], -1)
+        y = _linear_product(_input_codes(rows, packed, layer.spec), packed, layer.bias, compute_dtype(x.dtype))
         if packed.branch is not None:
-            hidden, up = hidden_rows(rows, packed.branch), packed.branch.up
-            y = y.addmm_(hidden, up.t()) if up.dtype == dtype else y.add_(F.linear(hidden, up))
+            y.addmm_(hidden_rows(rows, packed.branch), packed.branch.up.t())
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:

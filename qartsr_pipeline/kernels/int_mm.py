@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from qartsr_pipeline.kernels.backend import Backend, Constraints
 from qartsr_pipeline.kernels.codes import quantized_rows, weight_bytes
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
-from qartsr_pipeline.kernels.tokens import of_tokens, quantized_tokens
+from qartsr_pipeline.kernels.tokens import linear_of_tokens
 
 STAYS_PACKED_ON = {"cuda"}
 PATCH_BYTES = 1 << 24
@@ -102,13 +102,18 @@ class IntMM(Backend):
         ready = _constants(layer)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if layer.spec.grid == "token":
-            codes, scales = quantized_tokens(rows, layer)
-            y = of_tokens(_multiply(codes, _weight(ready, layer)) * ready.scale, scales, layer)
-        else:
-            y = _scaled(_multiply(_codes(rows, ready, layer.spec), _weight(ready, layer)), ready, layer)
+            weight = _weight(ready, layer)
+
+            def add_branch(part: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return y.add_(_row_branch(part, layer))
+
+            y = linear_of_tokens(
+                rows, layer, lambda codes: _multiply(codes, weight) * ready.scale, add_branch if layer.spec.rank else None
+            )
+            return y.view(*x.shape[:-1], -1)
+        y = _scaled(_multiply(_codes(rows, ready, layer.spec), _weight(ready, layer)), ready, layer)
         if layer.spec.rank:
-            hidden = F.linear(rows * layer.smooth.to(x.dtype), layer.branch_down.to(x.dtype))
-            y += F.linear(hidden, layer.branch_up.to(x.dtype))
+            y += _row_branch(rows, layer)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
@@ -125,6 +130,12 @@ class IntMM(Backend):
             part.copy_(product.add_(part) if spec.rank else product)
             start += len(patches)
         return y.view(batch, out_height, out_width, -1).permute(0, 3, 1, 2)
+
+
+def _row_branch(rows: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+    """A linear layer's 16-bit branch: (rows, C) -> (rows, N), in their dtype."""
+    hidden = F.linear(rows * layer.smooth.to(rows.dtype), layer.branch_down.to(rows.dtype))
+    return F.linear(hidden, layer.branch_up.to(rows.dtype))
 
 
 def _branch(x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:

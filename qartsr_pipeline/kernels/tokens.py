@@ -6,14 +6,19 @@ One implementation for all backends, so that their integers are the same bit for
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from qartsr_pipeline.arithmetic.token_grid import Codes, largest_code, rotate_, rotated, token_scale
 from qartsr_pipeline.kernels.codes import block_rows
 from qartsr_pipeline.kernels.stored_layer import StoredLayer
 
+FEWEST_TOKENS, PRODUCT_BYTES = 256, 1 << 23  # of one product
 SMALLER_BLOCKS = 2  # where they are rotated, which takes two more copies of them
 SIGN = 128  # added to a signed code, it makes an unsigned one
+Product = Callable[[torch.Tensor], torch.Tensor]
+Branch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def rotated_rows(rows: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
@@ -53,6 +58,26 @@ def unsigned(codes: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.uint8).add_(SIGN)
 
 
-def of_tokens(y: torch.Tensor, scales: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-    """A product (rows, N) that has the weights' scales, with those of the tokens and the bias; may overwrite it."""
-    return y.mul_(scales[:, None]) if layer.bias is None else torch.addcmul(layer.bias, y, scales[:, None])
+def linear_of_tokens(rows: torch.Tensor, layer: StoredLayer, product: Product, branch: Branch | None) -> torch.Tensor:
+    """The layer's output for (rows, C), in their dtype.
+
+    On a CPU a part of the tokens at a time, in memory that is used again: to get it for all products of a layer takes as long as
+    a quarter of these.
+
+    Args:
+        product: int8 codes, which it may overwrite -> their product, float32 (rows, N), with the weights' scales.
+        branch: rows and the output so far, float32 -> the output with the branch in it.
+    """
+    out = rows.new_empty(len(rows), layer.spec.out_channels)
+    step = max(FEWEST_TOKENS, PRODUCT_BYTES // (4 * layer.spec.out_channels)) if rows.device.type == "cpu" else len(rows)
+    for source, target in zip(rows.split(step), out.split(step), strict=True):
+        codes, scales = quantized_tokens(source, layer)
+        y = product(codes)
+        direct = target if branch is None else y
+        if layer.bias is None:
+            torch.mul(y, scales[:, None], out=direct)
+        else:
+            torch.addcmul(layer.bias, y, scales[:, None], out=direct)
+        if branch is not None:
+            target.copy_(branch(source, y))
+    return out
