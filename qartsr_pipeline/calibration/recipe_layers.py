@@ -9,7 +9,7 @@ ROUNDING = ("nearest", "patches")
 BOUNDS = ("minmax", "percentile", "mse")
 SMOOTHING = ("none", "ones", "search")
 OFFSETS = ("none", "zero", "mean", "centre")
-ROTATIONS = ("none", "hadamard")
+ROTATIONS = ("none", "hadamard", "online")
 ACTIVATIONS = ("static", "dynamic", "token")
 READINGS = ("channels", "scalar")
 RULES = ("percentile", "absolute")
@@ -56,7 +56,9 @@ class Layer:
             on patches of the layer's input; the adapter holds the difference.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
-        rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix.
+        rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix. With "token" it goes
+            into the weights before anything else, where that is possible; "online", for "token" alone: every layer rotates its
+            smoothed input at run time.
         activations: "static" bounds of the whole tensor; "token": of linear layers symmetric, from each token's largest magnitude
             at run time; or "dynamic": from the extremes of every pixel's or token's group of channels, in simulation only.
         exponents: with "token": static scales of input channels as well, powers of two.
@@ -93,6 +95,8 @@ class Layer:
         one_of("layer.rounding", self.rounding, ROUNDING)
         one_of("layer.bounds", self.bounds, BOUNDS)
         one_of("layer.rotation", self.rotation, ROTATIONS)
+        if self.rotation == "online" and self.activations != "token":
+            raise RecipeError("layer.rotation: online needs activations: token; hadamard is for all")
         one_of("layer.activations", self.activations, ACTIVATIONS)
         one_of("layer.group_grid", self.group_grid, GROUP_GRIDS)
         one_of("layer.clip", self.clip, CLIP)

@@ -17,6 +17,7 @@ from qartsr_pipeline.calibration.start.branches import fit_branch
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error
 from qartsr_pipeline.calibration.start.observers import InputSample, observe
 from qartsr_pipeline.calibration.start.rounding import round_together
+from qartsr_pipeline.calibration.training.steps import ColumnAdam
 from qartsr_pipeline.calibration.training.volts import classified, planned_steps, sensitivity
 from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.scheme import LayerScheme
@@ -111,6 +112,20 @@ def test_rounding_together_works_on_rotated_layers():
     assert layer.weight_change.abs().max() > 0
 
 
+def test_steps_follow_the_channels_phi():
+    parameters = [nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    columns = torch.tensor([1.0, 0.1, 10.0])
+    for group in ({}, {"columns": columns}):
+        optimizer = ColumnAdam([{"params": [parameters[len(group)]], "lr": 0.01, **group}])
+        parameters[len(group)].grad = torch.arange(6.0).view(2, 3) + 1
+        optimizer.step()
+    plain = torch.optim.Adam([parameters[2]], lr=0.01)
+    parameters[2].grad = torch.arange(6.0).view(2, 3) + 1
+    plain.step()
+    assert torch.equal(parameters[0], parameters[2])
+    assert torch.allclose(parameters[1] - 1, (parameters[2] - 1) * columns, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def refined(tmp_path_factory):
     """Quantized by the recipe, with few steps."""
@@ -189,6 +204,7 @@ def test_recipes_run(name):
     ("changes", "message"),
     [
         (lambda: {"layer": Layer(residual=True)}, "residual"),
+        (lambda: {"layer": Layer(rotation="online")}, "online needs activations: token"),
         (lambda: {"layer": Layer(activations="token", residual=True, adapter_rank=4)}, "residual"),
         (lambda: {"stages": (Stage("a", train=("residual",)),), "steps": 1}, "trains residual"),
     ],

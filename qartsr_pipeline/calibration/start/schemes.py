@@ -56,8 +56,8 @@ def fold_and_make_schemes(pipeline: DiffusionPipeline, recipe: Recipe, bits: tup
         raise ValueError("the model is quantized already; quantize the full-precision model that it was made from")
     chosen = recipe.layer.branch_budget or recipe.budget.is_set
     folding = family.fold(pipeline)
-    rotates = recipe.layer.activations == "token" and recipe.layer.rotation == "hadamard"
-    online = family.rotate(pipeline) if rotates else ()
+    rotation = recipe.layer.rotation if recipe.layer.activations == "token" else "none"
+    online = None if rotation == "online" else family.rotate(pipeline) if rotation == "hadamard" else ()
     grid = replace(_grid(recipe), rotation=LARGEST_ROTATION if online is None else 0)
     default = _with_bits(grid, *bits, rank=0 if chosen else recipe.layer.branch_rank)
     _check_keep(family.kept(recipe), models)

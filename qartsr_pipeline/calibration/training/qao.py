@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from qartsr_pipeline.calibration.start.observers import InputSample
 from qartsr_pipeline.calibration.training.losses import relative_l2
 from qartsr_pipeline.calibration.training.progress import Step, Stopped
-from qartsr_pipeline.calibration.training.steps import WARM_UP, StagePlan, Training, keep_zero_inside, parameter_groups
+from qartsr_pipeline.calibration.training.steps import (
+    WARM_UP,
+    ColumnAdam,
+    StagePlan,
+    Training,
+    keep_zero_inside,
+    parameter_groups,
+)
 from qartsr_pipeline.calibration.training.volts import HIGH
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
@@ -116,7 +123,7 @@ class _Rounds:
         for other in self.training.layers.values():
             other.requires_grad_(False)
         groups = parameter_groups([layer], stage.train, set(), stage.rates)
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        optimizer = ColumnAdam(groups, betas=(0.9, 0.95))
         trained = [parameter for group in groups for parameter in group["params"]]
         before = [parameter.detach().clone() for parameter in trained]
         rng = np.random.default_rng([self.training.context.seed, self.plan.index, self.number, self.done])

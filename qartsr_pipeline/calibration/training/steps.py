@@ -191,7 +191,7 @@ class Training:
         if self.optimizer is None and not groups:
             return  # nothing of these modules is trained: the next one begins
         if self.optimizer is None:
-            self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+            self.optimizer = ColumnAdam(groups, betas=(0.9, 0.95))
         else:
             for group in groups:
                 self.optimizer.add_param_group(group)
@@ -263,6 +263,21 @@ class Training:
         self._optimizer_state = entries["optimizer"]
 
 
+class ColumnAdam(torch.optim.Adam):
+    """Adam; where a group has "columns" (C,), steps of its parameters (.., C) are multiplied by them.
+
+    A layer's quantizer sees weights divided by phi. Steps of one size would be far too large for channels with a small phi.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        scaled = [(p, group["columns"], p.clone()) for group in self.param_groups if "columns" in group for p in group["params"]]
+        result = super().step(closure)
+        for parameter, columns, before in scaled:
+            parameter.copy_(before + (parameter - before) * columns)
+        return result
+
+
 def step_size(layer: CalibratingMixin, name: str) -> float:
     """What a learning rate of 1 means for a parameter: about its own size."""
     parameter = layer.get_parameter(name)
@@ -273,10 +288,12 @@ def step_size(layer: CalibratingMixin, name: str) -> float:
         size = float(layer.weight.abs().mean()) * math.sqrt(layer.adapter_down.shape[1] / layer.adapter_down.shape[0])
     elif name == "adapter_down":
         size *= 0.1
+    elif name == "weight_change":  # starts at 0: measured by what is quantized
+        size = float(layer.residual_weight().detach().abs().mean())
+    elif name == "branch_down" and has_any(layer, ("residual",)):
+        size = float((parameter / layer.smooth).detach().abs().mean())
     elif name == "bias_change" and layer.bias is not None:  # starts at 0
         size = float(layer.bias.abs().mean())
-    elif name == "weight_change":  # starts at 0: measured by the weight
-        size = float(layer.weight.abs().mean())
     elif name == "input_offset" and "input_upper" in layer._parameters:  # may start at 0: measured by the range of the input
         size = float((layer.input_upper - layer.input_lower).abs()) * float((-layer.log_smooth).exp().mean()) * 0.1
     return max(size, 1e-6)
@@ -308,6 +325,8 @@ def parameter_groups(
                 parameter.requires_grad_(True)
                 size = step_size(layer, name) * rates.get(kind, 1.0)
                 groups.append({"params": [parameter], "lr": size, "relative": size})
+                if name in ("weight_change", "branch_down") and has_any(layer, ("residual",)):
+                    groups[-1]["columns"] = layer.smooth.detach().clone()
     return groups
 
 
