@@ -27,7 +27,11 @@ def source_file(video: Any, folder: Path) -> Path:
 
     if isinstance(video, InputImpl.VideoFromFile):
         file = video.get_stream_source()
-        if video.get_duration() > InputImpl.VideoFromFile(file).get_duration() - LONGER:
+        try:
+            whole = video.get_duration() > InputImpl.VideoFromFile(file).get_duration() - LONGER
+        except ValueError:  # the file does not say how long it is
+            whole = False
+        if whole:
             if isinstance(file, str):
                 return Path(file)
             copy = folder / "source"

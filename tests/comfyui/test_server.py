@@ -253,3 +253,30 @@ def test_each_way_of_installing_shows_nodes_templates_and_help(tmp_path, way):
         assert server.get(f"/api/workflow_templates/{server.name}/{template}.json")["nodes"]
         for node in nodes:
             assert server.get(f"/extensions/{server.name}/docs/{node}.md").startswith("# ")
+
+
+def test_frames_of_a_clip_and_models_that_do_not_fit(server):
+    """ComfyUI itself refuses a model for clips where one for images is wanted: they have types of their own."""
+    defaults = {"scale": 2.0, "tile_size": 0, "frames_per_chunk": 0, "chunk_overlap": -1, "keep_colors": True}
+    graph = {
+        "1": {"class_type": "LoadVideo", "inputs": {"file": "qartsr_flower.mp4"}},
+        "2": {"class_type": "GetVideoComponents", "inputs": {"video": ["1", 0]}},
+        "3": {"class_type": "ImageFromBatch", "inputs": {"image": ["2", 0], "batch_index": 0, "length": 2}},
+        "4": {
+            "class_type": "QArtSRLoadVideoModel",
+            "inputs": {"model": "tiny-fp", "hub_id": "", "backend": "auto", "dtype": "auto"},
+        },
+        "5": {"class_type": "QArtSRVideoFrames", "inputs": defaults | {"model": ["4", 0], "images": ["3", 0]}},
+        "6": {"class_type": "CreateVideo", "inputs": {"images": ["5", 0], "fps": 24.0, "audio": ["2", 1]}},
+        "7": {
+            "class_type": "SaveVideo",
+            "inputs": {"video": ["6", 0], "filename_prefix": "a", "format": "auto", "codec": "auto"},
+        },
+    }
+    entry = server.run(graph)
+    assert [size_of(path) for path in saved(server, entry)] == [(256, 160)]
+    (text,) = entry["outputs"]["5"]["text"]
+    assert text.startswith("2 frames, 256 x 160 from 128 x 80, ") and "tiny-fp is a model for images" in text
+    wrong = upscale_graph() | {"2": graph["4"]}
+    refused = server.post("/prompt", {"prompt": wrong})
+    assert [error["type"] for error in refused["node_errors"]["3"]["errors"]] == ["return_type_mismatch"]
