@@ -54,7 +54,7 @@ def time_stages(network: OneStepNetwork, up: torch.Tensor) -> tuple[dict[str, fl
 KINDS = {
     "byte products": ("onednn.", "aten._int_mm"),
     "branches": ("mkldnn.", "aten.addmm_"),
-    "quantize steps": ("aten.mul.out", "aten.round", "aten.clamp_", "aten.copy_"),
+    "quantize steps": ("qartsr_cpu.", "aten.mul.out", "aten.round", "aten.clamp_", "aten.copy_"),
     "convolutions": ("aten.convolution",),
     "linear layers": ("aten.addmm", "aten.mm"),
     "attention": ("aten._scaled_dot_product", "aten.bmm", "aten._softmax"),

@@ -10,12 +10,15 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from qartsr_pipeline.kernels.backend import X86, Backend, Constraints
-from qartsr_pipeline.kernels.codes import quantized_floats, quantized_rows, weight_bytes
+from qartsr_pipeline.kernels import compiled
+from qartsr_pipeline.kernels.backend import X86, Backend, Constraints, NormFusion
+from qartsr_pipeline.kernels.codes import Grid, quantize, weight_bytes
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.tokens import SIGN, linear_of_tokens, unsigned
 
@@ -105,16 +108,96 @@ def as_map(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Constants:
-    """A layer's constants. `scale` is weights' times input's; of the weights alone on the token grid, which has no constants of
-    the input.
+class Ready:
+    """What both backends keep of a layer.
+
+    Attributes:
+        multiplier: (C,), phi / scale of the input; None on the token grid, which has no constants of the input.
+        zero_point: of the input.
     """
+
+    multiplier: torch.Tensor | None
+    zero_point: int
+    branch: Branch | None
+
+    def grid(self, layer: StoredLayer, dtype: torch.dtype) -> Grid:
+        """Of the input's codes, which are unsigned as bytes and centred as floats. Not of a layer on the token grid."""
+        assert self.multiplier is not None
+        low, offset = -self.zero_point, 0 if dtype.is_floating_point else self.zero_point
+        return Grid(self.multiplier, low, low + 2**layer.spec.activation_bits - 1, offset, dtype)
+
+
+Kept = TypeVar("Kept", bound=Ready)
+
+
+class OnCPU(Backend, NormFusion, Generic[Kept]):
+    """What both backends have in common: a convolution's passes, one after the other."""
+
+    code_dtype: torch.dtype
+
+    def ready(self, layer: StoredLayer, dtype: torch.dtype, pixels: int | None = None) -> Kept:
+        """What is kept of the layer for inputs of this dtype, of so many pixels an image where that is known."""
+        raise NotImplementedError
+
+    def conv2d_product(self, codes: torch.Tensor, ready: Kept, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
+        """Codes (B, C, H, W) channels-last -> scaled product with bias (B, N, H', W') in `dtype`, channels-last."""
+        raise NotImplementedError
+
+    def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
+        self.ready(layer, dtype)
+
+    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
+        """The result is channels-last."""
+        ready, rows = self.ready(layer, x.dtype, x.shape[2] * x.shape[3]), as_rows(x)
+        return self._conv2d(quantize(rows, ready.grid(layer, self.code_dtype)), rows, x, ready, layer)
+
+    def _conv2d(
+        self, codes: torch.Tensor, rows: torch.Tensor | None, x: torch.Tensor, ready: Kept, layer: StoredLayer
+    ) -> torch.Tensor:
+        """Of the input's rows (pixels, C), which only a branch needs, and their codes; `x` gives batch, height and width."""
+        y = self.conv2d_product(as_map(codes, x), ready, layer, compute_dtype(x.dtype))
+        if ready.branch is not None and rows is not None:
+            add_branch(y, as_map(hidden_rows(rows, ready.branch), x), ready.branch, layer.spec)
+        return y.to(x.dtype)
+
+    def norm_fusion(self) -> NormFusion | None:
+        return self if compiled.works() else None
+
+    def group_scale_shift(self, x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        return compiled.group_scale_shift(_images(x), norm)
+
+    def norm_conv2d(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        layer: StoredLayer,
+        silu: bool,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The result is channels-last."""
+        if silu:
+            ready = self.ready(layer, x.dtype, x.shape[2] * x.shape[3])
+            grid, keep = ready.grid(layer, self.code_dtype), ready.branch is not None
+            codes, rows = compiled.normalize_and_quantize(_images(x), scale, shift, grid, keep)
+            y = self._conv2d(codes, rows, x, ready, layer)
+        else:
+            y = self.conv2d((x * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype), layer)
+        return y if residual is None else y.add_(residual)
+
+
+def _images(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H W, C), a view of channels-last input in the dtypes that `compiled` takes."""
+    x = x if x.dtype in compiled.BITS_OF else x.float()
+    return as_rows(x).view(x.shape[0], -1, x.shape[1])
+
+
+@dataclass(frozen=True)
+class Constants(Ready):
+    """A layer's constants. `scale` is weights' times input's, of the weights alone on the token grid."""
 
     codes: torch.Tensor  # int8, as `weight_bytes` gives them
     scale: torch.Tensor  # (N,), shaped to broadcast over `codes`
-    multiplier: torch.Tensor | None  # (C,)
-    zero_point: int
-    branch: Branch | None
 
     def weight(self) -> torch.Tensor:
         """The float weights that the input's codes are multiplied by."""
@@ -124,27 +207,17 @@ class Constants:
 def _make_constants(layer: StoredLayer, dtype: torch.dtype) -> Constants:
     codes, branch = weight_bytes(layer), prepare_branch(layer, dtype)
     if layer.spec.grid == "token":
-        return Constants(codes, layer.weight_scale[:, None], None, 0, branch)
+        return Constants(None, 0, branch, codes, layer.weight_scale[:, None])
     return Constants(
-        codes,
-        (layer.weight_scale * layer.input_scale).view(-1, *[1] * (codes.dim() - 1)),
         layer.smooth / layer.input_scale,
         int(layer.input_zero_point),
         branch,
+        codes,
+        (layer.weight_scale * layer.input_scale).view(-1, *[1] * (codes.dim() - 1)),
     )
 
 
-def _constants(layer: StoredLayer, dtype: torch.dtype) -> Constants:
-    computed = compute_dtype(dtype)
-    return layer.prepared.get(layer, ("float", computed), lambda stored: _make_constants(stored, computed))
-
-
-def _codes(rows: torch.Tensor, ready: Constants, layer: StoredLayer) -> torch.Tensor:
-    assert ready.multiplier is not None  # on the tensor grid
-    return quantized_floats(rows, ready.multiplier, ready.zero_point, layer.spec.activation_bits)
-
-
-class FloatProduct(Backend):
+class FloatProduct(OnCPU[Constants]):
     """Any CPU whose torch was built with oneDNN; for those that multiply bytes no faster than floats.
 
     Codes are rounded and clamped as in every backend, and are exact in float32; scale and bias ride on the product. Against the
@@ -155,31 +228,27 @@ class FloatProduct(Backend):
     """
 
     name = "float"
+    code_dtype = torch.float32
     constraints = (Constraints(device="cpu", operators=BRANCH_OPERATORS),)
 
-    def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
-        _constants(layer, dtype)
+    def ready(self, layer: StoredLayer, dtype: torch.dtype, pixels: int | None = None) -> Constants:
+        computed = compute_dtype(dtype)
+        return layer.prepared.get(layer, ("float", computed), lambda stored: _make_constants(stored, computed))
 
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-        ready = _constants(layer, x.dtype)
+        ready = self.ready(layer, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if layer.spec.grid == "token":
             weight = ready.weight()
             y = linear_of_tokens(rows, layer, lambda codes: F.linear(codes.float(), weight), row_branch(ready.branch))
             return y.view(*x.shape[:-1], -1)
-        y = F.linear(_codes(rows, ready, layer), ready.weight(), layer.bias)
+        y = F.linear(quantize(rows, ready.grid(layer, torch.float32)), ready.weight(), layer.bias)
         if ready.branch is not None:
             y += F.linear(hidden_rows(rows, ready.branch), ready.branch.up)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-        """The result is channels-last."""
-        spec, ready, rows = layer.spec, _constants(layer, x.dtype), as_rows(x)
-        codes = as_map(_codes(rows, ready, layer), x)
-        y = F.conv2d(codes, ready.weight(), layer.bias, spec.stride, spec.padding).to(compute_dtype(x.dtype))
-        if ready.branch is not None:
-            add_branch(y, as_map(hidden_rows(rows, ready.branch), x), ready.branch, spec)
-        return y.to(x.dtype)
+    def conv2d_product(self, codes: torch.Tensor, ready: Constants, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
+        return F.conv2d(codes, ready.weight(), layer.bias, layer.spec.stride, layer.spec.padding).to(dtype)
 
 
 @cache
@@ -197,16 +266,13 @@ def has_vnni() -> bool:
 
 
 @dataclass(frozen=True)
-class Prepacked:
-    """A layer's constants as oneDNN wants them. On the token grid the input's scale is 1 there, and no multiplier is needed."""
+class Prepacked(Ready):
+    """A layer's constants as oneDNN wants them. On the token grid the input's scale is 1 there."""
 
     weight: torch.Tensor  # opaque layout
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor
-    multiplier: torch.Tensor | None
     input_scale: float
-    input_zero_point: int
-    branch: Branch | None
 
 
 def _make_prepacked(layer: StoredLayer, dtype: torch.dtype, side: int) -> Prepacked:
@@ -220,35 +286,20 @@ def _make_prepacked(layer: StoredLayer, dtype: torch.dtype, side: int) -> Prepac
     else:
         weight = torch.ops.onednn.qlinear_prepack(weight, None)
     return Prepacked(
+        None if token else layer.smooth / layer.input_scale,
+        input_zero_point,
+        prepare_branch(layer, dtype),
         weight,
         layer.weight_scale,
         torch.zeros_like(layer.weight_scale, dtype=torch.int32),
-        None if token else layer.smooth / layer.input_scale,
         input_scale,
-        input_zero_point,
-        prepare_branch(layer, dtype),
     )
 
 
 SMALL_MAP, LARGE_MAP = 8, 16  # sides of the maps that weights are laid out for
 
 
-def _prepacked(layer: StoredLayer, dtype: torch.dtype, small: bool = False) -> Prepacked:
-    """For inputs of this dtype. The layout that oneDNN wants of a convolution's weights differs between small and other maps, of
-    which it is told by an example; weights in another one it lays out anew in every call.
-    """
-    computed, side = compute_dtype(dtype), SMALL_MAP if small else LARGE_MAP
-    return layer.prepared.get(layer, ("onednn", computed, side), lambda stored: _make_prepacked(stored, computed, side))
-
-
-def _input_codes(rows: torch.Tensor, packed: Prepacked, spec: LayerSpec) -> torch.Tensor:
-    """Unsigned codes of (rows, C)."""
-    zero_point = packed.input_zero_point
-    assert packed.multiplier is not None  # on the tensor grid
-    return quantized_rows(rows, packed.multiplier, zero_point, spec.activation_bits, zero_point)
-
-
-class OneDNN(Backend):
+class OneDNN(OnCPU[Prepacked]):
     """x86 processors; W8A8 only with VNNI. Integer products: unsigned activations with a zero point, signed weights.
 
     Centred weight codes of 2 to 8 bits are signed bytes, codes of activations unsigned ones, and products are summed in 32 bits,
@@ -259,6 +310,7 @@ class OneDNN(Backend):
     """
 
     name = "onednn"
+    code_dtype = torch.uint8
     constraints = (
         Constraints(
             device="cpu",
@@ -275,11 +327,16 @@ class OneDNN(Backend):
         ),
     )
 
-    def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
-        _prepacked(layer, dtype)
+    def ready(self, layer: StoredLayer, dtype: torch.dtype, pixels: int | None = None) -> Prepacked:
+        """The layout that oneDNN wants of a convolution's weights differs between small and other maps, of which it is told by an
+        example; weights in another one it lays out anew in every call.
+        """
+        computed = compute_dtype(dtype)
+        side = SMALL_MAP if pixels is not None and pixels <= SMALL_MAP**2 else LARGE_MAP
+        return layer.prepared.get(layer, ("onednn", computed, side), lambda stored: _make_prepacked(stored, computed, side))
 
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-        packed = _prepacked(layer, x.dtype)
+        packed = self.ready(layer, x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if layer.spec.grid == "token":
 
@@ -287,19 +344,14 @@ class OneDNN(Backend):
                 return _linear_product(unsigned(codes), packed, None, torch.float32)
 
             return linear_of_tokens(rows, layer, product, row_branch(packed.branch)).view(*x.shape[:-1], -1)
-        y = _linear_product(_input_codes(rows, packed, layer.spec), packed, layer.bias, compute_dtype(x.dtype))
+        y = _linear_product(quantize(rows, packed.grid(layer, torch.uint8)), packed, layer.bias, compute_dtype(x.dtype))
         if packed.branch is not None:
             y.addmm_(hidden_rows(rows, packed.branch), packed.branch.up.t())
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def conv2d(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
-        """The result is channels-last."""
-        packed, rows = _prepacked(layer, x.dtype, x.shape[2] * x.shape[3] <= SMALL_MAP**2), as_rows(x)
-        codes = as_map(_input_codes(rows, packed, layer.spec), x)
-        y = _conv2d_product(codes, packed, layer, compute_dtype(x.dtype))
-        if packed.branch is not None:
-            add_branch(y, as_map(hidden_rows(rows, packed.branch), x), packed.branch, layer.spec)
-        return y.to(x.dtype)
+    def conv2d_product(self, codes: torch.Tensor, ready: Prepacked, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
+        geometry = (layer.spec.stride, layer.spec.padding, (1, 1), 1)  # no dilation, one group
+        return torch.ops.onednn.qconv2d_pointwise(*_operands(codes, ready), layer.bias, *geometry, *_epilogue(dtype))
 
 
 def _linear_product(codes: torch.Tensor, packed: Prepacked, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -307,15 +359,8 @@ def _linear_product(codes: torch.Tensor, packed: Prepacked, bias: torch.Tensor |
     return torch.ops.onednn.qlinear_pointwise(*_operands(codes, packed), bias, *_epilogue(dtype))
 
 
-def _conv2d_product(codes: torch.Tensor, packed: Prepacked, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
-    """Codes (B, C, H, W) channels-last -> scaled product with bias (B, N, H', W') in `dtype`, channels-last."""
-    spec = layer.spec
-    geometry = (spec.stride, spec.padding, (1, 1), 1)  # no dilation, one group
-    return torch.ops.onednn.qconv2d_pointwise(*_operands(codes, packed), layer.bias, *geometry, *_epilogue(dtype))
-
-
 def _operands(codes: torch.Tensor, packed: Prepacked) -> tuple[torch.Tensor | float | int, ...]:
-    quantizer = (packed.input_scale, packed.input_zero_point)
+    quantizer = (packed.input_scale, packed.zero_point)
     return codes, *quantizer, packed.weight, packed.weight_scale, packed.weight_zero_point
 
 

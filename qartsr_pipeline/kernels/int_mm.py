@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from qartsr_pipeline.kernels.backend import Backend, Constraints
-from qartsr_pipeline.kernels.codes import quantized_rows, weight_bytes
+from qartsr_pipeline.kernels.codes import Grid, quantize, weight_bytes
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.tokens import linear_of_tokens
 
@@ -152,7 +152,9 @@ def _weight(ready: Constants, layer: StoredLayer) -> torch.Tensor:
 def _codes(rows: torch.Tensor, ready: Constants, spec: LayerSpec) -> torch.Tensor:
     """Signed bytes, (rows, C)."""
     assert ready.multiplier is not None  # on the tensor grid
-    return quantized_rows(rows, ready.multiplier, ready.zero_point, spec.activation_bits, ready.offset).view(torch.int8)
+    low = -ready.zero_point
+    grid = Grid(ready.multiplier, low, low + 2**spec.activation_bits - 1, ready.offset, torch.uint8)
+    return quantize(rows, grid).view(torch.int8)
 
 
 def _multiply(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

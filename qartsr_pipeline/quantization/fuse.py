@@ -5,11 +5,11 @@ attention is computed.
 up to the rounding of the float type: where that moves a value across a tie, its code is the next one.
 
 A GroupNorm and the SiLU behind it become part of the pass in which the convolution quantizes its input, if the backend has such
-a pass: Triton's, with QARTSR_BACKEND=triton. On a CPU, made of torch's operators block by block in the cache, it was no faster
-than one after the other: half of its time is SiLU's exponential, and calls for every block cost what they save. Norm and
-convolution are called as modules, one after the other, where anything else would skip what was put around them: hooks,
-offloading, another forward. Only statistics that tiles share (`image.tile_statistics.FixedNorm`) are asked what they multiply and
-add. Such a backend also adds the block's input in its product's epilogue.
+a pass: those for CPUs where numba is installed, and Triton's, with QARTSR_BACKEND=triton. (Made of torch's operators, block by
+block in a CPU's cache, it was no faster than one after the other.) Norm and convolution are called as modules, one after the
+other, where anything else would skip what was put around them: hooks, offloading, another forward. Only statistics that tiles
+share (`image.tile_statistics.FixedNorm`) are asked what they multiply and add. Triton also adds the block's input in its
+product's epilogue.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ def convolution_of_normalized(
         fused = _normalizing_pass(x, norm, convolution)
         if fused is not None:
             fusion, scale, shift = fused
-            for tensor in (x, scale, shift):
-                note_input(tensor)
             added = None if residual is None else residual()
             return fusion.norm_conv2d(x, scale, shift, convolution, silu=True, residual=added)
     y = convolution(F.silu(norm(x), inplace=_may_be_overwritten(norm)))
@@ -66,8 +64,17 @@ def _normalizing_pass(
     if fusion is None:
         return None
     if fixed is None:
-        return fusion, *fusion.group_scale_shift(x, norm)
-    return (fusion, *fixed.scale_shift(x)) if isinstance(fixed, AffineForward) else None
+        scale, shift = fusion.group_scale_shift(x, norm)
+        watched = (shift,)  # is not finite if anything in x is not
+    elif isinstance(fixed, AffineForward):
+        scale, shift = fixed.scale_shift(x)
+        watched = (x, scale, shift)
+    else:
+        return None
+    if convolution.spec.hides_what_is_not_finite:
+        for tensor in watched:
+            note_input(tensor)
+    return fusion, scale, shift
 
 
 def _may_be_overwritten(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import BITS, centred_codes
 from qartsr_pipeline.kernels import BACKENDS, low_memory, use_backend
-from qartsr_pipeline.kernels.codes import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, block_rows, quantized_rows
+from qartsr_pipeline.kernels.codes import BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS, Grid, block_rows, quantize
 from qartsr_pipeline.kernels.cpu import prepare_branch
 from qartsr_pipeline.quantization.scheme import LayerScheme
 
@@ -127,19 +127,18 @@ def test_the_quantize_step_makes_the_integers_of_the_arithmetic(bits: int):
     x = x[: len(x) // columns * columns].view(-1, columns)
     for zero_point in (0, 1, 2 ** (bits - 1), 2**bits - 1):
         expected = centred_codes(x, multiplier, torch.tensor(float(zero_point)), bits).to(torch.int32)
-        unsigned = quantized_rows(x, multiplier, zero_point, bits, offset=zero_point)
-        assert torch.equal(unsigned.to(torch.int32) - zero_point, expected)
+        low, high = -zero_point, 2**bits - 1 - zero_point
+        unsigned = Grid(multiplier, low, high, zero_point, torch.uint8)
+        assert torch.equal(quantize(x, unsigned).to(torch.int32) - zero_point, expected)
+        assert torch.equal(quantize(x, Grid(multiplier, low, high, 0, torch.float32)), expected.float())
         if bits < 8:
-            assert torch.equal(
-                quantized_rows(x, multiplier, zero_point, bits, offset=0).view(torch.int8).to(torch.int32), expected
-            )
+            signed = quantize(x, Grid(multiplier, low, high, 0, torch.uint8)).view(torch.int8)
+            assert torch.equal(signed.to(torch.int32), expected)
         for dtype in (torch.bfloat16, torch.float16):
             small = x.to(dtype)
             expected_small = centred_codes(small, multiplier, torch.tensor(float(zero_point)), bits).to(torch.int32)
-            codes = quantized_rows(small, multiplier, zero_point, bits, offset=zero_point)
-            assert torch.equal(codes.to(torch.int32) - zero_point, expected_small)
-        nan = quantized_rows(torch.full((1000, columns), float("nan")), multiplier, zero_point, bits, offset=zero_point)
-        assert (nan == zero_point).all()
+            assert torch.equal(quantize(small, unsigned).to(torch.int32) - zero_point, expected_small)
+        assert (quantize(torch.full((1000, columns), float("nan")), unsigned) == zero_point).all()
 
 
 def test_what_is_prepared_follows_the_layer_and_is_not_stored():

@@ -1,0 +1,87 @@
+"""What numba compiles, against torch's operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deployed_layers import random_layer
+from torch import nn
+
+from qartsr_pipeline.kernels import compiled, use_backend
+from qartsr_pipeline.kernels.compiled import Grid
+from qartsr_pipeline.quantization import fuse as fusing
+from qartsr_pipeline.quantization.fuse import convolution_of_normalized
+from qartsr_pipeline.quantization.scheme import LayerScheme
+
+numba = pytest.importorskip("numba")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 256, 16), (2, 77, 12), (1, 64, 640)])
+@torch.no_grad()
+def test_norm_silu_and_codes_are_those_of_the_modules(dtype: torch.dtype, shape: tuple[int, int, int]):
+    channels = shape[2]
+    norm = nn.GroupNorm(4, channels)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = (torch.randn(shape) + 30).to(dtype)  # the mean is large beside the deviation
+    scale, shift = compiled.group_scale_shift(x, norm)
+    expected = norm.double()(x.double().transpose(1, 2)).transpose(1, 2)
+    normal = x.double() * scale.double()[:, None] + shift.double()[:, None]
+    assert (normal - expected).abs().max() < 1e-4  # float32 of 30 times the factor
+    expected = F.silu(normal).flatten(0, 1)
+    multiplier = torch.rand(channels) + 0.5
+    for grid in (Grid(multiplier, -7, 8, 7, torch.uint8), Grid(multiplier, -100, 155, 0, torch.float32)):
+        codes, kept = compiled.normalize_and_quantize(x, scale, shift, grid, keep=True)
+        assert torch.allclose(kept.double(), expected, atol=1e-5, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5)
+        product = expected * multiplier
+        certain = ((product - product.floor() - 0.5).abs() > 1e-3) | (product.abs() > 200)  # not near a tie
+        exact = product.round().clamp(grid.low, grid.high) + grid.offset
+        assert certain.double().mean() > 0.9 and torch.equal(codes.double()[certain], exact[certain])
+        again, none = compiled.normalize_and_quantize(x, scale, shift, grid, keep=False)
+        assert none is None and torch.equal(again, codes)
+
+
+@torch.no_grad()
+def test_threads_change_nothing(monkeypatch):
+    norm, x = nn.GroupNorm(2, 16), torch.randn(2, 1001, 16)
+    grid = Grid(torch.ones(16), -7, 8, 7, torch.uint8)
+
+    scale, shift = compiled.group_scale_shift(x, norm)
+
+    def results() -> list[torch.Tensor]:
+        codes = [compiled.quantize(x[0], grid), *compiled.normalize_and_quantize(x, scale, shift, grid, True)]
+        return [*compiled.group_scale_shift(x, norm), *codes]
+
+    alone = results()
+    monkeypatch.setattr(compiled, "FEWEST_FOR_THREADS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    divided = results()
+    assert torch.allclose(alone[0], divided[0]) and torch.allclose(alone[1], divided[1], atol=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip(alone[2:], divided[2:], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["onednn", "float"])
+@pytest.mark.parametrize("rank", [0, 2])
+@torch.no_grad()
+def test_a_convolution_takes_the_norm_before_it_along(backend: str, rank: int, monkeypatch):
+    norm, layer = nn.GroupNorm(4, 16), random_layer(nn.Conv2d(16, 8, 3, padding=1), LayerScheme(4, 8, rank))
+    x, residual = torch.randn(2, 16, 9, 7) + 1, torch.randn(2, 8, 9, 7)
+    monkeypatch.setattr(fusing, "norm_fusion", lambda x, layer: None)
+    expected = convolution_of_normalized(x, norm, layer, lambda: residual)
+    monkeypatch.undo()
+    with use_backend(backend):
+        y = convolution_of_normalized(x, norm, layer, lambda: residual)
+    assert (y - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_nan_is_noticed_and_other_channels_are_refused():
+    norm, grid = nn.GroupNorm(2, 4), Grid(torch.ones(4), 0, 15, 0, torch.uint8)
+    x = torch.ones(1, 8, 4)
+    for wrong in (float("nan"), float("inf")):
+        x[0, 3, 1] = wrong
+        assert not compiled.group_scale_shift(x, norm)[1].isfinite().all()
+    for shape in ((8, 3), (8, 5)):
+        with pytest.raises(RuntimeError, match="other channels"):
+            compiled.quantize(torch.ones(shape), grid)
