@@ -22,7 +22,7 @@ from qartsr_pipeline.arithmetic.affine import affine_parameters, centred_codes
 from qartsr_pipeline.arithmetic.packing import pack
 from qartsr_pipeline.cli.device import choose_dtype
 from qartsr_pipeline.convert import stable_diffusion_2_1
-from qartsr_pipeline.kernels.cpu import compute_dtype
+from qartsr_pipeline.kernels.cpu import dtype_on_cpu
 from qartsr_pipeline.kernels.stored_layer import LOW_MEMORY_VARIABLE
 from qartsr_pipeline.one_step import OneStepNetwork
 from qartsr_pipeline.quantization.deployed import DeployedLayer, deployed_like
@@ -190,7 +190,7 @@ class Contender:
 
 
 def _fast_float(device: str) -> torch.dtype:
-    return BF16 if device == "cuda" else compute_dtype(BF16)
+    return BF16 if device == "cuda" else dtype_on_cpu(BF16)
 
 
 BF16 = torch.bfloat16

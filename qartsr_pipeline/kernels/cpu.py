@@ -36,7 +36,7 @@ def has_bfloat16() -> bool:
     return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def dtype_on_cpu(dtype: torch.dtype) -> torch.dtype:
     """What the branch is computed in and the product is returned in, for inputs of this dtype; float16 is too slow or absent on
     processors, and so is bfloat16 on older ones.
     """
@@ -155,7 +155,7 @@ class OnCPU(Backend, NormFusion, Generic[Kept]):
         self, codes: torch.Tensor, rows: torch.Tensor | None, x: torch.Tensor, ready: Kept, layer: StoredLayer
     ) -> torch.Tensor:
         """Of the input's rows (pixels, C), which only a branch needs, and their codes; `x` gives batch, height and width."""
-        y = self.conv2d_product(as_map(codes, x), ready, layer, compute_dtype(x.dtype))
+        y = self.conv2d_product(as_map(codes, x), ready, layer, dtype_on_cpu(x.dtype))
         if ready.branch is not None and rows is not None:
             add_branch(y, as_map(hidden_rows(rows, ready.branch), x), ready.branch, layer.spec)
         return y.to(x.dtype)
@@ -232,7 +232,7 @@ class FloatProduct(OnCPU[Constants]):
     constraints = (Constraints(device="cpu", operators=BRANCH_OPERATORS),)
 
     def ready(self, layer: StoredLayer, dtype: torch.dtype, pixels: int | None = None) -> Constants:
-        computed = compute_dtype(dtype)
+        computed = dtype_on_cpu(dtype)
         return layer.prepared.get(layer, ("float", computed), lambda stored: _make_constants(stored, computed))
 
     def linear(self, x: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
@@ -331,7 +331,7 @@ class OneDNN(OnCPU[Prepacked]):
         """The layout that oneDNN wants of a convolution's weights differs between small and other maps, of which it is told by an
         example; weights in another one it lays out anew in every call.
         """
-        computed = compute_dtype(dtype)
+        computed = dtype_on_cpu(dtype)
         side = SMALL_MAP if pixels is not None and pixels <= SMALL_MAP**2 else LARGE_MAP
         return layer.prepared.get(layer, ("onednn", computed, side), lambda stored: _make_prepacked(stored, computed, side))
 
@@ -344,7 +344,7 @@ class OneDNN(OnCPU[Prepacked]):
                 return _linear_product(unsigned(codes), packed, None, torch.float32)
 
             return linear_of_tokens(rows, layer, product, row_branch(packed.branch)).view(*x.shape[:-1], -1)
-        y = _linear_product(quantize(rows, packed.grid(layer, torch.uint8)), packed, layer.bias, compute_dtype(x.dtype))
+        y = _linear_product(quantize(rows, packed.grid(layer, torch.uint8)), packed, layer.bias, dtype_on_cpu(x.dtype))
         if packed.branch is not None:
             y.addmm_(hidden_rows(rows, packed.branch), packed.branch.up.t())
         return y.to(x.dtype).view(*x.shape[:-1], -1)

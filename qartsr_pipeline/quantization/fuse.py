@@ -25,7 +25,7 @@ from torch import nn
 
 from qartsr_pipeline.forwards import has_hooks, other_forward
 from qartsr_pipeline.kernels import NormFusion, norm_fusion, note_input
-from qartsr_pipeline.kernels.cpu import compute_dtype
+from qartsr_pipeline.kernels.cpu import dtype_on_cpu
 from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
 
@@ -164,7 +164,7 @@ def _gains(attn: Attention, tokens: torch.Tensor, context: torch.Tensor | None, 
     unusual = (mask, attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross)
     return (
         tokens.device.type == "cpu"
-        and compute_dtype(tokens.dtype) == tokens.dtype == torch.bfloat16
+        and dtype_on_cpu(tokens.dtype) == tokens.dtype == torch.bfloat16
         and fewest >= FEWEST_TOKENS
         and all(part is None for part in unusual)
         and not (torch.compiler.is_compiling() or torch.is_grad_enabled())

@@ -192,7 +192,7 @@ def test_attention_by_products_gives_what_diffusers_gives(monkeypatch, scores: i
     """Rounded to bfloat16 once more; in one piece or in several."""
     monkeypatch.setattr(fusing, "SCORES", scores)
     monkeypatch.setattr(fusing, "FEWEST_TOKENS", 8)
-    monkeypatch.setattr(fusing, "compute_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(fusing, "dtype_on_cpu", lambda dtype: dtype)
     in_vae = len(shape) == 4
     torch.manual_seed(0)
     usual = Attention(32, 24 if crossed else None, heads=4, dim_head=8, residual_connection=in_vae, bias=in_vae,
@@ -211,7 +211,7 @@ def test_attention_by_products_gives_what_diffusers_gives(monkeypatch, scores: i
 
 def test_attention_with_a_mask_is_left_to_diffusers(monkeypatch):
     monkeypatch.setattr(fusing, "FEWEST_TOKENS", 8)
-    monkeypatch.setattr(fusing, "compute_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(fusing, "dtype_on_cpu", lambda dtype: dtype)
     usual = Attention(32, heads=4, dim_head=8).to(torch.bfloat16)
     ours = copy.deepcopy(usual)
     ours.set_processor(ProductAttention())
