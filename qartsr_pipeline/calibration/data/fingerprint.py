@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "Pillow")
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "numba", "Pillow")
 RECORDS = ("quantization.json", "training.json")
 BEFORE = "photographs_before"  # of a record: those of the models that this one was made from
 
