@@ -10,8 +10,8 @@ Five phases, each with its own steps and learning rate (`retraining.settings.Pha
    originals, with an error that is about that of their pixels. Without this phase the decoder would do all the work.
 3. ``pixel``: transformer and decoder learn together, on decoded frames, each by itself: for the same time a batch shows five
    times as many different images as clips of five frames would.
-4. ``whole``: the encoder learns as well, still on frames by themselves. With a learning rate as high as that of ``pixel`` it would
-   undo what the others have learned.
+4. ``whole``: the encoder learns as well, still on frames by themselves. With a learning rate as high as that of ``pixel`` it
+   would undo what the others have learned.
 5. ``joint``: everything trains on clips and on the differences of their frames, and the decoder's convolutions see the frames
    before.
 
