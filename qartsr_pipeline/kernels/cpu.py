@@ -187,9 +187,9 @@ class OnCPU(Backend, NormFusion, Generic[Kept]):
 
 
 def _images(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B, H W, C), a view of channels-last input in the dtypes that `compiled` takes."""
+    """(B, C, H, W) -> (B, H W, C), contiguous; a view of channels-last input in the dtypes that `compiled` takes."""
     x = x if x.dtype in compiled.BITS_OF else x.float()
-    return as_rows(x).view(x.shape[0], -1, x.shape[1])
+    return as_rows(x).contiguous().view(x.shape[0], -1, x.shape[1])
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,11 @@ def test_threads_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["onednn", "float"])
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
-def test_a_convolution_takes_the_norm_before_it_along(backend: str, rank: int, monkeypatch):
+def test_a_convolution_takes_the_norm_before_it_along(backend: str, rank: int, batch: int, monkeypatch):
     norm, layer = nn.GroupNorm(4, 16), random_layer(nn.Conv2d(16, 8, 3, padding=1), LayerScheme(4, 8, rank))
-    x, residual = torch.randn(2, 16, 9, 7) + 1, torch.randn(2, 8, 9, 7)
+    x, residual = torch.randn(batch, 16, 9, 7) + 1, torch.randn(batch, 8, 9, 7)
     monkeypatch.setattr(fusing, "norm_fusion", lambda x, layer: None)
     expected = convolution_of_normalized(x, norm, layer, lambda: residual)
     monkeypatch.undo()
