@@ -48,3 +48,11 @@ def tiny_folder(tiny_pipeline, tmp_path):
     folder = tmp_path / "tiny"
     tiny_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_rounding(request, monkeypatch):
+    """Without numba's loops but in their own tests: norms are rounded otherwise there, and a code at a tie is then the next one,
+    which comparisons bit for bit would find. Integers from the same floats are equal, as `kernels/test_compiled.py` holds."""
+    if request.module.__name__.rpartition(".")[2] != "test_compiled":
+        monkeypatch.setattr("qartsr_pipeline.kernels.compiled.works", lambda: False)

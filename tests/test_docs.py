@@ -256,3 +256,15 @@ def test_the_numbers_of_the_models_are_those_measured(model):
     share = cid22[model, "wavelet"].get("share_of_gain", 1.0)
     assert row[1:] == [card[model][0], values[0], f"{share:.0%}".replace("%", " %")]
     assert values[0] in table((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"))[model]
+
+
+@pytest.mark.parametrize("model", [card.parent.name for card in CARDS if card.parent.name.startswith("video")])
+def test_the_numbers_of_the_video_models_are_those_measured(model):
+    rows = {row["name"]: row for row in json.loads((ROOT / "benchmarks/results/quality_clips.json").read_text("utf-8"))["rows"]}
+    row, gain = rows[model], rows["video-fp"]["psnr_y"] - rows["bicubic"]["psnr_y"]
+    kept = "" if model == "video-fp" else f"{(row['psnr_y'] - rows['bicubic']['psnr_y']) / gain:.0%}".replace("%", " %")
+    values = [folder_size(model), f"{row['psnr_y']:.2f}", f"{row['ssim_y']:.4f}", f"{row['temporal_error']:.3f}", kept]
+    for path in (f"qartsr_pipeline/checkpoints/{model}/README.md", "docs/benchmarks.md"):
+        assert table((ROOT / path).read_text(encoding="utf-8"))[model] == values, path
+    readme = table((ROOT / "README.md").read_text(encoding="utf-8"))[model]
+    assert readme[1:] == [values[0], f"{values[1]} / {values[2]}", kept or "100 %"]

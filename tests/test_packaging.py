@@ -17,7 +17,7 @@ from qartsr_pipeline.cli.demo import SAMPLE
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"tiny-fp": "full precision", "tiny-w8a8": "8 bits", "tiny-w4a4": "4 bits", "tiny-w3a3": "3 bits", "tiny-w2a2": "2 bits"}
 MODELS |= {name.replace("tiny", "photo"): bits for name, bits in MODELS.items() if name != "tiny-w3a3"}
-MODELS |= {"video-fp": "full precision", "video-w6a6": "6 bits", "video-w4a4": "4 bits"}
+MODELS |= {"video-fp": "full precision", "video-w4a4": "4 bits"}
 
 PURPOSES = {"tiny": "clean images", "photo": "real photographs", "video": "clean clips"}
 

@@ -43,7 +43,12 @@ from qartsr_pipeline.quantization.scheme import Folding
 from qartsr_pipeline.quantization.video_accounting import account_of_clip, work_of_clip
 from qartsr_pipeline.video.causal_vae import temporal_factor
 
-KEEP = {"transformer.proj_out": "w8a8", "vae.*.attentions.*": "w16a16", "vae.*": "w8a8"}
+# Latents and pixels need finer steps: in the autoencoder's first and last layers 8 bits cost more than in all others together.
+KEEP = {
+    "transformer.proj_out": "w8a8",
+    **dict.fromkeys(("vae.*.attentions.*", "vae.*conv_in*", "vae.*conv_out*", "vae.*quant_conv*"), "w16a16"),
+    "vae.*": "w8a8",
+}
 SAMPLE_SIDE = 192  # of the clip that is measured on where none is given
 
 

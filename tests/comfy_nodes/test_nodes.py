@@ -189,7 +189,7 @@ def test_model_info_says_where_it_runs(nodes, comfy):
     assert re.match(
         r"tiny-w4a4: clean images, 4 bits, 3 MB, x4, on the CPU, about \S+ s for a megapixel of the result here.\n\n", text
     )
-    assert "conv2d W4A4 x 38: reference" in text and text.endswith("running on: cpu, float32, kernels reference")
+    assert re.search(r"conv2d W4A4 x \d+: reference", text) and text.endswith("running on: cpu, float32, kernels reference")
 
 
 def test_a_missing_dependency_gives_one_line_with_the_command(comfy, monkeypatch, caplog):

@@ -1,5 +1,0 @@
-"""Lets diffusers find the pipeline's class; needs the package: pip install qartsr."""
-
-from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
-
-__all__ = ["LSGQuantVideoPipeline"]
