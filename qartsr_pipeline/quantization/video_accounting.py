@@ -21,6 +21,7 @@ from qartsr_pipeline.quantization.accounting import (
     unquantized_twin,
 )
 from qartsr_pipeline.quantization.fold_wan import FoldedConditions
+from qartsr_pipeline.quantization.frames_as_channels import ConvolutionOverFrames
 
 FRAMES = 5
 FOLDED = ("condition_embedder", "attn2.to_k", "attn2.to_v")
@@ -35,6 +36,7 @@ def account_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, f
 def work_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan) -> Work:
     """For `FRAMES` frames of `accounting.SIDE` pixels a side, in one piece. The models may be quantized and folded."""
     twins = {"transformer": unquantized_twin(transformer), "vae": unquantized_twin(vae)}
+    stored = {f"vae.{name}" for name, module in vae.named_modules() if isinstance(module, ConvolutionOverFrames)}
     folded = FOLDED if isinstance(transformer.condition_embedder, FoldedConditions) else ()
     layers: dict[str, tuple[Positions, int]] = {}
     products = 0
@@ -58,7 +60,8 @@ def work_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan) -> W
         for component, model in twins.items():
             for name, module in model.named_modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and not any(part in name for part in folded):
-                    hooks.callback(module.register_forward_hook(watch_layer(f"{component}.{name}")).remove)
+                    full = f"{component}.{name}"
+                    hooks.callback(module.register_forward_hook(watch_layer(f"{full}.conv" if full in stored else full)).remove)
                 elif isinstance(module, WanAttention):
                     hooks.callback(module.register_forward_pre_hook(watch_attention, with_kwargs=True).remove)
         network, stepper = cast(Any, twins["vae"]), cast(Any, twins["transformer"])

@@ -85,6 +85,8 @@ def test_the_stored_configuration_says_version_2(result):
     assert config["default"] | {"rank": 4, "grid": "token", "rotation": 0, "exponents": True} == config["default"]
     record = json.loads((result[2] / "model" / "quantization.json").read_text())
     assert record["data"]["clips"] == 2 and record["accounting"]["stated_bits"] == "w4a4"
+    work = record["accounting"]["multiplications"]
+    assert work["w8a8"] > 20 * work["w4a4"]  # the autoencoder's convolutions, stored under names of their own
     assert "LSGQuantVideoPipeline.from_pretrained" in (result[2] / "model" / "README.md").read_text()
 
 
