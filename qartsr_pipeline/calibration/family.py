@@ -23,7 +23,7 @@ from qartsr_pipeline.calibration.data.patches import Patches
 from qartsr_pipeline.calibration.recipe import DEFAULT_KEEP, Recipe
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
 from qartsr_pipeline.calibration.training.blocks import Block
-from qartsr_pipeline.calibration.training.losses import Perceptual
+from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
 from qartsr_pipeline.quantization.accounting import Accounting, Work
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
 from qartsr_pipeline.quantization.scheme import Folding
@@ -95,9 +95,9 @@ class Family(ABC):
     def observed_batches(self, patches: Patches, recipe: Recipe, degradation: str, seed: int) -> list[torch.Tensor]:
         """What the full-precision model is observed on, to set bounds and smoothing."""
 
-    @abstractmethod
     def observe(self, pipeline: Any, batch: torch.Tensor) -> None:
         """Runs the whole pipeline on one of `observed_batches`, as a user would."""
+        pipeline(batch, color_fix=None, output_type="pt")
 
     @abstractmethod
     def training_batch(self, patches: Patches, count: int, side: int, degradation: str, rng: np.random.Generator) -> torch.Tensor:
@@ -107,7 +107,6 @@ class Family(ABC):
     def run(self, pipeline: Any, batch: torch.Tensor) -> Output:
         """One differentiable run on a batch that `training_batch` gave."""
 
-    @abstractmethod
     def loss(
         self,
         weights: Mapping[str, float],
@@ -124,6 +123,16 @@ class Family(ABC):
             perceptual: for the term "perceptual".
             module: output and target of the module that has its turn, for the term "module_l2".
         """
+        loss = picture_loss(weights, self.images_of(output), self.images_of(target), perceptual)
+        if module is not None and weights.get("module_l2"):
+            loss = loss + weights["module_l2"] * relative_l2(*module)
+        if weights.get("noise_l2"):
+            loss = loss + weights["noise_l2"] * relative_l2(output.noise, target.noise)
+        return loss
+
+    def images_of(self, output: Output) -> torch.Tensor:
+        """What loss terms of images compare, (B, 3, H, W)."""
+        return output.image
 
     @abstractmethod
     def perceptual(self, pipeline: Any, kind: str, weights: str | os.PathLike | None) -> Perceptual:

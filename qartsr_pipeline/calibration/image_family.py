@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from qartsr_pipeline.calibration.family import Family, Output, outputs_of
 from qartsr_pipeline.calibration.recipe import DEFAULT_KEEP, Recipe
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport, make_report
 from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
-from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual, picture_loss, relative_l2
+from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work, account, work_of
 from qartsr_pipeline.quantization.fold import fold
@@ -96,9 +96,6 @@ class ImageFamily(Family):
         counts = [min(OBSERVED_TOGETHER, recipe.images - start) for start in range(0, recipe.images, OBSERVED_TOGETHER)]
         return [DEGRADATIONS[degradation](patches.sample(count, recipe.image_size, rng), SCALE, rng) for count in counts]
 
-    def observe(self, pipeline: QArtSRPipeline, batch: torch.Tensor) -> None:
-        pipeline(batch, color_fix=None, output_type="pt")
-
     def training_batch(self, patches: Patches, count: int, side: int, degradation: str, rng: np.random.Generator) -> torch.Tensor:
         """Enlarged low-resolution images (count, 3, side, side) in [-1, 1]."""
         return sample_pair(patches, count, side, rng, degradation)[0]
@@ -107,21 +104,6 @@ class ImageFamily(Family):
         with outputs_of({"unet": pipeline.unet}) as seen:
             image = image_of(pipeline, batch)
         return Output(image, seen["unet"])
-
-    def loss(
-        self,
-        weights: Mapping[str, float],
-        output: Output,
-        target: Output,
-        perceptual: Perceptual | None,
-        module: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        loss = picture_loss(weights, output.image, target.image, perceptual)
-        if module is not None and weights.get("module_l2"):
-            loss = loss + weights["module_l2"] * relative_l2(*module)
-        if weights.get("noise_l2"):
-            loss = loss + weights["noise_l2"] * relative_l2(output.noise, target.noise)
-        return loss
 
     def perceptual(self, pipeline: QArtSRPipeline, kind: str, weights: str | os.PathLike | None) -> Perceptual:
         return load_perceptual(kind, pipeline.vae, weights)

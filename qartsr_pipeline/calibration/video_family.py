@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.report.clip_report import make_clip_report
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
 from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
-from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
+from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work
 from qartsr_pipeline.quantization.fold_wan import fold_wan
@@ -127,9 +127,6 @@ class VideoFamily(Family):
         clips = range(max(1, -(-recipe.images // ClipPatches.frames)))
         return [DEGRADATIONS[degradation](patches.sample(1, recipe.image_size, rng), SCALE, rng) for _ in clips]
 
-    def observe(self, pipeline: LSGQuantVideoPipeline, batch: torch.Tensor) -> None:
-        pipeline(batch, color_fix=None, output_type="pt")
-
     def training_batch(self, patches: Patches, count: int, side: int, degradation: str, rng: np.random.Generator) -> torch.Tensor:
         """Enlarged low-resolution clips (count, 3, F, side, side) in [-1, 1]."""
         return as_clips(sample_pair(patches, count, side, rng, degradation), ClipPatches.frames)[0]
@@ -139,22 +136,9 @@ class VideoFamily(Family):
             frames = clip_of(pipeline, batch)
         return Output(frames, seen["transformer"])
 
-    def loss(
-        self,
-        weights: Mapping[str, float],
-        output: Output,
-        target: Output,
-        perceptual: Perceptual | None,
-        module: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """As for images, of the frames."""
-        frames, wanted = (clip.image.transpose(1, 2).flatten(0, 1) for clip in (output, target))
-        loss = picture_loss(weights, frames, wanted, perceptual)
-        if module is not None and weights.get("module_l2"):
-            loss = loss + weights["module_l2"] * relative_l2(*module)
-        if weights.get("noise_l2"):
-            loss = loss + weights["noise_l2"] * relative_l2(output.noise, target.noise)
-        return loss
+    def images_of(self, output: Output) -> torch.Tensor:
+        """The frames."""
+        return output.image.transpose(1, 2).flatten(0, 1)
 
     def perceptual(self, pipeline: LSGQuantVideoPipeline, kind: str, weights: str | os.PathLike | None) -> Perceptual:
         if kind != "lpips":
