@@ -7,6 +7,7 @@ that oneDNN adds to the product in place.
 from __future__ import annotations
 
 import platform
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -135,13 +136,13 @@ class OnCPU(Backend, NormFusion, Generic[Kept]):
 
     code_dtype: torch.dtype
 
+    @abstractmethod
     def ready(self, layer: StoredLayer, dtype: torch.dtype, pixels: int | None = None) -> Kept:
         """What is kept of the layer for inputs of this dtype, of so many pixels an image where that is known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conv2d_product(self, codes: torch.Tensor, ready: Kept, layer: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
         """Codes (B, C, H, W) channels-last -> scaled product with bias (B, N, H', W') in `dtype`, channels-last."""
-        raise NotImplementedError
 
     def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
         self.ready(layer, dtype)
