@@ -16,7 +16,7 @@ pytest.importorskip("av", reason="clips need PyAV: pip install 'qartsr[video]'")
 sys.path.insert(0, str(Path(__file__).parents[1] / "video_files"))
 
 from clips import audio_bytes, frames_of, make_clip, moving  # noqa: E402
-from conftest import InterruptProcessingException, VideoFromFile  # noqa: E402
+from comfy_classes import InterruptProcessingException, VideoFromFile  # noqa: E402
 
 from tiny_models import build_tiny_video_pipeline  # noqa: E402
 
