@@ -20,7 +20,7 @@ FOR_CLIPS: tuple[str, ...] = (VIDEO_PIPELINE_CLASS,)
 FOR_BOTH = FOR_CLIPS + FOR_IMAGES
 
 # Photographs before clean images; few bits, which can hardly be told from full precision, before many; 2 bits last.
-BEST_FIRST = [*("video-w4a4", "video-w6a6", "video-fp"), *("photo-w4a4", "photo-w8a8", "photo-fp", "photo-w2a2")]
+BEST_FIRST = [*("video-w4a4", "video-fp"), *("photo-w4a4", "photo-w8a8", "photo-fp", "photo-w2a2")]
 BEST_FIRST += ["tiny-w4a4", "tiny-w8a8", "tiny-fp", "tiny-w3a3", "tiny-w2a2"]
 
 DEPTH = 2  # models/qartsr/name and models/qartsr/owner/name

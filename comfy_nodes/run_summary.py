@@ -12,6 +12,8 @@ import PIL.Image
 import psutil
 import torch
 
+from qartsr_pipeline.video_files.clip import frames_in_words
+
 LONGEST = 1536  # side of the images of the pair
 BACKDROP = 0.13  # behind transparent parts
 KEPT = 200  # files of pairs; older ones are removed, so that a folder of images does not fill the disk
@@ -107,10 +109,9 @@ class ClipRun:
 
     def line(self) -> str:
         """Such as "96 frames, 1280 x 720 from 320 x 180, 48.0 s, 2.0 frames/s, main memory at most 1.9 GB, full precision"."""
-        frames = f"{self.count} frames" if self.count > 1 else "1 frame"
         return ", ".join(
             [
-                f"{frames}, {_sides(self.result)} from {_sides(self.size)}",
+                f"{frames_in_words(self.count)}, {_sides(self.result)} from {_sides(self.size)}",
                 f"{self.seconds:.1f} s, {self.count / self.seconds:.2g} frames/s",
                 f"{self.memory[1]} at most {self.memory[0] / 1e9:.1f} GB",
                 f"kernels: {self.kernels}" if self.kernels else "full precision",

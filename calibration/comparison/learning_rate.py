@@ -19,11 +19,8 @@ from qartsr_pipeline.calibration.training.engine import Run, begin
 from qartsr_pipeline.calibration.training.progress import Calibrated, Stopped
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 
-SWEPT = (
-    0.3,
-    1.0,
-    3.0,
-)  # factors of the recipe's learning rates; if the smallest or largest is best, the next of LADDER are tried
+# Factors of the recipe's learning rates. If the smallest or largest one is best, the next of LADDER are tried.
+SWEPT = (0.3, 1.0, 3.0)
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SWEEP_SHARE, SWEEP_STEPS = 1 / 3, 20  # a trial has this share of the steps, but at most so many
 
