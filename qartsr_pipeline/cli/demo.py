@@ -74,6 +74,7 @@ def run(output: str | Path, model: str = DEFAULT_CHECKPOINT, full_precision: str
     page = comparison_page(f"{SAMPLE.name}, enlarged {SCALE} times", [real, clean], f"{Path(model).name}, on the CPU in float32.")
     write_whole(folder / PAGE, page)
     print(f"written: {folder / PAGE} (open it in a browser)")
+    print("PSNR rewards blur: a model trained for how images look can have less than bicubic. Judge by the images.")
     print(real_numbers, numbers, sep="\n")
     return 0
 
