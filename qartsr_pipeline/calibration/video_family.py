@@ -151,10 +151,15 @@ class VideoFamily(Family):
         return make_clip_report(run, folder)
 
     def work(self, pipeline: LSGQuantVideoPipeline) -> Work:
-        return work_of_clip(pipeline.transformer, pipeline.vae)
+        return work_of_clip(pipeline.transformer, pipeline.vae, *_tile(pipeline))
 
     def account(self, pipeline: LSGQuantVideoPipeline) -> Accounting:
-        return account_of_clip(pipeline.transformer, pipeline.vae)
+        return account_of_clip(pipeline.transformer, pipeline.vae, (), *_tile(pipeline))
+
+
+def _tile(pipeline: LSGQuantVideoPipeline) -> tuple[int, int]:
+    """Frames and side of what the transformer sees at once."""
+    return pipeline.config["frames_per_chunk"], pipeline.config["tile_size"]
 
 
 def _sample_clip() -> np.ndarray:

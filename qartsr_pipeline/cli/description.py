@@ -45,7 +45,8 @@ def describe(folder: Path, device: str | None = None) -> Description:
     files = [component.packed_bytes for component in components if component.name in ("unet", "transformer", "vae")]
     if isinstance(pipeline, QArtSRPipeline):
         return Description(components, account(pipeline.unet, pipeline.vae, files))
-    return Description(components, account_of_clip(pipeline.transformer, pipeline.vae, files))
+    tile = pipeline.config["frames_per_chunk"], pipeline.config["tile_size"]
+    return Description(components, account_of_clip(pipeline.transformer, pipeline.vae, files, *tile))
 
 
 def _as_stored(report: ComponentReport, folder: Path) -> ComponentReport:

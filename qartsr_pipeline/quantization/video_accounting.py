@@ -12,7 +12,6 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
 from qartsr_pipeline.quantization.accounting import (
-    SIDE,
     Accounting,
     Positions,
     Work,
@@ -23,18 +22,27 @@ from qartsr_pipeline.quantization.accounting import (
 from qartsr_pipeline.quantization.fold_wan import FoldedConditions
 from qartsr_pipeline.quantization.frames_as_channels import ConvolutionOverFrames
 
-FRAMES = 5
+FRAMES, SIDE = 5, 96  # of the tile that work is counted for, unless another is named
 FOLDED = ("condition_embedder", "attn2.to_k", "attn2.to_v")
 
 
-def account_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, files: Iterable[int] = ()) -> Accounting:
-    """What a transformer and an autoencoder cost, quantized or not; ``files`` as for `accounting.account`."""
-    return accounting_of({"transformer": transformer, "vae": vae}, work_of_clip(transformer, vae), files)
+def account_of_clip(
+    transformer: WanTransformer3DModel,
+    vae: AutoencoderKLWan,
+    files: Iterable[int] = (),
+    frames: int = FRAMES,
+    side: int = SIDE,
+) -> Accounting:
+    """What a transformer and an autoencoder cost, quantized or not; ``files`` as for `accounting.account`, the rest as below."""
+    return accounting_of({"transformer": transformer, "vae": vae}, work_of_clip(transformer, vae, frames, side), files)
 
 
 @torch.no_grad()
-def work_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan) -> Work:
-    """For `FRAMES` frames of `accounting.SIDE` pixels a side, in one piece. The models may be quantized and folded."""
+def work_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, frames: int = FRAMES, side: int = SIDE) -> Work:
+    """For one tile of ``frames`` frames of ``side`` x ``side`` pixels. The models may be quantized and folded.
+
+    Only attention's share depends on the tile's size: everything else grows with the number of pixels.
+    """
     twins = {"transformer": unquantized_twin(transformer), "vae": unquantized_twin(vae)}
     stored = {f"vae.{name}" for name, module in vae.named_modules() if isinstance(module, ConvolutionOverFrames)}
     folded = FOLDED if isinstance(transformer.condition_embedder, FoldedConditions) else ()
@@ -65,7 +73,7 @@ def work_of_clip(transformer: WanTransformer3DModel, vae: AutoencoderKLWan) -> W
                 elif isinstance(module, WanAttention):
                     hooks.callback(module.register_forward_pre_hook(watch_attention, with_kwargs=True).remove)
         network, stepper = cast(Any, twins["vae"]), cast(Any, twins["transformer"])
-        latents = network.encode(torch.empty(1, 3, FRAMES, SIDE, SIDE)).latent_dist.mode()
+        latents = network.encode(torch.empty(1, 3, frames, side, side)).latent_dist.mode()
         prompt = torch.empty(1, 1, transformer.config["text_dim"])
         stepper(latents, torch.zeros(1, dtype=torch.long), prompt, return_dict=False)
         network.decode(latents)
