@@ -58,7 +58,10 @@ def choose_encoding(
         encoding = Encoding("ffv1", None, replace(_EXACT_RGB, depth=10), Colour(0, True), height, width, clip.rate)
         if clip.colour.is_hdr:
             raise VideoFileError(f"{clip.path} is in HDR, which GIF cannot hold. Write a .mp4 or .mkv.")
-        return encoding, [f"{target.name}: GIF holds 256 colours a frame, and times in hundredths of a second."]
+        return encoding, [
+            f"{target.name}: GIF holds 256 colours a frame, and times in hundredths of a second.",
+            *stretched(clip, target),
+        ]
     codecs = CONTAINERS[target.suffix.lower()]
     codec = codec or ("hevc" if "hevc" in codecs and clip.kind.depth > 8 else codecs[0])
     spec = CODECS[codec]
@@ -89,11 +92,8 @@ def choose_encoding(
         notices.append(
             f"{target.name}: ffv1 holds no data about the screen that HDR was made on; left out. --codec hevc keeps them."
         )
-    if clip.aspect != 1 and codec in ("av1", "ffv1") and target.suffix.lower() in (".mkv", ".webm"):
-        notices.append(
-            f"{target.name}: pixels that are {clip.aspect} as wide as high cannot be noted in this file, which will look"
-            " stretched. --codec hevc keeps that."
-        )
+    if codec in ("av1", "ffv1") and target.suffix.lower() in (".mkv", ".webm"):
+        notices += stretched(clip, target, " --codec hevc keeps that.")
     encoding = Encoding(
         codec,
         spec.crf if crf is None else crf,
@@ -106,6 +106,14 @@ def choose_encoding(
         None if codec == "ffv1" else hdr,
     )
     return encoding, notices
+
+
+def stretched(clip: Clip, target: Path, way_out: str = " A .mp4 keeps that.") -> list[str]:
+    """What is lost of a clip's shape in a file that has no place for it, one sentence or none."""
+    if clip.aspect == 1:
+        return []
+    what = f"pixels that are {clip.aspect} as wide as high cannot be noted"
+    return [f"{target.name}: {what} in this file, which will look stretched.{way_out}"]
 
 
 def _chroma(chroma: str, codec: Codec, height: int, width: int) -> str | None:

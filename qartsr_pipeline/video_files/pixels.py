@@ -26,13 +26,17 @@ _PLANAR = {
     **dict.fromkeys(("nv24", "nv42"), "yuv444p"),
     **dict.fromkeys(("yuyv422", "uyvy422", "yvyu422"), "yuv422p"),
     **{
-        "p010le": "yuv420p10le",
-        "p210le": "yuv422p10le",
-        "p016le": "yuv420p16le",
-        "y210le": "yuv422p10le",
-        "nv20le": "yuv422p10le",
+        f"p{number}{bits}{order}": f"yuv{chroma}p{bits}le"
+        for number, chroma in ((0, 420), (2, 422), (4, 444))
+        for bits in (10, 12, 16)
+        for order in ("le", "be")
     },
+    **dict.fromkeys(("nv20le", "nv20be", "y210le"), "yuv422p10le"),
 }
+
+
+# libswscale 9.5 takes the wrong bits of the first ones; the others have their numbers in the upper bits of two bytes.
+_MISREAD = ("555be", "565be", "msble", "msbbe")
 
 
 class UnreadablePixels(ValueError):
@@ -53,14 +57,17 @@ def kind_of(format_name: str) -> PixelKind:
             f"has floating-point pixels ({format_name}), whose range is not known. Convert it to 10 or 16 bits first"
         )
     alpha = any(component.is_alpha for component in pixel_format.components) or pixel_format.has_palette
-    if pixel_format.is_rgb or pixel_format.has_palette:
+    is_rgb, convert = pixel_format.is_rgb or pixel_format.has_palette, f"({format_name}). Convert it to yuv420p first"
+    if pixel_format.is_bit_stream or format_name.endswith(_MISREAD):
+        raise UnreadablePixels(f"has a pixel format that is not supported {convert}")
+    if is_rgb:
         return PixelKind(8 if depth <= 8 else depth, "rgb", alpha)
     if len(pixel_format.components) <= 2:
         if depth < 8:
             raise UnreadablePixels(f"has pixels of {depth} bits ({format_name}). Convert it to 8 bits first")
         return PixelKind(depth, "grey", alpha)
     if not pixel_format.is_planar or format_name.startswith("xyz"):
-        raise UnreadablePixels(f"has a pixel format that is not supported ({format_name}). Convert it to yuv420p first")
+        raise UnreadablePixels(f"has a pixel format that is not supported {convert}")
     columns, rows = _strides(pixel_format)
     return PixelKind(depth, "420" if rows > 1 else "422" if columns > 1 else "444", alpha)
 
@@ -101,8 +108,10 @@ def _from_ycbcr(frame: VideoFrame, kind: PixelKind, colour: Colour) -> tuple[tor
     if planar:
         frame = frame.reformat(format=planar)
     black, luma_range, middle, chroma_range = _levels(kind.depth, colour.full_range)
-    luma = (_plane(frame, 0, kind.depth) - black) / luma_range
-    alpha = _plane(frame, len(frame.planes) - 1, kind.depth) / (2**kind.depth - 1) if kind.alpha else None
+    together = 2 if kind.alpha and kind.chroma == "grey" else 1  # such formats have both in one plane
+    luma = (_plane(frame, 0, kind.depth, together) - black) / luma_range
+    last = _plane(frame, len(frame.planes) - 1, kind.depth, together, together - 1)
+    alpha = last / (2**kind.depth - 1) if kind.alpha else None
     if kind.chroma == "grey":
         return luma[..., None].repeat(1, 1, 3), alpha
     height, width = luma.shape
@@ -118,7 +127,9 @@ def _from_ycbcr(frame: VideoFrame, kind: PixelKind, colour: Colour) -> tuple[tor
     red_share, blue_share = LUMA[colour.matrix]
     red = luma + cr * (2 * (1 - red_share))
     blue = luma + cb * (2 * (1 - blue_share))
-    green = (luma - red * red_share - blue * blue_share) / (1 - red_share - blue_share)
+    # Not from red and blue: where there is no colour, all three are to be the luma exactly.
+    off = cr * (2 * (1 - red_share) * red_share) + cb * (2 * (1 - blue_share) * blue_share)
+    green = luma - off / (1 - red_share - blue_share)
     return torch.stack([red, green, blue], -1), alpha
 
 
@@ -156,11 +167,11 @@ def _levels(depth: int, full_range: bool) -> tuple[float, float, float, float]:
     return 16 * step, 219 * step, 128 * step, 224 * step
 
 
-def _plane(frame: VideoFrame, index: int, depth: int) -> torch.Tensor:
-    """(H, W) float32 of one plane's numbers."""
+def _plane(frame: VideoFrame, index: int, depth: int, step: int = 1, first: int = 0) -> torch.Tensor:
+    """(H, W) float32 of one plane's numbers; of every ``step``-th from the ``first`` on."""
     plane, dtype = frame.planes[index], np.dtype(np.uint8 if depth == 8 else ">u2" if frame.format.name.endswith("be") else "<u2")
     rows = np.frombuffer(memoryview(plane), dtype)[: plane.height * plane.line_size // dtype.itemsize].reshape(plane.height, -1)
-    return torch.from_numpy(rows[:, : plane.width].astype(np.float32))
+    return torch.from_numpy(rows[:, first : step * plane.width : step].astype(np.float32))
 
 
 def _fill(frame: VideoFrame, index: int, values: torch.Tensor, depth: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from qartsr_pipeline.video_files.clip import Clip, VideoFileError, frames_in_words
 from qartsr_pipeline.video_files.damage import Damage
-from qartsr_pipeline.video_files.encoding import choose_encoding
+from qartsr_pipeline.video_files.encoding import choose_encoding, stretched
 from qartsr_pipeline.video_files.image_sequence import SequenceWriter, is_pattern
 from qartsr_pipeline.video_files.joining import join
 from qartsr_pipeline.video_files.parts import PartsWriter
@@ -65,7 +65,7 @@ def open_writer(
             raise VideoFileError(f"{target} names images, which have no codec. Leave out --codec and --crf, or write a .mp4.")
         if clip.colour.is_hdr:
             raise VideoFileError(f"{clip.path} is in HDR, which image files cannot hold. Write a .mp4 or .mkv.")
-        return SequenceWriter(target, clip, *size, resume, overwrite), []
+        return SequenceWriter(target, clip, *size, resume, overwrite), stretched(clip, target)
     encoding, notices = choose_encoding(clip, target, *size, codec, crf)
     facts = {"source": _identity(clip), **(job or {})}
     return PartsWriter(target, encoding, partial(join, clip, encoding), facts, resume, overwrite), notices

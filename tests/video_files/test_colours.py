@@ -10,6 +10,8 @@ av = pytest.importorskip("av", reason="clips need PyAV: pip install 'qartsr[vide
 from clips import GREY, RED, TEAL, enlarge, flat, frames_of, make_clip, moving  # noqa: E402
 
 from qartsr_pipeline.video_files import VideoFileError  # noqa: E402
+from qartsr_pipeline.video_files.colour import LUMA, Colour  # noqa: E402
+from qartsr_pipeline.video_files.pixels import UnreadablePixels, kind_of, to_rgb  # noqa: E402
 from qartsr_pipeline.video_files.reading import open_clip  # noqa: E402
 
 LOSSLESS = {"codec": "ffv1", "options": {}}
@@ -138,6 +140,43 @@ def test_rgb_and_grey(tmp_path):
     assert np.abs(frames_of(tmp_path / "grey.mp4")[0][1] - 0.4).max() < 2 / 255
 
 
+@pytest.mark.parametrize("name", ["ya8", "ya16le", "ya16be", "p012le", "p216be", "p410le", "nv20be", "yuva444p10le"])
+def test_formats_with_channels_beside_each_other_or_in_planes(name):
+    rows, columns = np.mgrid[:16, :32]
+    smooth = np.stack([60 + 3 * columns, 90 + 2 * rows, 150 - columns], -1).astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(smooth, "rgb24").reformat(format=name, dst_colorspace=5)
+    kind = kind_of(name)
+    found, expected = to_rgb(frame, Colour(6, full_range=kind.chroma == "grey")), smooth / 255
+    if kind.chroma == "grey":
+        expected = (expected @ [0.299, 0.587, 0.114])[..., None]
+    assert found.shape == (16, 32, 3) and np.abs(found - expected).mean() < 0.01
+
+
+def test_transparency_of_grey_pixels():
+    frame = av.VideoFrame(16, 16, "ya8")
+    plane = frame.planes[0]
+    plane.update(bytes((51, 0, 51, 255) * 8 * 16) + bytes(plane.buffer_size - 512))
+    found = to_rgb(frame, Colour(6, True))
+    assert (found[:, ::2] == 1).all() and np.abs(found[:, 1::2] - 0.2).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["rgb4", "rgb565be", "yuv444p10msble", "gbrp12msbbe"])
+def test_formats_that_would_be_misread_are_refused(name):
+    if name not in av.video.format.names:
+        pytest.skip("this FFmpeg does not know it")
+    with pytest.raises(UnreadablePixels, match=name):
+        kind_of(name)
+
+
+def test_what_has_no_colour_is_exactly_grey():
+    frame = av.VideoFrame(16, 16, "yuv420p")
+    for plane, value in zip(frame.planes, (77, 128, 128), strict=True):
+        plane.update(bytes([value]) * plane.buffer_size)
+    for matrix in LUMA:
+        found = to_rgb(frame, Colour(matrix, False))
+        assert (found == found[0, 0, 0]).all()
+
+
 def test_pixels_that_are_not_square(tmp_path):
     def anamorphic(stream):
         stream.codec_context.sample_aspect_ratio = Fraction(16, 11)
@@ -147,6 +186,9 @@ def test_pixels_that_are_not_square(tmp_path):
     assert open_clip(tmp_path / "b.mp4").aspect == open_clip(source).aspect == Fraction(16, 11)
     said = enlarge(source, tmp_path / "c.mkv", codec="ffv1")
     assert any("16/11" in notice and "stretched" in notice for notice in said)
+    for name in ("d.gif", "e_%d.png"):
+        said = enlarge(source, tmp_path / name)
+        assert any("16/11" in notice and "stretched" in notice for notice in said), name
 
 
 # What phones write: the matrix, and where the stored top left corner is shown.
