@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from qartsr_pipeline.image.conversion import to_grey
 from qartsr_pipeline.image.resize import enlarged_size, pad_to_multiple, resize
 from qartsr_pipeline.image.tiles import TileGrid
 from qartsr_pipeline.overflow import OverflowMemory, run_finite
 from qartsr_pipeline.video.causal_vae import StreamedStage, spatial_factor, streamed_decoder, streamed_encoder, temporal_factor
 from qartsr_pipeline.video.clip_color import ClipColor
-from qartsr_pipeline.video.frames import scenes
+from qartsr_pipeline.video.frames import is_colourless, scenes
 from qartsr_pipeline.video.windows import refined_in_windows
 
 GROUP = 4  # frames that are encoded or decoded at once where the autoencoder leaves the choice
@@ -118,7 +119,8 @@ def _scene(network: VideoNetwork, frames: Iterable[torch.Tensor], plan: ClipPlan
             image = image[..., : enlarged.shape[-2], : enlarged.shape[-1]] / 2 + 0.5
             if align is not None:
                 image = align(image, enlarged)
-            yield resize(image, enlarged_size((frame.shape[-2], frame.shape[-1]), plan.upscale)).clamp(0, 1)
+            result = resize(image, enlarged_size((frame.shape[-2], frame.shape[-1]), plan.upscale)).clamp(0, 1)
+            yield to_grey(result).expand(-1, 3, -1, -1) if is_colourless(frame) else result
 
 
 def _enlarged(frame: torch.Tensor, plan: ClipPlan) -> torch.Tensor:

@@ -130,9 +130,10 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(map(repr, OUTPUT_TYPES))}, but is {output_type!r}.")
-        frames = list(_frames_in(video)) if isinstance(video, (str, os.PathLike)) else frames_of(video)
+        upscale = check_upscale(upscale)
+        frames = _all_frames(video, upscale, output_type) if isinstance(video, (str, os.PathLike)) else frames_of(video)
         first = next(checked_frames(frames[:1]))
-        _check_result_memory(len(frames), enlarged_size((first.shape[-2], first.shape[-1]), check_upscale(upscale)), output_type)
+        _check_result_memory(len(frames), (first.shape[-2], first.shape[-1]), upscale, output_type)
         arguments = (upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix)
         results = self._stream(checked_frames(frames), *arguments)
         with self.progress_bar(total=len(frames)) as bar:
@@ -160,7 +161,8 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
     ) -> Iterator[np.ndarray]:
         """Enlarges a clip of any length: yields one frame for each that goes in, in order, in memory that does not grow.
 
-        A frame comes out once the chunk that it is in has gone in. At a cut everything begins anew. To stop, close the generator.
+        A frame comes out once the chunk that it is in has gone in. At a cut everything begins anew. A frame without colour stays
+        without. To stop, close the generator.
 
         Args:
             frames: anything to iterate over: numpy arrays (H, W, C) of uint8, uint16 or float in [0, 1], torch tensors
@@ -183,7 +185,9 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             FloatingPointError: the network's result is not finite, not even in float32.
         """
         if isinstance(frames, (str, os.PathLike)):
-            frames = _frames_in(frames)
+            frames = (frame.pixels for frame in read_frames(open_clip(frames)))
+        elif isinstance(frames, (np.ndarray, torch.Tensor, PIL.Image.Image)):  # one frame would be taken apart into rows
+            frames = frames_of(frames, "frames")
         for frame in self._stream(checked_frames(frames), upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix):
             yield frame[0].permute(1, 2, 0).contiguous().numpy()
 
@@ -277,8 +281,11 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
         return None if tile is None else tile // self.multiple * self.multiple
 
 
-def _frames_in(file: str | os.PathLike) -> Iterator[np.ndarray]:
-    return (frame.pixels for frame in read_frames(open_clip(file)))
+def _all_frames(file: str | os.PathLike, upscale: float, output_type: str) -> list[np.ndarray]:
+    """Of a clip that fits into memory with its result, as far as the file says how long it is."""
+    clip = open_clip(file)
+    _check_result_memory(clip.frames or 1 if clip.is_exact else 1, (clip.height, clip.width), upscale, output_type)
+    return [frame.pixels for frame in read_frames(clip)]
 
 
 def _overlap(tile: int | None, multiple: int) -> int:
@@ -296,11 +303,13 @@ def _whole(name: str, value: object, default: int, least: int) -> int:
     return int(value)
 
 
-def _check_result_memory(count: int, size: tuple[int, int], output_type: str) -> None:
-    needed = count * size[0] * size[1] * {"pil": 3, "pt": 24, "np": 24}[output_type]
+def _check_result_memory(count: int, size: tuple[int, int], upscale: float, output_type: str) -> None:
+    """Raises NotEnoughMemory unless so many frames of (height, width) pixels, enlarged, can be returned all at once."""
+    height, width = enlarged_size(size, upscale)
+    needed = count * height * width * {"pil": 3, "pt": 24, "np": 36}[output_type]
     free = free_main_memory()
     if needed > free:
         raise NotEnoughMemory(
-            f"{count} enlarged frames of {size[1]} x {size[0]} pixels take about {needed / 1e9:.1f} GB as {output_type!r}, and"
+            f"{count} enlarged frames of {width} x {height} pixels take about {needed / 1e9:.1f} GB as {output_type!r}, and"
             f" {free / 1e9:.1f} GB of main memory are free. Use pipeline.stream(frames), which yields one frame at a time."
         )

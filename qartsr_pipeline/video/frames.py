@@ -20,25 +20,26 @@ SUDDEN = 4  # and so many times that of the frames before
 THUMBNAIL = 32  # frames are compared at this many pixels a side, at most
 
 
-def frames_of(video: object) -> list[object]:
+def frames_of(video: object, name: str = "video") -> list[object]:
     """A clip in memory as the list of its frames, which are views.
 
     Args:
         video: see `ACCEPTED`.
+        name: what error messages call it.
 
     Raises:
         TypeError, ValueError: it is of another kind or shape, or has no frames.
     """
     if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim != 4:
         layout = "(F, H, W, C)" if isinstance(video, np.ndarray) else "(F, C, H, W)"
-        raise ValueError(f"`video` has shape {tuple(video.shape)}; expected {layout}. For one frame add an axis of length 1.")
+        raise ValueError(f"`{name}` has shape {tuple(video.shape)}; expected {layout}. For one frame add an axis of length 1.")
     if isinstance(video, (PIL.Image.Image, str, bytes, os.PathLike)) or not isinstance(
         video, (list, tuple, np.ndarray, torch.Tensor)
     ):
         hint = " For frames from an iterator use pipeline.stream(frames)." if isinstance(video, Iterator) else ""
-        raise TypeError(f"`video` must be {ACCEPTED}, but is {type(video).__name__}.{hint}")
+        raise TypeError(f"`{name}` must be {ACCEPTED}, but is {type(video).__name__}.{hint}")
     if len(video) == 0:
-        raise ValueError(f"`video` has no frames. Expected {ACCEPTED}.")
+        raise ValueError(f"`{name}` has no frames. Expected {ACCEPTED}.")
     return list(video)
 
 
@@ -115,3 +116,8 @@ def thumbnail(frame: torch.Tensor) -> torch.Tensor:
     """Luma of (1, 3, H, W), averaged to at most `THUMBNAIL` pixels a side."""
     height, width = (min(THUMBNAIL, side) for side in frame.shape[-2:])
     return torch.nn.functional.adaptive_avg_pool2d(frame.mean(1, keepdim=True), (height, width))
+
+
+def is_colourless(frame: torch.Tensor) -> bool:
+    """Whether the channels of (1, 3, H, W) are equal, as in black-and-white films: a network gives them a tint."""
+    return bool((frame[:, 1:] == frame[:, :1]).all())

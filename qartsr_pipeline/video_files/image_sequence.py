@@ -141,7 +141,7 @@ class SequenceWriter:
                 f"{next(iter(existing.values()))} exists already. Add --resume to go on after it, --overwrite to begin anew."
             )
         self.done = 0
-        while resume and not overwrite and self._file(self.done).is_file():
+        while resume and self._file(self.done).is_file():
             self.done += 1
         last = self._file(self.done - 1)
         if self.done and read_size(last) != (height, width):

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qartsr_pipeline.folder_lock import FolderInUseError, FolderLock
-from qartsr_pipeline.video_files.clip import VideoFileError, frames_in_words
+from qartsr_pipeline.video_files.clip import VideoFileError, frames_in_words, import_av
 from qartsr_pipeline.video_files.encoding import Encoding, PartWriter
 from qartsr_pipeline.whole_files import NO_ROOM, SavingError, check_place
 
@@ -162,6 +162,10 @@ class PartsWriter:
         except BaseException:
             writer.abandon()
             raise
+        if sorted(writer.order) != list(range(self.done, self.done + len(times))):
+            raise VideoFileError(  # or joining would fail, when all is done
+                f"{self._target}: the encoder has not returned every frame. Add --resume, or choose another --codec."
+            )
         part = Part(self.folder / f"{self.done:08}.mkv", self.done, times, durations, writer.order)
         _sync(self._temporary)
         table = {"times": times, "durations": durations, "order": part.order}
@@ -181,7 +185,7 @@ class PartsWriter:
         try:
             if keep:
                 self._finish_part()
-        except (OSError, ValueError):
+        except (OSError, ValueError, import_av().error.FFmpegError):
             pass
         if self._writer is not None:
             self._writer.abandon()

@@ -73,6 +73,23 @@ def test_kinds_of_input_and_output_agree(pipeline):
     assert np.array_equal(pipeline(video, output_type="pt").frames.permute(0, 1, 3, 4, 2).numpy()[0], made)
 
 
+def test_a_frame_without_colour_stays_without(pipeline):
+    video = clip(4)
+    video[1:] = video[1:, ..., :1]
+    made = pipeline(video, output_type="np").frames[0]
+    spread = (made.max(-1) - made.min(-1)).max((1, 2))
+    assert spread[0] > 0.01 and (spread[1:] == 0).all()
+
+
+def test_one_frame_is_not_taken_apart_into_rows(pipeline):
+    frame = clip(1)[0]
+    for one in (frame, torch.from_numpy(frame).permute(2, 0, 1), frame[..., 0]):
+        with pytest.raises(ValueError, match="`frames` has shape .* For one frame add an axis of length 1"):
+            next(pipeline.stream(one))
+    with pytest.raises(TypeError, match="`frames` must be a list .* but is Image"):
+        next(pipeline.stream(PIL.Image.new("RGB", (20, 16))))
+
+
 def test_the_stream_reads_no_further_than_the_chunk_it_computes(pipeline):
     read = []
 
@@ -235,10 +252,15 @@ def test_a_chunk_may_be_longer_than_the_clip(pipeline):
     assert pipeline(clip(3), frames_per_chunk=33, output_type="np").frames.shape[1] == 3
 
 
-def test_a_result_that_does_not_fit_into_memory_is_refused_at_once(pipeline, monkeypatch):
+def test_a_result_that_does_not_fit_into_memory_is_refused_at_once(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr("qartsr_pipeline.pipeline_lsgquant.free_main_memory", lambda: 1000)
     with pytest.raises(NotEnoughMemory, match=r"pipeline.stream\(frames\)"):
         pipeline(clip(3))
+    for number in range(3):
+        PIL.Image.new("RGB", (20, 16)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr("qartsr_pipeline.pipeline_lsgquant.read_frames", lambda clip: pytest.fail("it was read"))
+    with pytest.raises(NotEnoughMemory, match="3 enlarged frames of 80 x 64 pixels"):
+        pipeline(tmp_path / "%d.png")
 
 
 def test_a_tile_that_does_not_fit_into_memory_is_refused_with_one_that_does(pipeline, monkeypatch):

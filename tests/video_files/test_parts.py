@@ -214,6 +214,38 @@ def test_numbered_images_are_gone_on_with(clip, tmp_path):
     assert "holds 1 more images of this form, from 020.png on" in writer.finish()[0]
 
 
+def test_numbered_images_are_gone_on_with_where_others_may_be_replaced(clip, tmp_path):
+    opened, pattern = open_clip(clip), tmp_path / "out" / "%03d.png"
+    write(opened, open_writer(opened, pattern, (64, 96))[0], up_to=5)
+    assert open_writer(opened, pattern, (64, 96), overwrite=True)[0].done == 0
+    assert open_writer(opened, pattern, (64, 96), resume=True, overwrite=True)[0].done == 5
+
+
+def test_a_frame_that_was_only_begun_spoils_no_finished_part(clip, tmp_path):
+    """The disk fills up while a packet is written, and has room again when the part is closed."""
+    opened, writer = begin(clip, tmp_path / "big.mkv", **LOSSLESS)
+    write(opened, writer, up_to=6)
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(container, name)
+
+        def mux(self, packet):
+            raise OSError(28, "No space left on device")
+
+    container = writer._writer._container
+    writer._writer._container = Full()
+    with pytest.raises(VideoFileError, match="disk is full"):
+        write(opened, writer)
+    writer._writer._container = container
+    writer.suspend(keep=True)
+    assert writer.done == 4
+    opened, writer = begin(clip, tmp_path / "big.mkv", **LOSSLESS, resume=True)
+    write(opened, writer)
+    writer.finish()
+    assert len(frames_of(tmp_path / "big.mkv")) == 14
+
+
 def test_numbered_images_of_another_size_are_not_gone_on_with(clip, tmp_path):
     opened, pattern = open_clip(clip), tmp_path / "out" / "%03d.png"
     write(opened, open_writer(opened, pattern, (64, 96))[0], up_to=2)
