@@ -131,7 +131,8 @@ def refined(tmp_path_factory):
     """Quantized by the recipe, with few steps."""
     recipe = load_recipe("lsgquant")
     stages = tuple(replace(stage, patch=32) for stage in recipe.stages)
-    recipe = small(recipe, steps=200, layer=replace(recipe.layer, branch_rank=4), stages=stages)
+    rounds = replace(recipe.volts, medium_steps=12, converged=0.0)  # short ones, so that layers have several
+    recipe = small(recipe, steps=200, layer=replace(recipe.layer, branch_rank=4), stages=stages, volts=rounds)
     output = tmp_path_factory.mktemp("runs") / "run"
     result = quantize(
         build_tiny_video_pipeline(), "w4a4", clips(), recipe=recipe, evaluation_data=clips(1, seed=1), output=output
@@ -177,8 +178,9 @@ def test_what_was_trained_is_what_is_deployed(refined):
 def test_a_stopped_run_goes_on_to_the_same_result(refined, tmp_path):
     result, recipe, output = refined
     arguments = {"recipe": recipe, "evaluation_data": clips(1, seed=1), "output": tmp_path / "run"}
-    stopped = quantize(build_tiny_video_pipeline(), "w4a4", clips(), callback=lambda step, *_: step >= 60, **arguments)
-    assert not stopped.finished
+    for at in (3, 30):  # in the middle of layers
+        stopped = quantize(build_tiny_video_pipeline(), "w4a4", clips(), callback=lambda step, *_, at=at: step >= at, **arguments)
+        assert not stopped.finished
     whole = quantize(build_tiny_video_pipeline(), "w4a4", clips(), **arguments)
     assert whole.finished and [row.after for row in whole.layers] == [row.after for row in result.layers]
     assert whole.record["sensitivities"] == result.record["sensitivities"]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from qartsr_pipeline.calibration.start.observers import InputSample
+from qartsr_pipeline.calibration.training.calibration_state import quantization_parameters
 from qartsr_pipeline.calibration.training.losses import relative_l2
 from qartsr_pipeline.calibration.training.progress import Step, Stopped
 from qartsr_pipeline.calibration.training.steps import (
@@ -87,15 +88,21 @@ def refine_layers(training: Training, plan: StagePlan, samples: dict[str, InputS
         if entry["kind"] == HIGH:  # what those before it did not need
             steps += max(0, sum(plan.steps[:number]) - len(losses)) // high_ones_left
         rounds = _Rounds(training, plan, number, recorded(layer, samples[name]))
-        first = rounds.least
-        while rounds.done < steps:
-            if not rounds.run(layer, min(volts.medium_steps, steps - rounds.done), losses, volts.converged):
-                break
-        training.position.turn = number + 1
-        entry["steps"] = rounds.done
-        if rounds.done:
-            result.turns.append({"stage": stage.name, "module": name, "first": first, "last": rounds.least})
-        stop = training.context.workers.anyone(training.stop.requested)
+        first, begun, before = rounds.least, len(losses), quantization_parameters({name: layer})
+        before = {key: value.clone() for key, value in before.items()}
+        worth_it, stop = True, False
+        while rounds.done < steps and worth_it and not stop:
+            worth_it = rounds.run(layer, min(volts.medium_steps, steps - rounds.done), losses, volts.converged)
+            stop = training.context.workers.anyone(training.stop.requested)
+        if rounds.done < steps and worth_it:  # interrupted
+            for key, parameter in quantization_parameters({name: layer}).items():
+                parameter.copy_(before[key])
+            del losses[begun:]
+        else:
+            training.position.turn = number + 1
+            entry["steps"] = rounds.done
+            if rounds.done:
+                result.turns.append({"stage": stage.name, "module": name, "first": first, "last": rounds.least})
         if stop or (training.state.every and len(losses) - saved_at >= training.state.every):
             training.save()
             saved_at = len(losses)
@@ -150,8 +157,8 @@ class _Rounds:
                 for parameter, value in zip(trained, before, strict=True):
                     parameter.copy_(value)
             self.pace *= SLOWER
-            return self.pace >= SLOWEST and not self.training.stop.requested
-        worth_it = error < (1 - converged) * self.least and not self.training.stop.requested
+            return self.pace >= SLOWEST
+        worth_it = error < (1 - converged) * self.least
         self.least = error
         return worth_it
 
