@@ -8,6 +8,7 @@ from recipes_for_tests import COMPONENTS, all_layers, calibrated, picture, small
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.image.metrics import psnr_y
+from qartsr_pipeline.quantization.deployed import DeployedLayer
 from qartsr_pipeline.quantization.freeze import freeze
 from tiny_models import build_tiny_pipeline
 
@@ -58,6 +59,23 @@ def test_other_ranks_and_bits_start_close_to_it(quantized):
         started = picture(calibrated(small_recipe("steps=0", FULL, change), bits, start=folder)[0])[0]
         fresh = picture(calibrated(small_recipe("steps=0", FULL, change), bits)[0])[0]
         assert psnr_y(started, before) > psnr_y(fresh, before)
+
+
+def test_bounds_of_other_bits_belong_to_the_smoothing_of_the_folder(quantized, tmp_path):
+    """A folder that computes the same with 16 times the smoothing is as good a start."""
+    same = of_folder(quantized((4, 4)))
+    for layer in (layer for part in COMPONENTS for layer in getattr(same, part).modules() if isinstance(layer, DeployedLayer)):
+        layer.smooth *= 16
+        layer.input_scale *= 16
+        layer.weight_scale /= 16
+        if layer.spec.rank:
+            layer.branch_down /= 16
+    same.save_pretrained(tmp_path / "same")
+    first, second = (
+        picture(calibrated(small_recipe("steps=0", FULL), (4, 8), start=folder)[0])[0]
+        for folder in (quantized((4, 4)), tmp_path / "same")
+    )
+    assert psnr_y(first, second) > 45
 
 
 def test_folders_that_cannot_be_started_from_say_why(quantized, tmp_path):

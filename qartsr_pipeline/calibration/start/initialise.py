@@ -198,6 +198,14 @@ def _set_input_bounds(layers: list[CalibratingMixin], inputs: _Inputs, seen: tor
     first.input_upper.copy_(upper)
 
 
+@torch.no_grad()
+def set_input_bounds(layers: list[CalibratingMixin], sample: InputSample, options: Initialisation) -> None:
+    """Bounds of the input that these layers share; their smoothing is set, and they have no offset."""
+    rows = sample.rows
+    seen = layers[0].transform_rows(rows * layers[0].smooth)
+    _set_input_bounds(layers, _Inputs(rows, *sample.extremes), seen, options)
+
+
 def _set_for(layers: list[CalibratingMixin], inputs: _Inputs, phi: torch.Tensor, options: Initialisation) -> float:
     """Sets everything for one phi; returns the squared error of the outputs on the sample."""
     first = layers[0]

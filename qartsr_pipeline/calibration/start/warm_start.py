@@ -10,7 +10,7 @@ import torch
 
 from qartsr_pipeline.arithmetic.affine import code_range
 from qartsr_pipeline.calibration.start.branches import set_adapter
-from qartsr_pipeline.calibration.start.initialise import Initialisation, set_branch, weight_bounds
+from qartsr_pipeline.calibration.start.initialise import Initialisation, set_branch, set_input_bounds, weight_bounds
 from qartsr_pipeline.calibration.start.observers import InputSample
 from qartsr_pipeline.kernels.reference import weight_codes
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
@@ -50,6 +50,7 @@ def start_from_folder(
         ValueError: the folder is not quantized, or of another model. OSError: it cannot be read.
     """
     pipeline = QArtSRPipeline.from_pretrained(folder)
+    other_bits: dict[int, list[str]] = {}  # layers that share an input of other bits than in the folder
     for name, layer in layers.items():
         component, _, path = name.partition(".")
         try:
@@ -59,6 +60,10 @@ def start_from_folder(
         if not isinstance(deployed, DeployedLayer):
             raise ValueError(f"{folder} has no quantized layer {name}: start from a quantized folder of the same model")
         start_from(layer, deployed.to(layer.weight.device), samples[name].rows, options)
+        if "input_lower" in layer._parameters and deployed.spec.activation_bits != layer.layer_scheme.activation_bits:
+            other_bits.setdefault(id(layer.log_smooth), []).append(name)
+    for names in other_bits.values():  # what they had belongs to another smoothing
+        set_input_bounds([layers[name] for name in names], samples[names[0]], options)
 
 
 def _bounds(scale: torch.Tensor, zero_point: torch.Tensor | None, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +79,8 @@ def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Ten
 
     The merged adapter is the difference to the original weight, by its leading singular vectors. With an adapter of the weight's
     full rank and a branch and bits as in ``deployed`` the two are equal; a branch of another rank is made anew from the weight
-    that ``deployed`` stands for, and bounds of other bits are set as for any layer.
+    that ``deployed`` stands for, and bounds of weights of other bits are set as for any layer. Bounds of inputs of other bits
+    are left to `start_from_folder`.
 
     Args:
         layer: initialised already.
@@ -82,9 +88,11 @@ def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Ten
         options: how weight bounds are set, where they are not those of ``deployed``.
 
     Raises:
-        ValueError: it is a layer of another model.
+        ValueError: it is a layer of another model, or on another grid.
     """
     spec, scheme, own = deployed.spec, layer.layer_scheme, layer._parameters
+    if spec.kind == "linear" and "token" in (spec.grid, scheme.grid):
+        raise ValueError(f"{deployed}: linear layers on the token grid cannot be started from, nor start from others")
     shape = tuple(layer.weight.shape[:2])
     change = _weight_of(deployed) - layer.weight.float() if (spec.out_channels, spec.in_channels) == shape else None
     if change is None or (layer.bias is None) != (deployed.bias is None) or change.norm() > layer.weight.float().norm():
