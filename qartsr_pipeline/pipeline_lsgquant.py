@@ -184,11 +184,12 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             TypeError, ValueError: an argument is not as described, or a frame, once it is read; the message names it.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
+        given: Iterable[object] = frames
         if isinstance(frames, (str, os.PathLike)):
-            frames = (frame.pixels for frame in read_frames(open_clip(frames)))
+            given = (frame.pixels for frame in read_frames(open_clip(frames)))
         elif isinstance(frames, (np.ndarray, torch.Tensor, PIL.Image.Image)):  # one frame would be taken apart into rows
-            frames = frames_of(frames, "frames")
-        for frame in self._stream(checked_frames(frames), upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix):
+            given = frames_of(frames, "frames")
+        for frame in self._stream(checked_frames(given), upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix):
             yield frame[0].permute(1, 2, 0).contiguous().numpy()
 
     @torch.no_grad()
@@ -227,6 +228,28 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             overflows=self._overflows,
         )
 
+    def check_inputs(
+        self,
+        upscale: float = 4,
+        frames_per_chunk: int | None = None,
+        chunk_overlap: int | None = None,
+        tile_size: int | None = None,
+        color_fix: str | None = "adain",
+    ) -> tuple[int, int]:
+        """Frames of a chunk and of an overlap; raises TypeError or ValueError that names the wrong argument of `stream`."""
+        check_upscale(upscale)
+        if color_fix is not None and color_fix not in COLOR_FIXES:
+            raise ValueError(f"`color_fix` must be one of {', '.join(map(repr, COLOR_FIXES))} or None, but is {color_fix!r}.")
+        frames = _whole("frames_per_chunk", frames_per_chunk, self.config["frames_per_chunk"], 1)
+        overlap = _whole("chunk_overlap", chunk_overlap, frames // 4, 0)
+        if overlap > frames // 2:
+            raise ValueError(
+                f"`chunk_overlap` must be at most half of `frames_per_chunk` ({frames // 2}), but is {overlap}: a frame is"
+                " blended from two chunks at most."
+            )
+        _whole("tile_size", tile_size, self.config["tile_size"], MINIMUM_TILE)
+        return frames, overlap
+
     def _plan(
         self,
         size: tuple[int, int],
@@ -237,23 +260,14 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
         color_fix: str | None,
     ) -> ClipPlan:
         """Checks the arguments of `stream` and lays out tiles and chunks for frames of (height, width)."""
-        upscale = check_upscale(upscale)
-        if color_fix is not None and color_fix not in COLOR_FIXES:
-            raise ValueError(f"`color_fix` must be one of {', '.join(map(repr, COLOR_FIXES))} or None, but is {color_fix!r}.")
-        frames = _whole("frames_per_chunk", frames_per_chunk, self.config["frames_per_chunk"], 1)
-        overlap = _whole("chunk_overlap", chunk_overlap, frames // 4, 0)
-        if overlap > frames // 2:
-            raise ValueError(
-                f"`chunk_overlap` must be at most half of `frames_per_chunk` ({frames // 2}), but is {overlap}: a frame is"
-                " blended from two chunks at most."
-            )
+        frames, overlap = self.check_inputs(upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix)
         multiple, scale, factor = self.multiple, self.config["scale"], temporal_factor(self.vae)
         tile = _whole("tile_size", tile_size, self.config["tile_size"], MINIMUM_TILE) // multiple * multiple
         height, width = (-(-max(side, MINIMUM_SIDE) // multiple) * multiple for side in enlarged_size(size, scale))
         vae_tile = self._vae_tile((height, width), None if tile_size is None else tile)
         return ClipPlan(
             scale=scale,
-            upscale=upscale,
+            upscale=check_upscale(upscale),
             multiple=multiple,
             minimum=MINIMUM_SIDE,
             vae_grid=tile_grid((height, width), vae_tile, _overlap(vae_tile, multiple), multiple),

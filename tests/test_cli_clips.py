@@ -67,6 +67,17 @@ def test_a_clip_frame_by_frame(upscale, clip, tmp_path, capsys, tiny_pipeline):
     assert np.abs(frames_of(target)[3][1] - from_input).mean() < 0.02
 
 
+def test_arguments_of_a_video_model_are_checked_before_the_first_clip(upscale_whole, clip, tmp_path, capsys):
+    for option, value, said in (
+        ("--upscale", "nan", "`upscale` must be above 0"),
+        ("--frames-per-chunk", 0, "`frames_per_chunk` must be at least 1"),
+        ("--chunk-overlap", 4, "`chunk_overlap` must be at most half"),
+        ("--tile-size", 10, "`tile_size` must be at least 64"),
+    ):
+        assert upscale_whole(clip, "-o", tmp_path / "big.mkv", option, value) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "big.mkv.parts").exists()
+
+
 @pytest.mark.parametrize("chunk", [None, 100])  # longer than the clip
 def test_a_clip_with_a_video_model(upscale_whole, clip, tmp_path, capsys, chunk):
     options = [] if chunk is None else ["--frames-per-chunk", chunk]

@@ -28,7 +28,7 @@ def test_info_names_every_component_and_says_that_nothing_is_quantized(tiny_fold
     said = capsys.readouterr().out
     assert "full precision: nothing in it is quantized" in said
     assert f"\n{tiny_folder.name}: full precision, " in said
-    for word in ("unet", "UNet2DConditionModel", "vae", "AutoencoderKL", "parameters", "kernels"):
+    for word in ("unet", "UNet2DConditionModel", "vae", "AutoencoderKL", "parameters", "kernels", "compiled loops of onednn"):
         assert word in said
 
 

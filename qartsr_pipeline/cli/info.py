@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     check_checkpoint(folder)  # before torch is imported: a folder that cannot be used is reported at once
     from qartsr_pipeline.cli.description import describe, kernels
     from qartsr_pipeline.kernels import list_backends
+    from qartsr_pipeline.kernels.compiled import unavailable
 
     description = describe(folder)
     components = description.components
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         print("\nprepared: what kernels keep in memory beside the size; nothing, and slower, with QARTSR_LOW_MEMORY=1")
     usable = ([name, reason or "yes"] for name, reason in list_backends().items())
     print(f"\n{_table(['backend', 'usable here'], usable)}")
+    print(f"\ncompiled loops of onednn and float: {unavailable() or 'yes, by numba'}")
     return 0
 
 

@@ -111,7 +111,7 @@ class WholeClip:
             "frames_per_chunk": options.frames_per_chunk,
             "chunk_overlap": options.chunk_overlap,
         }
-        self.lead = options.frames_per_chunk or pipeline.config["frames_per_chunk"]
+        self.lead, _ = pipeline.check_inputs(options.upscale, **self._arguments)
 
     def stream(self, frames: Iterable[np.ndarray], *, upscale: float) -> Iterator[np.ndarray]:
         """See `FrameModel`."""

@@ -11,6 +11,8 @@ divided among as many threads as torch has.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,16 +33,31 @@ Part = TypeVar("Part")
 
 
 @cache
-def _loops() -> Any:
-    """The module of what numba compiles, imported at the first use; None without numba, or if it does not work here."""
+def _loaded() -> tuple[Any, str | None]:
+    """The module of what numba compiles, imported at the first use; or None, and why it is of no use here."""
     if find_spec("numba") is None:
-        return None
+        return None, "numba is not installed: pip install 'qartsr[fast]'"
     try:
+        from numba import config
+
         from qartsr_pipeline.kernels import loops
     except Exception as error:  # such as a numpy that this numba does not know, or no folder to keep compiled code in
-        logger.warning("numba is installed but cannot be used, so quantized layers take longer: %s", error)
-        return None
-    return loops
+        return None, _refused(str(error))
+    return (None, _refused("NUMBA_DISABLE_JIT is set")) if config.DISABLE_JIT else (loops, None)
+
+
+def _refused(reason: str) -> str:
+    logger.warning("numba is installed but cannot be used, so quantized layers take longer: %s", reason)
+    return f"numba cannot be used: {reason}"
+
+
+def _loops() -> Any:
+    return _loaded()[0]
+
+
+def unavailable() -> str | None:
+    """Why compiled loops do not run here; None if they do."""
+    return _loaded()[1]
 
 
 def works() -> bool:
@@ -142,6 +159,10 @@ def _numpy(x: torch.Tensor, *shape: int) -> Array:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "qartsr")
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind: a child would wait for them
 
 
 def _in_threads(part: Callable[[slice], Part], rows: Array) -> list[Part]:

@@ -54,6 +54,7 @@ def choose_encoding(
     """
     check_codec(target, codec, crf)
     notices: list[str] = []
+    hevc = "--codec hevc" if "hevc" in CONTAINERS[target.suffix.lower()] else "A .mkv with --codec hevc"
     if target.suffix.lower() == ".gif":
         encoding = Encoding("ffv1", None, replace(_EXACT_RGB, depth=10), Colour(0, True), height, width, clip.rate)
         if clip.colour.is_hdr:
@@ -72,7 +73,7 @@ def choose_encoding(
         )
     if clip.kind.chroma in ("422", "444") and chroma == "420":
         notices.append(
-            f"{target.name}: {codec} holds a quarter of the colour samples (4:2:0), the clip has more. --codec hevc keeps them."
+            f"{target.name}: {codec} holds a quarter of the colour samples (4:2:0), the clip has more. {hevc} keeps them."
         )
     elif chroma == "444" and clip.kind.chroma == "420":
         notices.append(
@@ -93,7 +94,7 @@ def choose_encoding(
             f"{target.name}: ffv1 holds no data about the screen that HDR was made on; left out. --codec hevc keeps them."
         )
     if codec in ("av1", "ffv1") and target.suffix.lower() in (".mkv", ".webm"):
-        notices += stretched(clip, target, " --codec hevc keeps that.")
+        notices += stretched(clip, target, f" {hevc} keeps that.")
     encoding = Encoding(
         codec,
         spec.crf if crf is None else crf,

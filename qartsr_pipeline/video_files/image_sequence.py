@@ -138,7 +138,7 @@ class SequenceWriter:
         existing = numbered(path)
         if existing and not (resume or overwrite):
             raise VideoFileError(
-                f"{next(iter(existing.values()))} exists already. Add --resume to go on after it, --overwrite to begin anew."
+                f"{existing[max(existing)]} exists already. Add --resume to go on after it, --overwrite to begin anew."
             )
         self.done = 0
         while resume and self._file(self.done).is_file():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +64,32 @@ def test_threads_change_nothing(monkeypatch):
     divided = results()
     assert torch.allclose(alone[0], divided[0]) and torch.allclose(alone[1], divided[1], atol=1e-6)
     assert all(torch.equal(one, other) for one, other in zip(alone[2:], divided[2:], strict=True))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(monkeypatch):
+    monkeypatch.setattr(compiled, "FEWEST_FOR_THREADS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x, grid = torch.randn(1001, 16), Grid(torch.ones(16), -7, 8, 7, torch.uint8)
+    expected = compiled.quantize(x, grid)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(not torch.equal(compiled.quantize(x, grid), expected))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_why_numba_is_of_no_use_is_said(monkeypatch, caplog):
+    assert compiled.unavailable() is None
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    compiled._loaded.cache_clear()
+    try:
+        assert not compiled.works() and "NUMBA_DISABLE_JIT" in compiled.unavailable() and "take longer" in caplog.text
+        monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+        compiled._loaded.cache_clear()
+        assert not compiled.works() and "qartsr[fast]" in compiled.unavailable()
+    finally:
+        compiled._loaded.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["onednn", "float"])
