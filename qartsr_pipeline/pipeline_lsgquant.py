@@ -184,11 +184,11 @@ class LSGQuantVideoPipeline(CheckpointPipeline):
             TypeError, ValueError: an argument is not as described, or a frame, once it is read; the message names it.
             FloatingPointError: the network's result is not finite, not even in float32.
         """
-        given: Iterable[object] = frames
+        given: Iterable[object]
         if isinstance(frames, (str, os.PathLike)):
             given = (frame.pixels for frame in read_frames(open_clip(frames)))
-        elif isinstance(frames, (np.ndarray, torch.Tensor, PIL.Image.Image)):  # one frame would be taken apart into rows
-            given = frames_of(frames, "frames")
+        else:  # a single array would be taken apart into rows
+            given = frames_of(frames, "frames") if isinstance(frames, (np.ndarray, torch.Tensor, PIL.Image.Image)) else frames
         for frame in self._stream(checked_frames(given), upscale, frames_per_chunk, chunk_overlap, tile_size, color_fix):
             yield frame[0].permute(1, 2, 0).contiguous().numpy()
 
