@@ -88,11 +88,9 @@ def start_from(layer: CalibratingMixin, deployed: DeployedLayer, rows: torch.Ten
         options: how weight bounds are set, where they are not those of ``deployed``.
 
     Raises:
-        ValueError: it is a layer of another model, or on another grid.
+        ValueError: it is a layer of another model.
     """
     spec, scheme, own = deployed.spec, layer.layer_scheme, layer._parameters
-    if spec.kind == "linear" and "token" in (spec.grid, scheme.grid):
-        raise ValueError(f"{deployed}: linear layers on the token grid cannot be started from, nor start from others")
     shape = tuple(layer.weight.shape[:2])
     change = _weight_of(deployed) - layer.weight.float() if (spec.out_channels, spec.in_channels) == shape else None
     if change is None or (layer.bias is None) != (deployed.bias is None) or change.norm() > layer.weight.float().norm():
