@@ -25,6 +25,13 @@ def test_the_table_has_what_is_compared_and_every_backend_that_can(tiny_folder, 
         assert (f"| tiny-w2a2 on {backend} |" in said) != (f"not on {backend}: " in said)
 
 
+@pytest.mark.parametrize("option", ["--rounds", "--size"])
+def test_counts_are_above_zero(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", option, "0"])
+    assert "expected a whole number above 0" in capsys.readouterr().err
+
+
 def test_stages_are_timed_apart_and_give_the_pipelines_picture():
     network = build_tiny_pipeline().network()
     up = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, 32, 32)).astype(np.float32))

@@ -59,3 +59,10 @@ def named_path(text: str) -> tuple[str, str]:
     if not name.strip() or not path:
         raise argparse.ArgumentTypeError(f"must be NAME=FOLDER or NAME=FILE, but is {text!r}")
     return name.strip(), path
+
+
+def count(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)

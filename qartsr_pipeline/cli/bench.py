@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, add_model_position
+from qartsr_pipeline.cli.arguments import add_debug, add_device_and_dtype, add_model_position, count
 
 ROW = "| {name} | {total:.3f} | {ratio:.2f} | {encode:.3f} | {unet:.3f} | {decode:.3f} | {megabytes:.1f} |"
 
@@ -14,8 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("bench", description="Times a checkpoint on this machine, by stage and kernels.")
     add_model_position(parser)
     parser.add_argument("--against", metavar="DIR", help="another checkpoint, such as the full-precision one: ratio 1")
-    parser.add_argument("--size", type=int, default=128, metavar="N", help="side of the image before enlargement; default: 128")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--size", type=count, default=128, metavar="N", help="side of the image before enlargement; default: 128")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="default: 5")
     add_device_and_dtype(parser)
     add_debug(parser)
     parser.set_defaults(run=run)

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
-from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, add_outputs, device_name
+from qartsr_pipeline.cli.arguments import DEVICE_HELP, add_debug, add_outputs, count, device_name
 from qartsr_pipeline.cli.messages import UsageError
 
 REPRODUCE = "reproduce"
@@ -66,13 +66,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--ours", nargs="+", default=[], metavar="REPORT.json", help="with reproduce: written by --output")
     add_debug(parser)
     parser.set_defaults(run=run)
-
-
-def count(text: str) -> int:
-    """A whole number above zero, for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
