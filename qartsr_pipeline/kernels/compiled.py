@@ -139,6 +139,54 @@ def group_scale_shift(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor
     return scale, shift
 
 
+def can_run_tokens(x: torch.Tensor, rotation: int) -> bool:
+    """Whether the passes over tokens take such rows, rotated in blocks of this size: a multiple of 16, or 0."""
+    return rotation % 16 == 0 and can_run(x)
+
+
+def quantize_tokens(
+    x: torch.Tensor, smooth: torch.Tensor, rotation: int, powers: torch.Tensor | None, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The quantize step of the token grid, the same integers and scales as `tokens` has without numba.
+
+    Args:
+        x: (rows, C).
+        smooth: (C,) float32.
+        rotation: see `can_run_tokens`.
+        powers: 2^e, (C,) float32; None without exponents.
+        most: the largest code.
+
+    Returns:
+        Codes, int8 (rows, C); scales, float32 (rows,).
+
+    Raises:
+        RuntimeError: see `quantize`.
+    """
+    _demand(x.shape[-1:], *(smooth,) if powers is None else (smooth, powers))
+    codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32)
+    powers = scales.new_empty(0) if powers is None else powers
+    torch.ops.qartsr_cpu.quantize_tokens(x.contiguous(), smooth, rotation, powers, most, codes, scales)
+    return codes, scales
+
+
+def scale_tokens(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = bias + scales y, rounded once to float32, and then to `out`'s dtype.
+
+    Args:
+        y: float32 (rows, N), contiguous, as `out` is, which may be the same.
+        scales: float32 (rows,).
+        bias: float32 (N,).
+
+    Raises:
+        RuntimeError: shapes do not fit.
+    """
+    _demand(y.shape, out)
+    _demand(y.shape[:1], scales)
+    if bias is not None:
+        _demand(y.shape[1:], bias)
+    torch.ops.qartsr_cpu.scale_tokens(y, scales, y.new_empty(0) if bias is None else bias, out)
+
+
 def _demand(shape: Sequence[int], *tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.shape != torch.Size(shape):
@@ -154,6 +202,13 @@ def _row_length(pixels: int, channels: int) -> int:
 
 def _numpy(x: torch.Tensor, *shape: int) -> Array:
     return x.detach().view(BITS_OF.get(x.dtype, x.dtype)).view(shape).numpy()
+
+
+@cache
+def _token_loops() -> Any:
+    from qartsr_pipeline.kernels import token_loops  # numba works: `can_run_tokens` was asked before
+
+    return token_loops
 
 
 @cache
@@ -224,6 +279,33 @@ def _group_statistics(
         _loops().scale_shift(total, image[0], len(image), *affine, _numpy(scale[number], -1), _numpy(shift[number], -1))
 
 
+def _quantize_tokens(
+    x: torch.Tensor,
+    smooth: torch.Tensor,
+    rotation: int,
+    powers: torch.Tensor,
+    most: int,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+) -> None:
+    source, target, scale = _numpy(x, *x.shape), _numpy(codes.view(torch.uint8), *x.shape), _numpy(scales, -1)
+    constants = (_numpy(smooth, -1), rotation, _numpy(1 / powers, -1), _numpy(powers, -1), most)
+
+    def part(rows: slice) -> None:
+        _token_loops().quantize(source[rows], *constants, target[rows], scale[rows])
+
+    _in_threads(part, source)
+
+
+def _scale_tokens(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> None:
+    source, target, scale, summand = _numpy(y, *y.shape), _numpy(out, *y.shape), _numpy(scales, -1), _numpy(bias, -1)
+
+    def part(rows: slice) -> None:
+        _token_loops().scale(source[rows], scale[rows], summand, target[rows])
+
+    _in_threads(part, source)
+
+
 # Operators of torch's, so that its profilers and `cli.timing` see them.
 _library = torch.library.Library("qartsr_cpu", "DEF")
 _GRID = "Tensor multiplier, int low, int high, int offset, Tensor(a!) codes"
@@ -235,6 +317,12 @@ for _name, _arguments, _function in (
         "Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor(a!) scale, Tensor(b!) shift",
         _group_statistics,
     ),
+    (
+        "quantize_tokens",
+        "Tensor x, Tensor smooth, int rotation, Tensor powers, int most, Tensor(a!) codes, Tensor(b!) scales",
+        _quantize_tokens,
+    ),
+    ("scale_tokens", "Tensor y, Tensor scales, Tensor bias, Tensor(a!) out", _scale_tokens),
 ):
     _library.define(f"{_name}({_arguments}) -> ()")
     _library.impl(_name, _function, "CPU")

@@ -1,7 +1,7 @@
 """The quantize step of the token grid: smooth, rotate, take each token's largest magnitude, make codes of it.
 
-One implementation for all backends, so that their integers are the same bit for bit: those of
-`arithmetic.token_grid.centred_token_codes`, worked through in blocks of tokens that stay in the processor's cache.
+For all backends, so that their integers are the same bit for bit: those of `arithmetic.token_grid.centred_token_codes`. On a CPU
+with numba it is one loop (`compiled`); otherwise blocks of tokens are worked through that stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from qartsr_pipeline.arithmetic.token_grid import Codes, largest_code, rotate_, rotated, token_scale
+from qartsr_pipeline.kernels import compiled
 from qartsr_pipeline.kernels.codes import block_rows
 from qartsr_pipeline.kernels.stored_layer import StoredLayer
 
@@ -30,10 +31,12 @@ def rotated_rows(rows: torch.Tensor, layer: StoredLayer) -> torch.Tensor:
 def quantized_tokens(rows: torch.Tensor, layer: StoredLayer) -> Codes:
     """Codes of (rows, C), with the exponents in them, and the scale of each token, which is not finite where the token is not."""
     spec, (count, channels), device = layer.spec, rows.shape, rows.device
-    codes = torch.empty(rows.shape, dtype=torch.int8, device=device)
-    scales = torch.empty(count, dtype=torch.float32, device=device)
     powers = torch.exp2(layer.input_exponents.float()) if spec.exponents else None
     most = largest_code(spec.activation_bits)
+    if compiled.can_run_tokens(rows, spec.rotation):
+        return Codes(*compiled.quantize_tokens(rows, layer.smooth, spec.rotation, powers, most))
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=device)
+    scales = torch.empty(count, dtype=torch.float32, device=device)
     step = min(count, max(1, block_rows(channels, device.type) // (SMALLER_BLOCKS if spec.rotation else 1)))
     scratch = torch.empty(3, step, channels, dtype=torch.float32, device=device)  # made once: memory is slow to get
     for source, target, scale in zip(rows.split(step), codes.split(step), scales.split(step), strict=True):
@@ -73,11 +76,20 @@ def linear_of_tokens(rows: torch.Tensor, layer: StoredLayer, product: Product, b
     for source, target in zip(rows.split(step), out.split(step), strict=True):
         codes, scales = quantized_tokens(source, layer)
         y = product(codes)
-        direct = target if branch is None else y
-        if layer.bias is None:
-            torch.mul(y, scales[:, None], out=direct)
-        else:
-            torch.addcmul(layer.bias, y, scales[:, None], out=direct)
+        scale_tokens(y, scales, layer.bias, target if branch is None else y)
         if branch is not None:
             target.copy_(branch(source, y))
     return out
+
+
+def scale_tokens(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = bias + scales y, of rows; y is float32, and may be overwritten."""
+    if compiled.can_run_tokens(out, 0):
+        return compiled.scale_tokens(y, scales, bias, out)
+    direct = out if out.dtype == y.dtype else y  # an operator that also converts takes several times as long
+    if bias is None:
+        torch.mul(y, scales[:, None], out=direct)
+    else:
+        torch.addcmul(bias, y, scales[:, None], out=direct)
+    if direct is not out:
+        out.copy_(direct)

@@ -14,6 +14,7 @@ from torch import nn
 
 from qartsr_pipeline.kernels import compiled, use_backend
 from qartsr_pipeline.kernels.compiled import Grid
+from qartsr_pipeline.kernels.tokens import quantized_tokens
 from qartsr_pipeline.quantization import fuse as fusing
 from qartsr_pipeline.quantization.fuse import convolution_of_normalized
 from qartsr_pipeline.quantization.scheme import LayerScheme
@@ -116,3 +117,45 @@ def test_nan_is_noticed_and_other_channels_are_refused():
     for shape in ((8, 3), (8, 5)):
         with pytest.raises(RuntimeError, match="other channels"):
             compiled.quantize(torch.ones(shape), grid)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rotation", "exponents"), [(0, False), (0, True), (16, True), (64, False), (256, False)])
+@torch.no_grad()
+def test_tokens_have_the_same_codes_and_scales(dtype: torch.dtype, rotation: int, exponents: bool, monkeypatch):
+    scheme = LayerScheme(4, 6 if exponents else 4, 0, "token", rotation, exponents)
+    layer = random_layer(nn.Linear(512, 8), scheme)
+    x = torch.randn(70, 512) * torch.exp(2 * torch.randn(70, 1)) * torch.rand(512)
+    x[1], x[2], x[3, 5], x[4, 6], x[5, 7] = 0, x[2] * 1e-38, float("nan"), float("inf"), -float("nan")
+    x = x.to(dtype)
+    assert compiled.can_run_tokens(x, layer.spec.rotation)
+    found = quantized_tokens(x, layer)
+    monkeypatch.setattr(compiled, "FEWEST_FOR_THREADS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    divided = quantized_tokens(x, layer)
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "works", lambda: False)
+    expected = quantized_tokens(x, layer)
+    for codes in (found, divided):
+        assert torch.equal(codes.codes, expected.codes)
+        assert torch.equal(codes.scales.view(torch.int32)[6:], expected.scales.view(torch.int32)[6:])
+        assert torch.equal(codes.scales.isfinite(), expected.scales.isfinite()) and not codes.scales[3:6].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_linear_layer_of_tokens_is_the_same_bit_for_bit(dtype: torch.dtype, rank: int, bias: bool, monkeypatch):
+    layer, x = random_layer(nn.Linear(64, 24, bias=bias), LayerScheme(4, 4, rank, "token", 64)), torch.randn(300, 64).to(dtype)
+    x[1, 3] = float("nan")
+    found = layer(x)
+    monkeypatch.setattr(compiled, "works", lambda: False)
+    expected = layer(x)
+    assert not found[1].isfinite().any() and torch.equal(found[2:], expected[2:]) and torch.equal(found[0], expected[0])
+
+
+def test_tokens_of_other_channels_are_refused():
+    layer = random_layer(nn.Linear(64, 24), LayerScheme(4, 4, 0, "token"))
+    with pytest.raises(RuntimeError, match="other channels"):
+        quantized_tokens(torch.ones(3, 65), layer)
