@@ -95,7 +95,7 @@ def quantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     Raises:
         RuntimeError: where the grid has another number of channels. Compiled loops would not notice.
     """
-    _demand(x.shape[-1:], grid.multiplier)
+    demand(x.shape[-1:], grid.multiplier)
     codes = torch.empty(x.shape, dtype=grid.dtype)
     torch.ops.qartsr_cpu.quantize(x.contiguous(), grid.multiplier, grid.low, grid.high, grid.offset, codes)
     return codes
@@ -117,8 +117,8 @@ def normalize_and_quantize(
     Raises:
         RuntimeError: see `quantize`.
     """
-    _demand(x.shape[-1:], grid.multiplier)
-    _demand((x.shape[0], x.shape[2]), scale, shift)
+    demand(x.shape[-1:], grid.multiplier)
+    demand((x.shape[0], x.shape[2]), scale, shift)
     rows = (x.shape[0] * x.shape[1], x.shape[2])
     codes = torch.empty(rows, dtype=grid.dtype)
     kept = torch.empty(rows if keep else (0, 0), dtype=x.dtype)
@@ -133,61 +133,13 @@ def group_scale_shift(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor
         RuntimeError: see `quantize`.
     """
     scale, shift = torch.empty(2, x.shape[0], x.shape[2])
-    _demand(x.shape[-1:], norm.weight, norm.bias)
+    demand(x.shape[-1:], norm.weight, norm.bias)
     weight, bias = norm.weight.detach().float(), norm.bias.detach().float()
     torch.ops.qartsr_cpu.group_statistics(x, weight, bias, norm.num_groups, norm.eps, scale, shift)
     return scale, shift
 
 
-def can_run_tokens(x: torch.Tensor, rotation: int) -> bool:
-    """Whether the passes over tokens take such rows, rotated in blocks of this size: a multiple of 16, or 0."""
-    return rotation % 16 == 0 and can_run(x)
-
-
-def quantize_tokens(
-    x: torch.Tensor, smooth: torch.Tensor, rotation: int, powers: torch.Tensor | None, most: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The quantize step of the token grid, the same integers and scales as `tokens` has without numba.
-
-    Args:
-        x: (rows, C).
-        smooth: (C,) float32.
-        rotation: see `can_run_tokens`.
-        powers: 2^e, (C,) float32; None without exponents.
-        most: the largest code.
-
-    Returns:
-        Codes, int8 (rows, C); scales, float32 (rows,).
-
-    Raises:
-        RuntimeError: see `quantize`.
-    """
-    _demand(x.shape[-1:], *(smooth,) if powers is None else (smooth, powers))
-    codes, scales = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x), dtype=torch.float32)
-    powers = scales.new_empty(0) if powers is None else powers
-    torch.ops.qartsr_cpu.quantize_tokens(x.contiguous(), smooth, rotation, powers, most, codes, scales)
-    return codes, scales
-
-
-def scale_tokens(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = bias + scales y, rounded once to float32, and then to `out`'s dtype.
-
-    Args:
-        y: float32 (rows, N), contiguous, as `out` is, which may be the same.
-        scales: float32 (rows,).
-        bias: float32 (N,).
-
-    Raises:
-        RuntimeError: shapes do not fit.
-    """
-    _demand(y.shape, out)
-    _demand(y.shape[:1], scales)
-    if bias is not None:
-        _demand(y.shape[1:], bias)
-    torch.ops.qartsr_cpu.scale_tokens(y, scales, y.new_empty(0) if bias is None else bias, out)
-
-
-def _demand(shape: Sequence[int], *tensors: torch.Tensor) -> None:
+def demand(shape: Sequence[int], *tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.shape != torch.Size(shape):
             raise RuntimeError(f"the input has other channels than the layer: {tuple(tensor.shape)} values for {tuple(shape)}")
@@ -200,15 +152,8 @@ def _row_length(pixels: int, channels: int) -> int:
     return length
 
 
-def _numpy(x: torch.Tensor, *shape: int) -> Array:
+def as_numpy(x: torch.Tensor, *shape: int) -> Array:
     return x.detach().view(BITS_OF.get(x.dtype, x.dtype)).view(shape).numpy()
-
-
-@cache
-def _token_loops() -> Any:
-    from qartsr_pipeline.kernels import token_loops  # numba works: `can_run_tokens` was asked before
-
-    return token_loops
 
 
 @cache
@@ -220,7 +165,7 @@ if sys.platform != "win32":
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind: a child would wait for them
 
 
-def _in_threads(part: Callable[[slice], Part], rows: Array) -> list[Part]:
+def in_threads(part: Callable[[slice], Part], rows: Array) -> list[Part]:
     """What `part` returns for some of the rows, for all of them."""
     threads = torch.get_num_threads()
     if threads == 1 or rows.size < FEWEST_FOR_THREADS:
@@ -231,12 +176,12 @@ def _in_threads(part: Callable[[slice], Part], rows: Array) -> list[Part]:
 
 def _quantize(x: torch.Tensor, multiplier: torch.Tensor, low: int, high: int, offset: int, codes: torch.Tensor) -> None:
     length = _row_length(*x.shape)
-    source, target, factors = _numpy(x, -1, length), _numpy(codes, -1, length), _numpy(multiplier, -1)
+    source, target, factors = as_numpy(x, -1, length), as_numpy(codes, -1, length), as_numpy(multiplier, -1)
 
     def part(rows: slice) -> None:
         _loops().quantize(source[rows], factors, low, high, offset, target[rows])
 
-    _in_threads(part, source)
+    in_threads(part, source)
 
 
 def _normalize_and_quantize(
@@ -252,9 +197,9 @@ def _normalize_and_quantize(
 ) -> None:
     batch, pixels, channels = x.shape
     length = _row_length(pixels, channels)
-    sources, targets = _numpy(x, batch, -1, length), _numpy(codes, batch, -1, length)
-    keeps = _numpy(kept, batch, -1, length) if kept.numel() else _numpy(kept, 1, 0, 0).repeat(batch, 0)
-    scales, shifts, factors = _numpy(scale, batch, -1), _numpy(shift, batch, -1), _numpy(multiplier, -1)
+    sources, targets = as_numpy(x, batch, -1, length), as_numpy(codes, batch, -1, length)
+    keeps = as_numpy(kept, batch, -1, length) if kept.numel() else as_numpy(kept, 1, 0, 0).repeat(batch, 0)
+    scales, shifts, factors = as_numpy(scale, batch, -1), as_numpy(shift, batch, -1), as_numpy(multiplier, -1)
 
     for image in range(batch):
 
@@ -262,52 +207,25 @@ def _normalize_and_quantize(
             affine, written = (scales[image], shifts[image]), (targets[image, rows], keeps[image, rows])
             _loops().normalize_and_quantize(sources[image, rows], *affine, factors, low, high, offset, *written)
 
-        _in_threads(part, sources[image])
+        in_threads(part, sources[image])
 
 
 def _group_statistics(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, scale: torch.Tensor, shift: torch.Tensor
 ) -> None:
     batch, pixels, channels = x.shape
-    affine = (_numpy(weight, -1), _numpy(bias, -1), groups, eps)
-    for number, image in enumerate(_numpy(x, batch, -1, _row_length(pixels, channels))):
+    affine = (as_numpy(weight, -1), as_numpy(bias, -1), groups, eps)
+    for number, image in enumerate(as_numpy(x, batch, -1, _row_length(pixels, channels))):
 
         def part(rows: slice, image: Array = image) -> Array:
             return _loops().sums(image[rows], image[0], BLOCK)
 
-        total = sum(_in_threads(part, image))
-        _loops().scale_shift(total, image[0], len(image), *affine, _numpy(scale[number], -1), _numpy(shift[number], -1))
-
-
-def _quantize_tokens(
-    x: torch.Tensor,
-    smooth: torch.Tensor,
-    rotation: int,
-    powers: torch.Tensor,
-    most: int,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-) -> None:
-    source, target, scale = _numpy(x, *x.shape), _numpy(codes.view(torch.uint8), *x.shape), _numpy(scales, -1)
-    constants = (_numpy(smooth, -1), rotation, _numpy(1 / powers, -1), _numpy(powers, -1), most)
-
-    def part(rows: slice) -> None:
-        _token_loops().quantize(source[rows], *constants, target[rows], scale[rows])
-
-    _in_threads(part, source)
-
-
-def _scale_tokens(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> None:
-    source, target, scale, summand = _numpy(y, *y.shape), _numpy(out, *y.shape), _numpy(scales, -1), _numpy(bias, -1)
-
-    def part(rows: slice) -> None:
-        _token_loops().scale(source[rows], scale[rows], summand, target[rows])
-
-    _in_threads(part, source)
+        total = sum(in_threads(part, image))
+        _loops().scale_shift(total, image[0], len(image), *affine, as_numpy(scale[number], -1), as_numpy(shift[number], -1))
 
 
 # Operators of torch's, so that its profilers and `cli.timing` see them.
-_library = torch.library.Library("qartsr_cpu", "DEF")
+library = torch.library.Library("qartsr_cpu", "DEF")
 _GRID = "Tensor multiplier, int low, int high, int offset, Tensor(a!) codes"
 for _name, _arguments, _function in (
     ("quantize", f"Tensor x, {_GRID}", _quantize),
@@ -317,12 +235,6 @@ for _name, _arguments, _function in (
         "Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor(a!) scale, Tensor(b!) shift",
         _group_statistics,
     ),
-    (
-        "quantize_tokens",
-        "Tensor x, Tensor smooth, int rotation, Tensor powers, int most, Tensor(a!) codes, Tensor(b!) scales",
-        _quantize_tokens,
-    ),
-    ("scale_tokens", "Tensor y, Tensor scales, Tensor bias, Tensor(a!) out", _scale_tokens),
 ):
-    _library.define(f"{_name}({_arguments}) -> ()")
-    _library.impl(_name, _function, "CPU")
+    library.define(f"{_name}({_arguments}) -> ()")
+    library.impl(_name, _function, "CPU")

@@ -1,7 +1,7 @@
 """The quantize step of the token grid: smooth, rotate, take each token's largest magnitude, make codes of it.
 
 For all backends, so that their integers are the same bit for bit: those of `arithmetic.token_grid.centred_token_codes`. On a CPU
-with numba it is one loop (`compiled`); otherwise blocks of tokens are worked through that stay in the processor's cache.
+with numba it is one loop (`compiled_clips`); otherwise blocks of tokens are worked through that stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from qartsr_pipeline.arithmetic.token_grid import Codes, largest_code, rotate_, rotated, token_scale
-from qartsr_pipeline.kernels import compiled
+from qartsr_pipeline.kernels import compiled_clips
 from qartsr_pipeline.kernels.codes import block_rows
 from qartsr_pipeline.kernels.stored_layer import StoredLayer
 
@@ -33,8 +33,8 @@ def quantized_tokens(rows: torch.Tensor, layer: StoredLayer) -> Codes:
     spec, (count, channels), device = layer.spec, rows.shape, rows.device
     powers = torch.exp2(layer.input_exponents.float()) if spec.exponents else None
     most = largest_code(spec.activation_bits)
-    if compiled.can_run_tokens(rows, spec.rotation):
-        return Codes(*compiled.quantize_tokens(rows, layer.smooth, spec.rotation, powers, most))
+    if compiled_clips.can_run_tokens(rows, spec.rotation):
+        return Codes(*compiled_clips.quantize_tokens(rows, layer.smooth, spec.rotation, powers, most))
     codes = torch.empty(rows.shape, dtype=torch.int8, device=device)
     scales = torch.empty(count, dtype=torch.float32, device=device)
     step = min(count, max(1, block_rows(channels, device.type) // (SMALLER_BLOCKS if spec.rotation else 1)))
@@ -84,8 +84,8 @@ def linear_of_tokens(rows: torch.Tensor, layer: StoredLayer, product: Product, b
 
 def scale_tokens(y: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """out = bias + scales y, of rows; y is float32, and may be overwritten."""
-    if compiled.can_run_tokens(out, 0):
-        return compiled.scale_tokens(y, scales, bias, out)
+    if compiled_clips.can_run_tokens(out, 0):
+        return compiled_clips.scale_tokens(y, scales, bias, out)
     direct = out if out.dtype == y.dtype else y  # an operator that also converts takes several times as long
     if bias is None:
         torch.mul(y, scales[:, None], out=direct)

@@ -1,7 +1,8 @@
 """The causal convolutions of WAN's autoencoder as two-dimensional ones over frames that lie side by side in channels.
 
 A k x k x k convolution over time, height and width sums over k frames. With these as k C channels of one map it is a k x k
-convolution, which has a quantized form like any other. Exact; the input is copied k times.
+convolution, which has a quantized form like any other. Exact; the input is copied k times, but where `LeanVideoBlock` has its
+norm and convolution in one pass.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T, WanCausalConv3d, WanResidualBlock, WanRMS_norm
 from torch import nn
 
+from qartsr_pipeline.forwards import has_hooks, other_forward
+from qartsr_pipeline.kernels.frames import can_run_frames, normalized_frames_conv2d
+from qartsr_pipeline.quantization.deployed import DeployedConv2d
 from qartsr_pipeline.quantization.scheme import replace_module
+
+Cache = list[torch.Tensor | str | None]
 
 
 class ConvolutionOverFrames(nn.Module):
@@ -62,3 +68,74 @@ def frames_as_channels(vae: AutoencoderKLWan) -> None:
     for name, module in list(vae.named_modules()):
         if type(module) is WanCausalConv3d:
             replace_module(vae, name, ConvolutionOverFrames(module))
+
+
+class LeanVideoBlock(nn.Module):
+    """diffusers' residual block of the autoencoder, for deployed convolutions: norm, SiLU, quantize step and the copies for the
+    convolution are one pass where there is one (`kernels.frames`), and the sum is in place.
+
+    Holds the very modules of the block that it replaces, under the same names.
+    """
+
+    norm1: nn.Module
+    conv1: nn.Module
+    norm2: nn.Module
+    conv2: nn.Module
+    conv_shortcut: nn.Module
+
+    def __init__(self, block: WanResidualBlock):
+        super().__init__()
+        for name in ("norm1", "conv1", "norm2", "conv2", "conv_shortcut"):
+            setattr(self, name, getattr(block, name))
+        self.train(block.training)
+
+    def forward(self, x: torch.Tensor, feat_cache: Cache | None = None, feat_idx: list[int] | None = None) -> torch.Tensor:
+        """(B, C, T, H, W) -> (B, N, T, H, W). The caches are as in diffusers' block: the last two normalized frames."""
+        straight = self.conv_shortcut(x)
+        for norm, convolution in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+            before = None
+            if feat_cache is not None and feat_idx is not None:
+                before = feat_cache[feat_idx[0]]
+            x, last = convolution_of_normalized_frames(x, norm, convolution, before)
+            if feat_cache is not None and feat_idx is not None:
+                feat_cache[feat_idx[0]] = last
+                feat_idx[0] += 1
+        return x + straight
+
+
+def convolution_of_normalized_frames(
+    x: torch.Tensor, norm: nn.Module, convolution: nn.Module, before: torch.Tensor | str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``convolution(silu(norm(x)), before)``, and the last two frames of its input, those of ``before`` counted."""
+    assert not isinstance(before, str)  # a mark that only resampling layers leave
+    if (
+        isinstance(convolution, ConvolutionOverFrames)
+        and isinstance(convolution.conv, DeployedConv2d)
+        and (convolution.stride, convolution.before) == (1, convolution.taps - 1)
+        and type(norm) is WanRMS_norm
+        and isinstance(norm.bias, float)
+        and not any(has_hooks(module) or other_forward(module) for module in (norm, convolution, convolution.conv))
+        and can_run_frames(x, convolution.conv)
+    ):
+        weight = norm.gamma.flatten().float() * norm.scale
+        y, last = normalized_frames_conv2d(x, before, weight, convolution.conv, min(CACHE_T, x.shape[2]))
+    else:
+        x = F.silu(norm(x))
+        y, last = convolution(x, before), x[:, :, -CACHE_T:].clone()
+    if before is not None and last.shape[2] < CACHE_T:
+        last = torch.cat([before[:, :, -1:].to(last.device), last], 2)
+    return y, last
+
+
+def is_fusable(block: nn.Module) -> bool:
+    """Whether `LeanVideoBlock` computes what this does: both convolutions deployed, SiLU, no dropout."""
+    return (
+        type(block) is WanResidualBlock
+        and not (has_hooks(block) or other_forward(block))
+        and all(
+            isinstance(convolution, ConvolutionOverFrames) and isinstance(convolution.conv, DeployedConv2d)
+            for convolution in (block.conv1, block.conv2)
+        )
+        and type(block.nonlinearity) is nn.SiLU
+        and block.dropout.p == 0
+    )

@@ -20,12 +20,14 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from qartsr_pipeline.forwards import has_hooks, other_forward
 from qartsr_pipeline.kernels import NormFusion, norm_fusion, note_input
 from qartsr_pipeline.kernels.cpu import dtype_on_cpu
+from qartsr_pipeline.quantization import frames_as_channels
 from qartsr_pipeline.quantization.deployed import DeployedConv2d, DeployedLayer
 from qartsr_pipeline.quantization.scheme import replace_module
 
@@ -200,9 +202,14 @@ def fuse(model: nn.Module) -> int:
     Returns:
         How many blocks were exchanged.
     """
-    blocks = {name: block for name, block in model.named_modules() if isinstance(block, ResnetBlock2D) and is_fusable(block)}
-    for name, block in blocks.items():
-        replace_module(model, name, LeanResnetBlock(block))
+    blocks: dict[str, nn.Module] = {}
+    for name, block in model.named_modules():
+        if isinstance(block, ResnetBlock2D) and is_fusable(block):
+            blocks[name] = LeanResnetBlock(block)
+        elif isinstance(block, WanResidualBlock) and frames_as_channels.is_fusable(block):
+            blocks[name] = frames_as_channels.LeanVideoBlock(block)
+    for name, lean in blocks.items():
+        replace_module(model, name, lean)
     for module in model.modules():
         if (
             isinstance(module, Attention)

@@ -1,4 +1,4 @@
-"""The loops of `tokens`, in what of Python numba compiles; see `loops`. A row is a token.
+"""The loops of `compiled_clips`, in what of Python numba compiles; see `loops`. A row is a token, or a pixel.
 
 Rotations are the sums and differences of `arithmetic.token_grid.rotate_`, of the same numbers in the same order, and so the same
 bit for bit: those of neighbours up to 8 apart within a vector of 16 numbers, the others between vectors.
@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from qartsr_pipeline.arithmetic.token_grid import SMALLEST
-from qartsr_pipeline.kernels.loops import OPTIONS, F, code, narrowed, plus, stored, widened
+from qartsr_pipeline.kernels.loops import OPTIONS, F, code, narrowed, plus, repeated, silu, stored, widened
 
 LANES = 16
 INDEX = np.uint64
@@ -92,7 +92,7 @@ def rotate(row, start, end):
 
 @njit(**OPTIONS)
 def quantize(x, smooth, size, inverse_powers, powers, most, codes, scales):
-    """`compiled.quantize_tokens`; without powers of two these are empty. Codes are the bytes of int8."""
+    """`compiled_clips.quantize_tokens`; without powers of two these are empty. Codes are the bytes of int8."""
     channels, factor, block = x.shape[1], F(1), x.shape[1]
     row = np.empty(channels, np.float32)
     if size:
@@ -127,7 +127,7 @@ def quantize(x, smooth, size, inverse_powers, powers, most, codes, scales):
 
 @njit(**OPTIONS)
 def scale(y, scales, bias, out):
-    """`compiled.scale_tokens`; without a bias that is empty."""
+    """`compiled_clips.scale_tokens`; without a bias that is empty."""
     for i in range(y.shape[0]):
         factor = scales[i]
         if bias.shape[0]:
@@ -136,3 +136,81 @@ def scale(y, scales, bias, out):
         else:
             for j in range(y.shape[1]):
                 out[i, j] = narrowed(y[i, j] * factor, out[i, j])
+
+
+@njit(fastmath={"reassoc"}, **OPTIONS)
+def square_sum(row, start, end):
+    """Of float32 numbers, in any order, as vector instructions add."""
+    total = F(0)
+    for j in range(start, end):
+        total += row[j] * row[j]
+    return total
+
+
+@njit(**OPTIONS)
+def place(row, pixels, multiplier, limits, codes, number, first, frame):
+    """Codes of several pixels' values into the channels that this frame has in the maps of all frames that see it.
+
+    Args:
+        multiplier: (taps, row's length).
+        codes: (frames, pixels, taps C).
+        number: of the frame; frames before the first have negative numbers.
+        first: the pixel that the row begins with.
+        frame: scratch of the row's length, of the codes' dtype.
+    """
+    least, most, add = F(limits[0]), F(limits[1]), np.int32(limits[2])
+    taps, channels = multiplier.shape[0], codes.shape[2] // multiplier.shape[0]
+    for tap in range(taps):
+        sees = number + taps - 1 - tap
+        if 0 <= sees < codes.shape[0]:
+            for j in range(row.shape[0]):
+                frame[j] = stored(code(row[j] * multiplier[tap, j], least, most), add, frame[j])
+            for pixel in range(pixels):
+                start, begin = INDEX(pixel * channels), INDEX(tap * channels)
+                for j in range(INDEX(channels)):
+                    codes[sees, first + pixel, begin + j] = frame[start + j]
+
+
+@njit(**OPTIONS)
+def quantize_frames(x, before, weight, multiplier, low, high, offset, codes, last):
+    """`compiled_clips.quantize_frames`; returns the sum of all squares."""
+    frames, pixels, channels = x.shape
+    taps, limits = codes.shape[2] // channels, (low, high, offset)
+    block = max(1, 512 // channels)  # pixels that are worked on together
+    length = block * channels
+    weight = repeated(weight, length)
+    factors = np.empty((taps, length), np.float32)
+    for tap in range(taps):
+        factors[tap] = repeated(multiplier[tap * channels : (tap + 1) * channels], length)
+    row, frame, total = np.zeros(length, np.float32), np.empty(length, codes.dtype), 0.0
+    for number in range(1 - taps, 0):
+        index = before.shape[0] + number
+        for first in range(0, pixels, block):
+            count = min(block, pixels - first)
+            for pixel in range(count):
+                start = INDEX(pixel * channels)
+                for j in range(INDEX(channels)):
+                    row[start + j] = widened(before[index, first + pixel, j]) if index >= 0 else F(0)
+            place(row, count, factors, limits, codes, number, first, frame)
+    for number in range(frames):
+        keep = number - (frames - last.shape[0])
+        for first in range(0, pixels, block):
+            count = min(block, pixels - first)
+            for pixel in range(count):
+                start, end = INDEX(pixel * channels), INDEX((pixel + 1) * channels)
+                for j in range(INDEX(channels)):
+                    row[start + j] = widened(x[number, first + pixel, j])
+                squares = square_sum(row, start, end)
+                total += squares
+                factor = F(1) / max(np.sqrt(squares), F(1e-12))
+                for j in range(start, end):
+                    row[j] *= factor
+            for j in range(length):
+                row[j] = widened(narrowed(silu(row[j] * weight[j]), x[0, 0, 0]))
+            if keep >= 0:
+                for pixel in range(count):
+                    start = INDEX(pixel * channels)
+                    for j in range(INDEX(channels)):
+                        last[keep, first + pixel, j] = narrowed(row[start + j], x[0, 0, 0])
+            place(row, count, factors, limits, codes, number, first, frame)
+    return total
