@@ -29,9 +29,9 @@ async def comfy_entrypoint() -> ComfyExtension:
         import_own_package()
         from .import_checkpoint import QArtSRImport
         from .load_folder import QArtSRLoadFolder
-        from .load_model import QArtSRLoadModel, QArtSRModelInfo, remember_hub_models
-        from .load_video_model import QArtSRLoadVideoModel
+        from .load_model import QArtSRLoadModel, QArtSRLoadVideoModel, remember_hub_models
         from .model_folders import register_model_folder
+        from .model_info import QArtSRModelInfo
         from .quantize import QArtSRQuantize
         from .upscale import QArtSRUpscale
         from .video_upscale import QArtSRVideoFrames, QArtSRVideoUpscale

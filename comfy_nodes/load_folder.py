@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from qartsr_pipeline.memory import free_main_memory
 
-from .load_model import CATEGORY
+from .load_model import CATEGORY, found_by
 from .model_folders import typed_path
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class QArtSRLoadFolder(io.ComfyNode):
             category=CATEGORY,
             description="Loads the images of a folder, which may have different sizes. The nodes that follow run for one after"
             " another.",
+            **found_by("load images", "image folder", "batch", "frames"),
             inputs=[
                 io.String.Input(
                     "folder",

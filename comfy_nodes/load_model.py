@@ -1,23 +1,23 @@
-"""QArtSR Load Model, which loads a checkpoint by its name or its id on the Hub, and QArtSR Model Info, which describes it."""
+"""QArtSR Load Model and QArtSR Load Video Model: load a checkpoint by its name or its id on the Hub."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from qartsr_pipeline.checkpoint_files import DEFAULT_CHECKPOINT
 
 from .managed_model import AUTO, DTYPES, ManagedModel, UpscaleModel, load_model
-from .model_folders import FOR_IMAGES, find_models, folder_of, label_of_model
+from .model_folders import FOR_BOTH, FOR_CLIPS, FOR_IMAGES, class_of, find_models, folder_of, label_of_model
 
 CATEGORY = "QArtSR"
 QArtSRModel = io.Custom("QARTSR_MODEL")
+QArtSRVideoModel = io.Custom("QARTSR_VIDEO_MODEL")
 
 _unused: set[str] = set()  # values of `model` in the graph that came last, of nodes whose hub_id replaces it
 
@@ -81,6 +81,13 @@ def loading_inputs(labels: dict[str, str], default: str, tooltip: str) -> list[A
             )
         ),
     ]
+
+
+def input_for_any_model() -> Any:
+    """The input `model` of nodes that take models for clips and for images."""
+    return io.MultiType.Input(
+        "model", types=[QArtSRVideoModel, QArtSRModel], tooltip="From QArtSR Load Video Model, or QArtSR Load Model."
+    )
 
 
 class LoadingNode(io.ComfyNode):
@@ -161,6 +168,42 @@ class QArtSRLoadModel(LoadingNode):
         return io.NodeOutput(loaded, UpscaleModel(loaded))
 
 
+class QArtSRLoadVideoModel(LoadingNode):
+    classes = FOR_BOTH
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        labels = {}
+        for name, folder in find_models(cls.classes).items():
+            kind = "for clips" if class_of(folder) in FOR_CLIPS else "for images, frame by frame"
+            labels[name] = ", ".join(filter(None, (kind, label_of_model(folder))))
+        best = next((name for name in labels if labels[name].startswith("for clips")), DEFAULT_CHECKPOINT)
+        return io.Schema(
+            node_id="QArtSRLoadVideoModel",
+            display_name="QArtSR Load Video Model",
+            category=CATEGORY,
+            description="Loads a model that enlarges clips. Small ones are included; put others into models/qartsr.",
+            **found_by("video upscale model", "video super resolution model"),
+            inputs=loading_inputs(
+                labels,
+                best,
+                "Models for clips come first: they see many frames at once, so detail stays steady. Models for images enlarge one"
+                " frame after another, and their finest detail may flicker.",
+            ),
+            outputs=[
+                QArtSRVideoModel.Output(
+                    id="video_model",
+                    display_name="model",
+                    tooltip="For QArtSR Video Upscale, QArtSR Video Frames and QArtSR Model Info.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: str, hub_id: str, backend: str, dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(cls.load(model, hub_id, backend, dtype))
+
+
 def remember_hub_models(request: dict) -> dict:
     """Called by ComfyUI with each graph that is about to be checked: a model that is not used need not exist."""
     _unused.clear()
@@ -175,60 +218,3 @@ def remember_hub_models(request: dict) -> dict:
 def _fingerprint(folder: Path) -> tuple:
     files = sorted(path for pattern in ("*.json", "*/*.json", "*/*.safetensors") for path in folder.glob(pattern))
     return (str(folder), *((path.stat().st_mtime_ns, path.stat().st_size) for path in files))
-
-
-if TYPE_CHECKING:
-    from qartsr_pipeline.quantization.report import ComponentReport
-
-
-class QArtSRModelInfo(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="QArtSRModelInfo",
-            display_name="QArtSR Model Info",
-            category=CATEGORY,
-            description="Shows scheme, bits, bytes and kernels of a model, and where it runs.",
-            inputs=[QArtSRModel.Input("model", tooltip="From QArtSR Load Model.")],
-            outputs=[io.String.Output(id="text", display_name="text", tooltip="What the node shows.")],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, model: ManagedModel) -> io.NodeOutput:
-        text = describe(model)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
-
-
-def describe(model: ManagedModel) -> str:
-    """A sentence on the model; then a total, one block for each component, and where it runs."""
-    from qartsr_pipeline.overflow import compute_dtype
-    from qartsr_pipeline.quantization.report import describe_model
-
-    parts = {name: getattr(model.pipeline, name) for name in ("unet", "vae", "prompt_embedding")}
-    with model.kernels():
-        reports = [describe_model(name, part, model.device.type) for name, part in parts.items()]
-    fields = ("packed_bytes", "prepared_bytes", "fp16_bytes")
-    packed, prepared, fp16 = (sum(getattr(report, field) for report in reports) for field in fields)
-    config, dtype = model.pipeline.config, str(compute_dtype(model.pipeline.vae)).removeprefix("torch.")
-    known = [f"{model.name}: {label_of_model(model.folder)}".rstrip(" :"), f"x{config.scale}"]
-    known.append(f"on {'the CPU' if model.device.type == 'cpu' else model.device}")
-    known.append(f"about {model.seconds_per_megapixel:.2g} s for a megapixel of the result here")
-    lines = [
-        f"{', '.join(known)}.",
-        "",
-        f"timestep {config.timestep}; {packed / 1e6:.2f} MB loaded, {prepared / 1e6:.2f} MB more for the kernels;"
-        f" {fp16 / 1e6:.2f} MB at 16 bits",
-        *(line for report in reports for line in _component(report)),
-        f"running on: {model.device}, {dtype}, kernels {model.backend}",
-    ]
-    return "\n".join(lines)
-
-
-def _component(report: ComponentReport) -> list[str]:
-    """One line on the component, and one for each kind of its quantized layers."""
-    lines = [f"{report.name}: {report.bits}, {report.parameters:,} parameters, {report.packed_bytes / 1e6:.2f} MB"]
-    kinds = Counter((layer.kind, layer.weight_bits, layer.activation_bits, layer.kernel) for layer in report.layers)
-    for (kind, weights, activations, kernel), count in sorted(kinds.items()):
-        lines.append(f"  {kind} W{weights}A{activations} x {count}: {kernel}")
-    return lines

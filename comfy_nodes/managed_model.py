@@ -18,6 +18,7 @@ from .progress import interruptible
 
 AUTO = "auto"
 TIMED_TILE = 256  # side of the result that the speed is measured on
+TIMED_FRAMES = 5  # of a model for clips: two whole latents of WAN's autoencoder
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 
 
@@ -83,20 +84,22 @@ class ManagedModel:
 
     @cached_property
     def seconds_per_megapixel(self) -> float:
-        """Time for a megapixel of the result at the model's scale, measured here on one tile; once for each loaded model.
+        """Time for a megapixel of the result (of each frame, for clips) at the model's scale, measured here on one tile; once for
+        each loaded model.
 
         Raises:
             InterruptProcessingException: cancelled by the user.
         """
         side = TIMED_TILE // self.pipeline.config.scale
-        image = torch.linspace(0, 1, side).expand(3, side, side)
+        frames = TIMED_FRAMES if self.for_clips else 1
+        sample = torch.linspace(0, 1, side).expand(frames, 3, side, side)
         self.bring_to_device()
         with self.kernels(), interruptible(self.patcher.model):
             for _ in range(2):  # the first call prepares kernels
                 start = time.perf_counter()
-                self.pipeline(image, upscale=self.pipeline.config.scale, output_type="pt")
+                self.pipeline(sample, upscale=self.pipeline.config.scale, output_type="pt")
                 seconds = time.perf_counter() - start
-        return seconds * 1e6 / (side * self.pipeline.config.scale) ** 2
+        return seconds * 1e6 / frames / (side * self.pipeline.config.scale) ** 2
 
     @contextmanager
     def kernels(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from .load_model import CATEGORY
+from .load_model import CATEGORY, found_by
 from .model_folders import NAME_TOOLTIP, find_models, fingerprint, free_folder, remember, wrong_name
 
 DEFAULT_MODEL = "tiny-fp"
@@ -27,6 +27,7 @@ class QArtSRQuantize(io.ComfyNode):
             category=CATEGORY,
             description="Makes a checkpoint of fewer bits from one in full precision, and shows the two side by side. It trains,"
             " which takes minutes to hours. Cancelled, it goes on when it is run again.",
+            **found_by("quantize model", "compress model", "4 bits", "W4A4"),
             inputs=[
                 io.Combo.Input(
                     "model",

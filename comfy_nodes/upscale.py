@@ -141,7 +141,7 @@ class QArtSRUpscale(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(id="images", display_name="image"),
+                io.Image.Output(id="images", display_name="image", tooltip="The enlarged images."),
                 io.Mask.Output(id="masks", display_name="mask", tooltip="The enlarged transparency; 0 (opaque) without a mask."),
             ],
         )

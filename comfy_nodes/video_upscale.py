@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from .load_model import CATEGORY, QArtSRModel, advanced, found_by
-from .load_video_model import QArtSRVideoModel
+from .load_model import CATEGORY, advanced, found_by, input_for_any_model
 from .managed_model import ManagedModel
 from .run_summary import ClipRun, PeakMemory
 from .target_size import LARGEST_SCALE
@@ -87,7 +86,7 @@ class QArtSRVideoUpscale(io.ComfyNode):
             description="Enlarges a clip of any length, as a stream into a file. Frame times, sound, colours and bits are kept.",
             **found_by("video upscale", "upscale video", "video super resolution", "enhance video", "video upscaler", "4x"),
             inputs=[
-                _model_input(),
+                input_for_any_model(),
                 io.Video.Input("video", tooltip="From Load Video. Of a clip that another node has made, frames have 8 bits."),
                 *enlarging_inputs(),
                 advanced(
@@ -168,7 +167,7 @@ class QArtSRVideoFrames(io.ComfyNode):
             " Upscale needs less memory.",
             **found_by("upscale frames", "video frames upscale", "video super resolution"),
             inputs=[
-                _model_input(),
+                input_for_any_model(),
                 io.Image.Input("images", tooltip="The frames of one clip, in order."),
                 *enlarging_inputs(),
             ],
@@ -198,13 +197,6 @@ class QArtSRVideoFrames(io.ComfyNode):
 def options_of(scale: float, tile_size: int, frames_per_chunk: int, chunk_overlap: int, keep_colors: bool) -> Options:
     """The values of `enlarging_inputs`, in which 0, or -1, leaves the choice to the model."""
     return Options(scale, tile_size or None, frames_per_chunk or None, None if chunk_overlap < 0 else chunk_overlap, keep_colors)
-
-
-def _model_input() -> Any:
-    """A model for images is taken, too, also from QArtSR Load Model."""
-    return io.MultiType.Input(
-        "model", types=[QArtSRVideoModel, QArtSRModel], tooltip="From QArtSR Load Video Model, or QArtSR Load Model."
-    )
 
 
 def _notes(model: ManagedModel, notices: list[str]) -> Iterator[str]:

@@ -53,7 +53,7 @@ def convert_osediff(
     base: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    prompt_embedding: str | os.PathLike[str] | None = None,
+    prompt_embedding: str | os.PathLike[str] | torch.Tensor | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Converted:
     """Makes a `QArtSRPipeline` folder from OSEDiff's (or PassionSR's) checkpoint and its base.
@@ -62,7 +62,8 @@ def convert_osediff(
         base: see `read_base`.
         checkpoint: osediff.pkl or osediff.ckpt.
         output: the folder to write; new or empty.
-        prompt_embedding: file with the embedding of the fixed prompt; None to compute that of the empty prompt.
+        prompt_embedding: file with the embedding of the fixed prompt, or the embedding (1, tokens, dim) itself; None to compute
+            that of the empty prompt.
         progress: called before every step with its description. An error that it raises ends the conversion before anything is
             written.
 
@@ -94,7 +95,7 @@ def convert_osediff(
 def convert_diffusers(
     base: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    prompt_embedding: str | os.PathLike[str] | None = None,
+    prompt_embedding: str | os.PathLike[str] | torch.Tensor | None = None,
     timestep: int = TIMESTEP,
     scale: int = SCALE,
     progress: Callable[[str], None] | None = None,

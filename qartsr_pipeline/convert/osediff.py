@@ -203,27 +203,33 @@ def _check_archive(path: Path) -> None:
         )
 
 
-def read_prompt_embedding(path: str | os.PathLike[str]) -> torch.Tensor:
-    """A prompt's embedding, float32 (1, tokens, dim), from a safetensors file with one tensor or a pickled tensor (.pt).
+def read_prompt_embedding(source: str | os.PathLike[str] | torch.Tensor) -> torch.Tensor:
+    """A prompt's embedding, float32 (1, tokens, dim).
+
+    Args:
+        source: a safetensors file with one tensor, a pickled tensor (.pt), or the embedding; (1, tokens, dim) or (tokens, dim).
 
     Raises:
-        CheckpointError: as `read_pickle`, or when the file holds something else.
+        CheckpointError: as `read_pickle`, or when it is something else.
     """
-    path = Path(path)
+    if isinstance(source, torch.Tensor):
+        return _checked_embedding(source, "The given tensor")
+    path = Path(source)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. Give the prompt's embedding as .safetensors or .pt.")
     if path.suffix == ".safetensors":
         stored = check_safetensors(path, str(path))
         if len(stored) != 1 or sum(prod(tensor.shape) for tensor in stored.values()) > _LARGEST_EMBEDDING:
             raise CheckpointError(f"{path} holds no prompt embedding: {_EMBEDDING}.")
-        tensors = list(load_file(path).values())
-        found = tensors[0] if len(tensors) == 1 else tensors
-    else:
-        found = read_pickle(path)
+        return _checked_embedding(next(iter(load_file(path).values())), str(path))
+    return _checked_embedding(read_pickle(path), str(path))
+
+
+def _checked_embedding(found: object, name: str) -> torch.Tensor:
     if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.ndim not in (2, 3):
-        raise CheckpointError(f"{path} holds no prompt embedding: {_EMBEDDING}.")
+        raise CheckpointError(f"{name} holds no prompt embedding: {_EMBEDDING}.")
     if found.ndim == 3 and found.shape[0] != 1:
-        raise CheckpointError(f"{path} holds the embeddings of {found.shape[0]} prompts. Give one prompt's.")
+        raise CheckpointError(f"{name} holds the embeddings of {found.shape[0]} prompts. Give one prompt's.")
     if not bool(torch.isfinite(found).all()):
-        raise CheckpointError(f"{path} holds NaN or infinity. Download it again.")
+        raise CheckpointError(f"{name} holds NaN or infinity. Download or compute it again.")
     return found.detach().float().view(1, *found.shape[-2:])

@@ -68,7 +68,7 @@ def convert_wan(
     output: str | os.PathLike[str],
     vae: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
-    prompt_embedding: str | os.PathLike[str] | None = None,
+    prompt_embedding: str | os.PathLike[str] | torch.Tensor | None = None,
     timestep: int = TIMESTEP,
     scale: int = SCALE,
     progress: Callable[[str], None] | None = None,
@@ -80,8 +80,8 @@ def convert_wan(
         output: the folder to write; new or empty.
         vae: the autoencoder's single file, .safetensors or WAN's own .pth; with a single file as `base`, it must be given.
         lora: .safetensors file of adapters of the transformer, which are merged.
-        prompt_embedding: file with the embedding of the fixed prompt. None for what `prompt_embeddings/` in the folder holds, or
-            for that of the empty prompt, if the folder has a text encoder.
+        prompt_embedding: file with the embedding of the fixed prompt, or the embedding (1, tokens, dim) itself. None for what
+            `prompt_embeddings/` in the folder holds, or for that of the empty prompt, if the folder has a text encoder.
         timestep, scale: T, the one timestep it was trained at, and its enlargement.
         progress: as in `convert_osediff`.
 

@@ -20,6 +20,7 @@ INPUTS = {
     "IMAGE": INPUT,
     "MASK": INPUT,
     "VIDEO": INPUT,
+    "CONDITIONING": INPUT,
 }
 VALUES = {"BOOLEAN": bool, "INT": int, "FLOAT": float, "STRING": str}
 
@@ -113,7 +114,7 @@ def multi_type_input(id: str, types: list[SimpleNamespace], **options: Any) -> D
 
 
 TYPES = {"Combo": "COMBO", "String": "STRING", "Int": "INT", "Float": "FLOAT", "Boolean": "BOOLEAN"}
-TYPES |= {"Image": "IMAGE", "Mask": "MASK", "Video": "VIDEO"}
+TYPES |= {"Image": "IMAGE", "Mask": "MASK", "Video": "VIDEO", "Conditioning": "CONDITIONING"}
 io = SimpleNamespace(
     **{name: io_type(kind) for name, kind in TYPES.items()},
     Custom=io_type,

@@ -110,6 +110,13 @@ def comfy(monkeypatch, tmp_path):
             setattr(sys.modules[name.split(".")[0]], name.split(".")[1], module)
     paths = sys.modules["folder_paths"]
     paths.get_folder_paths = lambda kind: paths.folder_names_and_paths[kind][0]
+
+    def full_path(kind, name):
+        """As ComfyUI's, of models/KIND."""
+        path = tmp_path / "models" / kind / name
+        return str(path) if path.is_file() else None
+
+    paths.get_full_path = full_path
     paths.get_input_directory = lambda: str(tmp_path / "input")
     paths.get_temp_directory = lambda: str(tmp_path / "temp")
     paths.get_user_directory = lambda: str(tmp_path / "user")

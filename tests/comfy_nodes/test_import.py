@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from convert.stable_diffusion_base import adapt, build_parts, save_base
+from convert.wan_names import original, transformer_name, vae_name, wan_autoencoder, wan_transformer
 from PIL import Image
+from safetensors.torch import save_file
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.convert.conversion import convert_osediff
@@ -72,6 +74,9 @@ def test_what_cannot_be_imported_is_explained_and_nothing_is_written(nodes, mode
         ({"base": " "}, "base is empty"),
         ({"checkpoint": ""}, "checkpoint is empty: .* or choose diffusers"),
         ({"kind": "diffusers"}, "checkpoint is for osediff alone"),
+        ({"vae": "vae.safetensors"}, "vae is for wan alone, and kind is osediff"),
+        ({"prompt_embedding": "gone.pt", "prompt": [[torch.zeros(1, 5, 16), {}]]}, "the prompt is given twice"),
+        ({"prompt": [[torch.zeros(1, 5, 16), {}]] * 2}, "prompt has 2 parts"),
         ({"checkpoint": "base/README.md"}, "not a checkpoint that PyTorch wrote"),
         ({"prompt_embedding": "gone.pt"}, "There is no .*gone.pt"),
     ):
@@ -83,3 +88,57 @@ def test_what_cannot_be_imported_is_explained_and_nothing_is_written(nodes, mode
     assert validate(**good) is True and validate(**dict.fromkeys(good)) is True
     assert "kind 'onnx'" in validate(**good | {"kind": "onnx"})
     assert "expected a folder's name" in validate(**good | {"name": "../new"})
+
+
+@pytest.fixture
+def wan(comfy):
+    """ComfyUI's models folder with a small WAN in single files, where ComfyUI has them."""
+    import folder_paths
+
+    folder = Path(folder_paths.models_dir)
+    for kind in ("diffusion_models", "vae", "loras"):
+        (folder / kind).mkdir(parents=True)
+    transformer, autoencoder = wan_transformer(), wan_autoencoder()
+    tensors = original(transformer.state_dict(), lambda key: f"model.diffusion_model.{transformer_name(key)}")
+    save_file(tensors, folder / "diffusion_models" / "wan.safetensors")
+    save_file(original(autoencoder.state_dict(), vae_name), folder / "vae" / "wan_vae.safetensors")
+    down, up = torch.ones(1, 128), torch.full((128, 1), 0.01)
+    adapters = {"blocks.0.self_attn.q.lora_down.weight": down, "blocks.0.self_attn.q.lora_up.weight": up}
+    save_file(adapters, folder / "loras" / "steady.safetensors")
+    return folder
+
+
+WAN = {"kind": "wan", "base": "wan.safetensors", "checkpoint": "", "vae": "wan_vae.safetensors", "timestep": -1}
+
+
+def test_a_model_for_clips_of_single_files_and_a_connected_prompt_enlarges_a_clip(nodes, wan, comfy):
+    with torch.inference_mode():  # as ComfyUI's text encoder gives it
+        prompt = [[torch.randn(1, 5, 16), {"pooled_output": None}]]
+    text = run(nodes, **WAN, lora="steady.safetensors", prompt=prompt).args[0]
+    assert "transformer: adapters of 1 layers merged" in text and "choose mine in QArtSR Load Video Model" in text
+    assert [(value, total) for value, total, _ in comfy.progress] == [(0, 3), (1, 3), (2, 3)]
+    model = nodes["QArtSRLoadVideoModel"].execute("mine", hub_id="", backend="auto", dtype="auto").args[0]
+    pipeline = model.pipeline
+    assert (pipeline.config.timestep, pipeline.config.scale) == (399, 4)
+    assert torch.equal(pipeline.prompt_embedding(1), prompt[0][0])
+    changed = wan_transformer().blocks[0].attn1.to_q.weight + 0.01
+    assert torch.allclose(pipeline.transformer.blocks[0].attn1.to_q.weight, changed)
+    with torch.inference_mode():
+        info = nodes["QArtSRModelInfo"].execute(model).args[0]
+        assert "transformer: float32, " in info and "timestep 399; chunks of 33 frames in tiles of 512; " in info
+
+
+def test_what_a_single_file_of_wan_lacks_is_named_as_the_node_has_it(nodes, wan):
+    for changes, said in (
+        ({"vae": ""}, "wan.safetensors holds a transformer alone: give WAN's autoencoder as vae"),
+        ({}, "holds no prompt: connect CLIP Text Encode"),
+        ({"checkpoint": "osediff.pkl"}, "checkpoint is for osediff alone, and kind is wan"),
+        ({"base": ""}, "the path of WAN's folder, or of its transformer's .safetensors file"),
+        ({"vae": "gone.safetensors"}, "holds no prompt"),
+        ({"vae": "gone.safetensors", "prompt": [[torch.zeros(1, 5, 16), {}]]}, "There is no .*gone.safetensors"),
+        ({"prompt": [[torch.full((1, 5, 16), torch.nan), {}]]}, "NaN"),
+        ({"prompt": [[torch.zeros(1, 5, 8), {}]]}, "`prompt_embedding` has tokens of width 8"),
+    ):
+        with pytest.raises((ValueError, OSError), match=said):
+            run(nodes, **WAN | changes)
+    assert not (wan / "qartsr").exists() or not list((wan / "qartsr").iterdir())

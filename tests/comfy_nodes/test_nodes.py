@@ -37,7 +37,10 @@ IDS = [
 def test_every_node_has_its_id_tooltips_and_a_help_page(nodes):
     assert list(nodes) == IDS
     for name, node in nodes.items():
-        assert all(each.tooltip for each in node.define_schema().inputs), name
+        schema = node.define_schema()
+        assert all(each.tooltip for each in (*schema.inputs, *schema.outputs)), name
+        assert schema.category == "QArtSR" and schema.display_name.startswith("QArtSR ") and schema.search_aliases, name
+        assert schema.description.endswith("."), name
         assert (ROOT / "comfy_nodes" / "web" / "docs" / f"{name}.md").is_file()
 
 
@@ -49,7 +52,8 @@ def test_inputs_are_only_ever_appended(nodes):
         + ["seed", "mask", "size", "side", "megapixels", "fidelity"],
         "QArtSRModelInfo": ["model"],
         "QArtSRQuantize": ["model", "pictures", "recipe", "bits", "steps", "seed", "name"],
-        "QArtSRImport": ["kind", "base", "checkpoint", "name", "prompt_embedding", "timestep", "scale"],
+        "QArtSRImport": ["kind", "base", "checkpoint", "name", "prompt_embedding", "timestep", "scale"]
+        + ["vae", "lora", "prompt"],
         "QArtSRLoadFolder": ["folder", "first", "limit", "as_batch"],
         "QArtSRLoadVideoModel": ["model", "hub_id", "backend", "dtype"],
         "QArtSRVideoUpscale": ["model", "video", "scale", "tile_size", "frames_per_chunk", "chunk_overlap", "keep_colors"]

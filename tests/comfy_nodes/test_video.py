@@ -167,3 +167,16 @@ def test_memory_that_runs_out(nodes, video_model, monkeypatch):
     monkeypatch.setattr(type(video_model.pipeline.transformer), "forward", full)
     with pytest.raises(MemoryError, match="memory ran out on cpu. Choose a smaller tile_size, such as "):
         nodes["QArtSRVideoFrames"].execute(video_model, torch.rand(2, 16, 16, 3), **DEFAULTS)
+
+
+def test_model_info_of_a_quantized_model_for_clips(nodes):
+    model = nodes["QArtSRLoadVideoModel"].execute("video-w4a4", **LOADING | {"backend": "reference"}).args[0]
+    model.seconds_per_megapixel = 0.25  # otherwise measured
+    text = nodes["QArtSRModelInfo"].execute(model=model).args[0]
+    first, _, *lines = text.splitlines()
+    assert first.startswith("video-w4a4: clean clips, 4 bits, 7 MB, x4, on the CPU, about 0.25 s for a megapixel of each frame")
+    assert lines[0].startswith("timestep 400; chunks of 5 frames in tiles of 96; 7.")
+    parts = [line for line in lines if not line.startswith("  ")]
+    assert parts[1].startswith("transformer: W4A4 per token x ") and ", folded at T = 400, " in parts[1]
+    assert parts[2].startswith("vae: W8A8 x ") and parts[-1] == "running on: cpu, float32, kernels reference"
+    assert any(line.startswith("  linear W4A4 x ") and line.endswith(": reference") for line in lines)

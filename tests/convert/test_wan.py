@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
-from wan_names import original, transformer_name, vae_name
+from wan_names import original, transformer_name, vae_name, wan_autoencoder, wan_transformer
 
 from qartsr_pipeline import LSGQuantVideoPipeline
 from qartsr_pipeline.checkpoint_files import CheckpointError, check_checkpoint
@@ -19,24 +19,12 @@ from qartsr_pipeline.convert.wan import convert_wan, read_wan
 
 @pytest.fixture(scope="module")
 def transformer():
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=1,
-        attention_head_dim=128,
-        in_channels=16,
-        out_channels=16,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=64,
-        num_layers=2,
-    ).eval()
+    return wan_transformer()
 
 
 @pytest.fixture(scope="module")
 def vae():
-    torch.manual_seed(1)
-    return AutoencoderKLWan(base_dim=4).eval()
+    return wan_autoencoder()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 TRANSFORMER = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -67,3 +68,25 @@ def _residual(parts: list[str]) -> list[str]:
 def original(state: dict[str, torch.Tensor], name: Callable[[str], str]) -> dict[str, torch.Tensor]:
     """The tensors under WAN's names."""
     return {name(key): tensor.contiguous() for key, tensor in state.items()}
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    """WAN's structure with one head and two blocks; the same weights each time."""
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=1,
+        attention_head_dim=128,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=2,
+    ).eval()
+
+
+def wan_autoencoder() -> AutoencoderKLWan:
+    """WAN's structure with few channels; the same weights each time."""
+    torch.manual_seed(1)
+    return AutoencoderKLWan(base_dim=4).eval()
