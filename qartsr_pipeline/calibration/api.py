@@ -55,9 +55,10 @@ def quantize(
         bits: of weights and activations, as "w4a4" or (4, 4). Each is 2, 3, 4, 6, 8, or 16 for no quantization.
         data: images to calibrate on, of at least 256 pixels a side: a folder of photographs; a list of PIL images, arrays
             (H, W, 3) or tensors (3, H, W), uint8 or floats in [0, 1]; or a finite iterable of tensors, which is read once and
-            held in memory with 8 bits. For a video pipeline clips of at least 5 frames: a folder with one folder of images for
-            each, or a list of clips as the pipeline takes them. None for procedural images, which need no data; photographs and
-            clips give better results.
+            held in memory with 8 bits. For a video pipeline clips of at least 5 frames: a video file; a folder with video files,
+            or one folder of images for each; or a list of clips as the pipeline takes them. A video file is cut into its scenes;
+            of long ones, parts are taken. None for procedural images, which need no data; photographs and clips give better
+            results.
         recipe: the method: a name ("qartsr", "lsq", "efficientdm", "maxmin", ..; see `recipe_names`), a YAML file, or a `Recipe`.
             None: "qartsr", for a video pipeline "lsgquant".
         steps: optimizer steps in all, 0 or more; None for as many as the recipe says (350 for most). More is better and slower.
@@ -77,7 +78,7 @@ def quantize(
         device: where to compute, such as "cuda:1"; None for the pipeline's own, or the first GPU there is.
         callback: called after every step as (step, steps, loss), steps counting from 1; returning True stops the run, saved.
             Where the model is retrained at another timestep first, that training has steps of its own.
-        progress: called as (what, done, total) while the run is prepared: "observe", "choose ranks", "set layers".
+        progress: called as (what, done, total) while the run is prepared: "read clips", "observe", "choose ranks", "set layers".
 
     Returns:
         The pipeline, its report, every layer's error, and metrics; ``finished`` is False if the run was stopped.
@@ -87,7 +88,8 @@ def quantize(
             arguments; an image to measure on is among those that the model was made with.
         FileExistsError: ``output`` holds something else. OSError: files that cannot be read or written; another process works in
             ``output``.
-        CheckpointError: a model that is damaged or unavailable.
+        CheckpointError: a model that is damaged or unavailable. VideoFileError: a ValueError; a clip that cannot be read, is
+            damaged or in HDR, or PyAV is not installed.
         FloatingPointError: training diverged; a smaller learning rate is the way out.
 
     Example:

@@ -24,6 +24,7 @@ from qartsr_pipeline.calibration.recipe import DEFAULT_KEEP, Recipe
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
 from qartsr_pipeline.calibration.training.blocks import Block
 from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.quantization.accounting import Accounting, Work
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
 from qartsr_pipeline.quantization.scheme import Folding
@@ -64,11 +65,24 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def source(self, folder: str | None, data: Sequence[np.ndarray] | None) -> tuple[Patches, dict[str, Any]]:
+    def source(
+        self, folder: str | None, data: Sequence[np.ndarray] | None, progress: Progress = SILENT
+    ) -> tuple[Patches, dict[str, Any]]:
         """Where patches are cut from, and what the record says of it; from nothing, where both are None.
+
+        Args:
+            progress: is told while clips are read.
 
         Raises:
             OSError, ValueError: the folder is missing, or holds nothing that can be used.
+        """
+
+    @abstractmethod
+    def files(self, folder: str) -> list[Path]:
+        """The files of a folder, or the one file, to calibrate or to measure on.
+
+        Raises:
+            FileNotFoundError: it is missing, or holds nothing that can be used.
         """
 
     @abstractmethod

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from qartsr_pipeline.calibration.data import SCALE
+from qartsr_pipeline.calibration.data.clips import video_files_in
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
 from qartsr_pipeline.calibration.data.fingerprint import photographs_record
@@ -35,6 +36,7 @@ from qartsr_pipeline.calibration.recipe import DEFAULT_KEEP, Recipe
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport, make_report
 from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work, account, work_of
 from qartsr_pipeline.quantization.fold import fold
@@ -61,13 +63,26 @@ class ImageFamily(Family):
     def in_memory(self, data: Iterable[Any], name: str) -> list[np.ndarray]:
         return pixels_of(data, name)
 
-    def source(self, folder: str | None, data: Sequence[np.ndarray] | None) -> tuple[Patches, dict[str, Any]]:
+    def source(
+        self, folder: str | None, data: Sequence[np.ndarray] | None, progress: Progress = SILENT
+    ) -> tuple[Patches, dict[str, Any]]:
         if data is not None:
             return ImagePatches(data), images_record(data)
         if folder:
-            paths = list_photographs(folder)
+            paths = self.files(folder)
             return PhotographPatches(paths), photographs_record(paths)
         return DeadLeaves(), {"procedural": "dead leaves"}
+
+    def files(self, folder: str) -> list[Path]:
+        try:
+            return list_photographs(folder)
+        except FileNotFoundError as error:
+            if video_files_in(folder):
+                raise FileNotFoundError(
+                    f"{folder} holds clips, and the model is one for images: give a folder of photographs, or quantize a model"
+                    " for clips, such as video-fp"
+                ) from error
+            raise
 
     def write_for_measuring(self, data: Sequence[np.ndarray] | None, folder: Path) -> None:
         for number, image in enumerate(data or [], 1):

@@ -12,7 +12,7 @@ from typing import Any
 
 from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, PERCEPTUAL_NAMES, Order, RunArguments, recipe_names
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
-from qartsr_pipeline.calibration.data.clips import ClipPatches
+from qartsr_pipeline.calibration.data.clips import ClipPatches, is_video_file, read_clip
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, recorded_files
 from qartsr_pipeline.calibration.data.pairs import MARGIN
 from qartsr_pipeline.calibration.data.patches import (
@@ -87,7 +87,7 @@ def load_job(order: Order, family: Family, evaluation: list[Path], progress: Pro
     Args:
         family: of the model.
         evaluation: files to measure on.
-        progress: of retraining at another timestep.
+        progress: of reading clips, and of retraining at another timestep.
         lock: of the run's folder; taken once the arguments are known to be good.
 
     Raises:
@@ -107,7 +107,7 @@ def load_job(order: Order, family: Family, evaluation: list[Path], progress: Pro
     workers.check(recipe)
     _check_timestep(arguments, family, start, workers)
     source = source_of(order)
-    patches, data = family.source(arguments.data, order.data)
+    patches, data = family.source(arguments.data, order.data, progress)
     _check_measured(order, evaluation, patches, data)
     _check_sizes(recipe, patches)
     to_retrain = None if arguments.timestep == "keep" else retraining_data(order)
@@ -194,16 +194,17 @@ def _check_measured(order: Order, evaluation: list[Path], patches: Patches, data
     """
     seen = overlap(evaluation, data.get("files", {}))
     if seen:
-        raise ValueError(f"{seen[0]} is among the photographs to calibrate on: evaluate on others")
+        raise ValueError(f"{seen[0]} is among the files to calibrate on: evaluate on others")
     in_memory = order.data is not None or order.evaluation is not None
     calibrated_on = patches.images if in_memory and isinstance(patches, (ImagePatches, ClipPatches)) else []
     too_small = None
     for number, path in enumerate(evaluation):
-        name, pixels = path if order.evaluation is None else f"evaluation_data[{number}]", read_photograph(path)
-        if is_among(pixels, calibrated_on):
-            raise ValueError(f"{name} is among the images to calibrate on: evaluate on others")
-        if min(pixels.shape[:2]) < LEAST_MEASURED and too_small is None:
-            too_small = name, pixels.shape[1], pixels.shape[0]
+        name = path if order.evaluation is None else f"evaluation_data[{number}]"
+        for pixels in read_clip(path.name, [path]) if is_video_file(path) else [read_photograph(path)]:
+            if is_among(pixels, calibrated_on):
+                raise ValueError(f"{name} is among the images to calibrate on: evaluate on others")
+            if min(pixels.shape[:2]) < LEAST_MEASURED and too_small is None:
+                too_small = name, pixels.shape[1], pixels.shape[0]
     if too_small:
         name, width, height = too_small
         raise ValueError(
@@ -214,17 +215,19 @@ def _check_measured(order: Order, evaluation: list[Path], patches: Patches, data
 
 def _check_sizes(recipe: Recipe, patches: Patches) -> None:
     """Raises ValueError unless images are large enough for every stage."""
-    check_size(patches, recipe.image_size)
-    for stage in recipe.stages:
-        if sum(recipe.steps_of(stage, 1)):
-            check_size(patches, stage.patch + 2 * MARGIN)
+    trained = [stage.patch + 2 * MARGIN for stage in recipe.stages if sum(recipe.steps_of(stage, 1))]
+    for size in (recipe.image_size, *trained):
+        if isinstance(patches, ClipPatches):
+            patches.usable(size)
+        else:
+            check_size(patches, size)
 
 
 @contextmanager
 def evaluation_files(order: Order, family: Family) -> Iterator[list[Path]]:
     """The images to measure on, or the frames of clips, as files; what is not on disk is written into a temporary folder."""
     if order.evaluation is None and order.arguments.evaluate:
-        yield list_photographs(order.arguments.evaluate)
+        yield family.files(order.arguments.evaluate)
         return
     with tempfile.TemporaryDirectory(prefix="qartsr-") as folder:
         family.write_for_measuring(order.evaluation, Path(folder))

@@ -15,9 +15,15 @@ from PIL import Image
 from torch import nn
 
 from qartsr_pipeline.calibration.data import SCALE
-from qartsr_pipeline.calibration.data.clips import ClipPatches, as_clips, clip_files, clips_of, moving_by_whole_pixels, read_clip
+from qartsr_pipeline.calibration.data.clips import (
+    ClipPatches,
+    as_clips,
+    clip_files,
+    clips_of,
+    clips_to_calibrate_on,
+    moving_by_whole_pixels,
+)
 from qartsr_pipeline.calibration.data.degradations import DEGRADATIONS
-from qartsr_pipeline.calibration.data.fingerprint import photographs_record
 from qartsr_pipeline.calibration.data.pairs import sample_pair
 from qartsr_pipeline.calibration.data.patches import (
     Patches,
@@ -34,6 +40,7 @@ from qartsr_pipeline.calibration.report.clip_report import make_clip_report
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
 from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
 from qartsr_pipeline.calibration.training.losses import Perceptual
+from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work
 from qartsr_pipeline.quantization.fold_wan import fold_wan
@@ -79,18 +86,19 @@ class VideoFamily(Family):
     def in_memory(self, data: Iterable[Any], name: str) -> list[np.ndarray]:
         return clips_of(data, name)
 
-    def source(self, folder: str | None, data: Sequence[np.ndarray] | None) -> tuple[Patches, dict[str, Any]]:
+    def source(
+        self, folder: str | None, data: Sequence[np.ndarray] | None, progress: Progress = SILENT
+    ) -> tuple[Patches, dict[str, Any]]:
         if data is not None:
             frames = [frame for clip in data for frame in clip]
             return ClipPatches(data), {"clips": len(data), **images_record(frames)}
         if folder:
-            files = clip_files(folder)
-            clips = [read_clip(name, paths) for name, paths in files.items()]
-            return ClipPatches(clips), {
-                "clips": len(clips),
-                **photographs_record([path for paths in files.values() for path in paths]),
-            }
+            clips, record = clips_to_calibrate_on(folder, progress.preparing)
+            return ClipPatches(clips), record
         return ClipPatches(), {"procedural": "dead leaves that move"}
+
+    def files(self, folder: str) -> list[Path]:
+        return [path for paths in clip_files(folder).values() for path in paths]
 
     def write_for_measuring(self, data: Sequence[np.ndarray] | None, folder: Path) -> None:
         for number, clip in enumerate([_sample_clip()] if data is None else data, 1):

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from qartsr_pipeline.calibration.training.workers import Workers
 
 OUTPUT = Path("runs/calibration")
-UNITS = {"observe": "batch"}  # of the parts of the preparation; the others count layers
+UNITS = {"observe": "batch", "read clips": "frame"}  # of the parts of the preparation; the others count layers
 DEFAULTS = RunArguments()
 
 
@@ -78,7 +78,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add(
         "--data",
-        help="folder of photographs to calibrate on; of a video model, clips: a folder of images each; default: procedural ones",
+        help="folder of photographs to calibrate on; of a video model, a video file, or a folder of clips: video files, or a"
+        " folder of images each; default: procedural ones",
     )
     add("--degradation", choices=DEGRADATION_NAMES, help=f"of the images; default: {DEFAULTS.degradation}")
     add(
@@ -88,7 +89,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         f" {DEFAULTS.perceptual}",
     )
     add("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS, torchvision's: a local file, or a folder with it")
-    add("--evaluate", metavar="FOLDER", help="photographs, or clips, for the report; default: the sample that comes along")
+    add(
+        "--evaluate",
+        metavar="FOLDER",
+        help="photographs, or clips as for --data, for the report; default: the sample that comes along",
+    )
     add("--seed", type=int, help=f"default: {DEFAULTS.seed}")
     add("--output", type=Path, default=OUTPUT, help=f"the run's folder; default: {OUTPUT}")
     add("--resume", action="store_true", default=False, help="continue the run in --output, with its arguments")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -200,13 +200,20 @@ def _count(container: InputContainer, stream: VideoStream, rate: Fraction) -> tu
     return None, False
 
 
-def read_frames(clip: Clip, start: int = 0, deinterlace: bool = False, damage: Damage | None = None) -> Iterator[Frame]:
+def read_frames(
+    clip: Clip,
+    start: int = 0,
+    deinterlace: bool = False,
+    damage: Damage | None = None,
+    wanted: Callable[[int], bool] | None = None,
+) -> Iterator[Frame]:
     """The frames of a clip in the order in which they are shown, each exactly once.
 
     Args:
         start: the first frame that is wanted; those before it are decoded, but not converted.
         deinterlace: make one frame of the two moments in each.
         damage: is told what was wrong with the file.
+        wanted: whether a frame of this number is; the others are decoded, but not converted. None for all.
 
     Raises:
         VideoFileError: frames of different sizes.
@@ -215,7 +222,8 @@ def read_frames(clip: Clip, start: int = 0, deinterlace: bool = False, damage: D
     if clip.images:
         damage.read = min(start, len(clip.images))  # also where nothing is left to read
         for damage.read, numbered in enumerate(image_sequence.read_sequence(clip, start), start + 1):
-            yield numbered
+            if wanted is None or wanted(damage.read - 1):
+                yield numbered
         return
     with opened(clip.path) as container:
         stream = video_stream(container, clip.path)
@@ -243,7 +251,7 @@ def read_frames(clip: Clip, start: int = 0, deinterlace: bool = False, damage: D
             if frame.is_corrupt:
                 damage.frames += 1
                 damage.at()
-            if index >= start:
+            if index >= start and (wanted is None or wanted(index)):
                 yield Frame(clip.turn.apply(to_rgb(frame, clip.colour)), time, length)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,36 +12,55 @@ import numpy as np
 import torch
 
 from qartsr_pipeline.calibration.data.dead_leaves import DeadLeaves
+from qartsr_pipeline.calibration.data.fingerprint import photographs_record
 from qartsr_pipeline.calibration.data.pairs import Pair
 from qartsr_pipeline.calibration.data.patches import as_pixels, list_photographs, read_photograph
-from qartsr_pipeline.video.frames import checked_frames, frames_of
-from qartsr_pipeline.video_files.clip import CLIP_SUFFIXES, VideoFileError
+from qartsr_pipeline.video.frames import checked_frames, frames_of, scenes
+from qartsr_pipeline.video_files.clip import CLIP_SUFFIXES, Clip, Frame, VideoFileError
 from qartsr_pipeline.video_files.damage import Damage
 from qartsr_pipeline.video_files.reading import open_clip, read_frames
 
 FRAMES = 5  # of a clip that is calibrated on
 FASTEST = 4  # pixels a frame
+HELD = 2 << 30  # bytes of frames that are held of all video files together
+ROW = 12  # frames in a row that are taken of a file that is not held whole
 
 
-def clip_files(folder: str | Path) -> dict[str, list[Path]]:
-    """Name -> its files, for each clip below ``folder``: the images of a folder in order of their names, or one video file.
+def clip_files(source: str | os.PathLike) -> dict[str, list[Path]]:
+    """Name -> its files, for each clip: a video file by itself; or below a folder each video file, and the images of each folder
+    in order of their names.
 
     Raises:
-        FileNotFoundError: no such folder, or neither an image nor a video file in it.
+        FileNotFoundError: there is no such file or folder, or it holds neither an image nor a video file.
     """
-    folder = Path(folder)
-    videos = video_files_in(folder)
+    source = Path(source)
+    videos = video_files_in(source)
+    if source.is_file() and videos:
+        return {source.name: videos}
+    if not source.is_dir():
+        suffixes = ", ".join(CLIP_SUFFIXES)
+        what = "is no video file" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"{source} {what}: give a folder of clips, or a video file ({suffixes})")
+    if not videos and not has_images(source):
+        raise FileNotFoundError(f"neither an image nor a video file was found below {source}: give a folder that holds clips")
     clips: dict[str, list[Path]] = {}
-    for path in [] if videos and not has_images(folder) else list_photographs(folder):
-        name = folder.name if path.parent == folder else path.parent.relative_to(folder).as_posix()
+    for path in list_photographs(source) if has_images(source) else []:
+        name = source.name if path.parent == source else path.parent.relative_to(source).as_posix()
         clips.setdefault(name, []).append(path)
-    return dict(sorted((clips | {path.relative_to(folder).as_posix(): [path] for path in videos}).items()))
+    return dict(sorted((clips | {path.relative_to(source).as_posix(): [path] for path in videos}).items()))
 
 
-def video_files_in(folder: str | Path) -> list[Path]:
-    """Every video file below ``folder``, sorted by path; none if there is no such folder."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in CLIP_SUFFIXES and path.is_file())
+def video_files_in(source: str | os.PathLike) -> list[Path]:
+    """The file itself if it is a video file, or every video file below a folder, sorted by path; none if there is neither."""
+    source = Path(source)
+    found = [source] if source.is_file() else sorted(source.rglob("*"))
+    found = [path for path in found if is_video_file(path) and path.is_file()]
     return [path for path in found if not path.name.startswith("._")]  # what macOS puts beside files
+
+
+def is_video_file(path: Path) -> bool:
+    """Whether the name is that of a video file."""
+    return path.suffix.lower() in CLIP_SUFFIXES
 
 
 def has_images(folder: Path) -> bool:
@@ -61,8 +81,11 @@ def read_clip(name: str, paths: list[Path], frames: int | None = None) -> np.nda
         ValueError: the images differ in size. ImageFileError: one cannot be read.
         VideoFileError: a video file cannot be read, is damaged, or has more than 8 bits a channel, which would be lost.
     """
-    if len(paths) == 1 and paths[0].suffix.lower() in CLIP_SUFFIXES:
-        return _read_video(paths[0], frames)
+    if len(paths) == 1 and is_video_file(paths[0]):
+        clip, damage = opened_clip(paths[0]), Damage()
+        found = [(frame.pixels * 255).round().astype(np.uint8) for frame in islice(read_frames(clip, damage=damage), frames)]
+        check_whole(clip, damage)
+        return np.stack(found)
     images = [read_photograph(path) for path in paths[:frames]]
     sizes = sorted({image.shape[1::-1] for image in images})
     if len(sizes) > 1:
@@ -72,33 +95,120 @@ def read_clip(name: str, paths: list[Path], frames: int | None = None) -> np.nda
     return np.stack(images)
 
 
-def _read_video(path: Path, frames: int | None) -> np.ndarray:
-    clip, damage = open_clip(path), Damage()
-    if clip.kind.depth > 8 or clip.colour.is_hdr:
+def opened_clip(path: Path, deepest: int = 8) -> Clip:
+    """A video file, looked at.
+
+    Raises:
+        VideoFileError: it cannot be read, is in HDR, or has more bits a channel than ``deepest``.
+    """
+    clip = open_clip(path)
+    if clip.kind.depth > deepest or clip.colour.is_hdr:
         what = "in HDR" if clip.colour.is_hdr else f"of {clip.kind.depth} bits a channel"
-        raise VideoFileError(f"{path} is {what}, but only clips of 8 bits are taken here. Convert it, or leave it out.")
-    found = [(frame.pixels * 255).round().astype(np.uint8) for frame in islice(read_frames(clip, damage=damage), frames)]
+        taken = "clips of 8 bits" if deepest == 8 else "clips that are not"
+        raise VideoFileError(f"{path} is {what}, but only {taken} are taken here. Convert it, or leave it out.")
+    return clip
+
+
+def check_whole(clip: Clip, damage: Damage) -> None:
+    """Raises VideoFileError if the frames that were read are not as they were made."""
     if damage.packets or damage.frames or damage.end:
         raise VideoFileError(
-            f"{path} is damaged: only {len(found)} frames were read as they are. Copy it again, or leave it out."
+            f"{clip.path} is damaged: only {damage.read} frames were read as they are. Copy it again, or leave it out."
         )
-    return np.stack(found)
+
+
+def clips_to_calibrate_on(
+    source: str | Path, report: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """The clips of a folder or file for `ClipPatches`, and what a record says of them.
+
+    The images of a folder are one clip. A video file is cut into its scenes, each of which is one; of more than 8 bits a channel,
+    8 are kept. Of files that together have more than `HELD` bytes of frames, rows of `ROW` frames are taken at evenly spaced
+    times: the same ones in every run.
+
+    Args:
+        report: called as (what, done, total), in frames.
+
+    Raises:
+        FileNotFoundError: see `clip_files`. ValueError, ImageFileError, VideoFileError: see `read_clip`; a clip in HDR.
+    """
+    files = clip_files(source)
+    videos = {name: opened_clip(paths[0], deepest=16) for name, paths in files.items() if is_video_file(paths[0])}
+    rows = {name: rows_within(clip, HELD // len(videos)) for name, clip in videos.items()}
+    total = sum(clip.frames or 0 for clip in videos.values())
+    total += sum(len(paths) for name, paths in files.items() if name not in videos)
+    done, clips = 0, []
+    short: list[str] = []
+    for name, paths in files.items():
+        report("read clips", done, total)
+        if name in videos:
+            before = done
+
+            def step(read: int, before: int = before) -> None:
+                report("read clips", min(before + read, total), total)
+
+            found = list(scenes_in_rows(videos[name], rows[name], step))
+            done = before + (videos[name].frames or 0)
+        else:
+            found = [read_clip(name, paths)]
+            done += len(paths)
+        clips += found
+        short += [] if any(len(clip) >= FRAMES for clip in found) else [name]
+    report("read clips", total, total)
+    record = {"clips": len(clips), **photographs_record([path for paths in files.values() for path in paths])}
+    if videos:
+        record |= {"video_files": len(videos), "frames": sum(map(len, clips))}
+    return clips, record | ({"too_short": short} if short else {})
+
+
+def rows_within(clip: Clip, size: int) -> list[range]:
+    """Numbers of the frames to take of a video file so that they have about ``size`` bytes."""
+    most = max(FRAMES, size // (3 * clip.height * clip.width))
+    if clip.frames is None or clip.frames <= most:
+        return [range(most)]
+    count = max(1, most // ROW)
+    middles = ((2 * index + 1) * clip.frames // (2 * count) for index in range(count))
+    return [range(start, start + ROW) for start in (max(0, middle - ROW // 2) for middle in middles)]
+
+
+def scenes_in_rows(clip: Clip, rows: Sequence[range], step: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """The scenes in each row of frames, (F, H, W, 3) uint8.
+
+    Args:
+        step: called with the number of frames that were decoded.
+    """
+    damage = Damage()
+    frames = read_frames(clip, damage=damage, wanted=lambda index: any(index in row for row in rows))
+
+    def tensors(row: Iterable[Frame]) -> Iterator[torch.Tensor]:
+        for frame in row:
+            step(damage.read)
+            yield torch.from_numpy(frame.pixels).permute(2, 0, 1)[None]
+
+    for row in rows:
+        for scene in scenes(tensors(islice(frames, len(row)))):
+            yield np.stack([as_pixels(frame) for frame in scene])
+    check_whole(clip, damage)
 
 
 def clips_of(clips: Iterable[Any], name: str = "data") -> list[np.ndarray]:
     """Clips in memory as uint8 RGB, (F, H, W, 3) each.
 
     Args:
-        clips: each as `LSGQuantVideoPipeline` takes one; or one by itself, as an array or tensor of four dimensions.
+        clips: each as `LSGQuantVideoPipeline` takes one, or the path of a video file or of a folder of images; or one by itself,
+            as an array or tensor of four dimensions.
         name: what error messages call them.
 
     Raises:
-        TypeError, ValueError: a clip is of another kind, shape or range.
+        TypeError, ValueError: a clip is of another kind, shape or range. VideoFileError: see `read_clip`.
     """
     if isinstance(clips, (np.ndarray, torch.Tensor)) and clips.ndim == 4:
         clips = [clips]
     found = []
     for number, clip in enumerate(clips):
+        if isinstance(clip, (str, os.PathLike)):
+            found += [read_clip(name_there, paths) for name_there, paths in clip_files(clip).items()]
+            continue
         try:
             found.append(np.stack([as_pixels(frame) for frame in checked_frames(frames_of(clip))]))
         except (TypeError, ValueError) as error:
@@ -121,7 +231,10 @@ class ClipPatches:
     def __init__(self, clips: Sequence[np.ndarray] = ()) -> None:
         self.clips = [clip for clip in clips if len(clip) >= self.frames]
         if clips and not self.clips:
-            raise ValueError(f"the longest clip has {max(map(len, clips))} frames: give clips of at least {self.frames}")
+            raise ValueError(
+                f"the longest clip has {max(map(len, clips))} frames, and a cut begins a new one: give clips of at least"
+                f" {self.frames}"
+            )
         self.images = [frame for clip in self.clips for frame in clip]
         self._leaves = DeadLeaves()
 
@@ -129,7 +242,11 @@ class ClipPatches:
         """The clips that are as large as patches of that size, none if there are none; ValueError if all are smaller."""
         usable = [clip for clip in self.clips if min(clip.shape[1:3]) >= size]
         if self.clips and not usable:
-            raise ValueError(f"no clip is at least {size} pixels high and wide: use smaller patches or larger clips")
+            height, width = max((clip.shape[1:3] for clip in self.clips), key=min)
+            raise ValueError(
+                f"no clip is at least {size} pixels high and wide, the largest has {width} x {height}: use smaller patches or"
+                " larger clips"
+            )
         return usable
 
     def sample(self, count: int, size: int, rng: np.random.Generator) -> torch.Tensor:

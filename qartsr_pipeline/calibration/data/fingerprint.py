@@ -70,8 +70,8 @@ def photographs_record(paths: list[Path]) -> dict[str, Any]:
 
 
 def without_files(data: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of the data, without the list of files."""
-    return {name: value for name, value in data.items() if name != "files"}
+    """What a record says of the data, without the lists of files."""
+    return {name: value for name, value in data.items() if name not in ("files", "too_short")}
 
 
 def overlap(paths: Sequence[Path], recorded: dict[str, str]) -> list[Path]:
@@ -127,4 +127,8 @@ def check_no_overlap(paths: Sequence[Path], folder: str | Path) -> bool:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:  # clips may be larger than memory
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from qartsr_pipeline.calibration.data.clips import read_clip
+from qartsr_pipeline.calibration.data.clips import is_video_file, read_clip
 from qartsr_pipeline.calibration.data.patches import as_pixels
 from qartsr_pipeline.calibration.evaluation.clips import ClipModel, ClipOutputs, evaluate_clips
 from qartsr_pipeline.calibration.report.report import write_report
@@ -17,11 +18,13 @@ from qartsr_pipeline.image.comparison_sheet import film_strip
 
 
 def make_clip_report(run: FinishedRun, folder: Path) -> RunReport:
-    """As `run_report.make_report`; the files to measure on are the frames of clips, a folder each. Middle frames are shown."""
-    clips: dict[str, list[Path]] = {}
+    """As `run_report.make_report`; the files to measure on are video files, and the frames of clips, a folder each. Middle frames
+    are shown."""
+    clips: dict[Path, list[Path]] = {}
     for path in map(Path, run.evaluation):
-        clips.setdefault(str(path.parent), []).append(path)
-    read = {Path(name).name: read_clip(name, paths) for name, paths in clips.items()}
+        clips.setdefault(path if is_video_file(path) else path.parent, []).append(path)
+    common = Path(os.path.commonpath([place.parent for place in clips]))
+    read = {place.relative_to(common).as_posix(): read_clip(place.name, paths) for place, paths in clips.items()}
     models = {run.model_name: run.full_precision, f"{run.recipe.method} {run.bits}": run.quantized}
     shown: list[dict[str, np.ndarray]] = []
     strips: dict[str, np.ndarray] = {}
