@@ -126,13 +126,13 @@ class Server:
         return graph
 
 
-def upscale_graph(picture: str = "qartsr_batch/left.png", model: str = "tiny-fp", **options: object) -> dict:
+def upscale_graph(picture: str = "qartsr_batch/left.png", model: str = "tiny-fp", dtype: str = "auto", **options: object) -> dict:
     """Load Image, Load Model, Upscale, Save Image as the API takes them; ``options`` are inputs of Upscale."""
     inputs = {"scale": 4.0, "long_side": 0, "tile_size": 0, "tile_overlap": 0, "color_fix": "wavelet"}
     inputs |= {"sample_posterior": False, "seed": 0, "model": ["2", 0], "image": ["1", 0], "mask": ["1", 1]} | options
     return {
         "1": {"class_type": "LoadImage", "inputs": {"image": picture}},
-        "2": {"class_type": "QArtSRLoadModel", "inputs": {"model": model, "hub_id": "", "backend": "auto", "dtype": "auto"}},
+        "2": {"class_type": "QArtSRLoadModel", "inputs": {"model": model, "hub_id": "", "backend": "auto", "dtype": dtype}},
         "3": {"class_type": "QArtSRUpscale", "inputs": inputs},
         "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "result"}},
     }

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from convert.stable_diffusion_base import adapt, build_parts, save_base
+from convert.wan_names import original, transformer_name, vae_name, wan_autoencoder, wan_transformer
 from local_hub import LocalHub
 from PIL import Image
+from safetensors.torch import save_file
 from server import INPUTS, ROOT, Server, messages, upscale_graph
 
 from qartsr_pipeline import QArtSRPipeline
@@ -68,7 +70,7 @@ def test_each_example_runs(server, workflow):
 
 
 def test_the_output_is_the_pipelines(server):
-    entry = server.run(upscale_graph(tile_size=128))
+    entry = server.run(upscale_graph(tile_size=128, dtype="float32"))
     result = np.asarray(Image.open(saved(server, entry)[0]), dtype=float)
     pipe = QArtSRPipeline.from_pretrained(shipped_checkpoints()["tiny-fp"])
     expected = pipe(Image.open(INPUTS / "qartsr_batch" / "left.png"), tile_size=128).images[0]
@@ -96,10 +98,17 @@ def test_sizes_that_are_asked_for_and_the_line_that_is_shown(server):
             assert Image.open(server.base / "temp" / name).size == expected
 
 
+def video_loader(model):
+    return {"class_type": "QArtSRLoadVideoModel", "inputs": {"model": model, "hub_id": "", "backend": "auto", "dtype": "auto"}}
+
+
 def test_model_info_begins_with_a_sentence(server):
     graph = {"2": upscale_graph()["2"], "5": {"class_type": "QArtSRModelInfo", "inputs": {"model": ["2", 0]}}}
     text = server.run(graph)["outputs"]["5"]["text"][0]
     assert text.startswith("tiny-fp: clean images, full precision, 10 MB, x4, on the CPU, about ")
+    graph["2"] = video_loader("video-w4a4")
+    text = server.run(graph)["outputs"]["5"]["text"][0]
+    assert text.startswith("video-w4a4: clean clips, 4 bits, 7 MB, x4, on the CPU, about ") and "vae: W8A8 x " in text
 
 
 def test_the_model_is_loaded_again_only_after_unloading(server):
@@ -132,7 +141,7 @@ def core_graph(model="tiny-w4a4", picture="qartsr_batch/left.png", **more):
     return graph | more
 
 
-@pytest.mark.parametrize("model", sorted(shipped_checkpoints()))
+@pytest.mark.parametrize("model", [name for name in sorted(shipped_checkpoints()) if not name.startswith("video-")])
 def test_cores_node_enlarges_with_each_model_as_ours_does(server, model):
     ours = upscale_graph(model=model)
     ours["4"]["inputs"]["images"] = ["5", 0]
@@ -222,6 +231,32 @@ def test_an_imported_checkpoint_is_listed_and_upscales_at_once(server):
     assert len(saved(server, done)) == 1
 
 
+def test_a_model_for_clips_of_wans_files_is_listed_and_enlarges_frames(server):
+    """Files of a small WAN where ComfyUI has them."""
+    models = server.base / "models"
+    for kind in ("diffusion_models", "vae"):
+        (models / kind).mkdir(exist_ok=True)
+    save_file(original(wan_transformer().state_dict(), transformer_name), models / "diffusion_models" / "wan.safetensors")
+    save_file(original(wan_autoencoder().state_dict(), vae_name), models / "vae" / "wan_vae.safetensors")
+    save_file({"prompt": torch.randn(1, 5, 16)}, models / "prompt.safetensors")
+    inputs = {"kind": "wan", "base": "wan.safetensors", "checkpoint": "", "name": "steady", "vae": "wan_vae.safetensors"}
+    inputs |= {"prompt_embedding": "prompt.safetensors", "timestep": -1, "scale": 4, "lora": ""}
+    entry = server.run({"1": {"class_type": "QArtSRImport", "inputs": inputs}})
+    assert "execution_success" in messages(entry), entry["status"]
+    assert "choose steady in QArtSR Load Video Model" in entry["outputs"]["1"]["text"][0]
+    listed = server.get("/object_info/QArtSRLoadVideoModel")["QArtSRLoadVideoModel"]["input"]["required"]["model"][1]["options"]
+    assert "steady" in listed
+    options = {"scale": 2.0, "tile_size": 0, "frames_per_chunk": 0, "chunk_overlap": -1, "keep_colors": True}
+    graph = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 3, "color": 8421504}},
+        "2": video_loader("steady"),
+        "3": {"class_type": "QArtSRVideoFrames", "inputs": options | {"model": ["2", 0], "images": ["1", 0]}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "steady"}},
+    }
+    done = server.run(graph)
+    assert [size_of(path) for path in saved(server, done)] == [(64, 32)] * 3, done["status"]
+
+
 def test_a_model_of_the_hub_is_downloaded_once_and_works_offline_afterwards(tmp_path):
     graph = upscale_graph(scale=1.5)
     graph["2"]["inputs"]["hub_id"] = "artist/sharp"
@@ -262,10 +297,7 @@ def test_frames_of_a_clip_and_models_that_do_not_fit(server):
         "1": {"class_type": "LoadVideo", "inputs": {"file": "qartsr_flower.mp4"}},
         "2": {"class_type": "GetVideoComponents", "inputs": {"video": ["1", 0]}},
         "3": {"class_type": "ImageFromBatch", "inputs": {"image": ["2", 0], "batch_index": 0, "length": 2}},
-        "4": {
-            "class_type": "QArtSRLoadVideoModel",
-            "inputs": {"model": "tiny-fp", "hub_id": "", "backend": "auto", "dtype": "auto"},
-        },
+        "4": video_loader("tiny-fp"),
         "5": {"class_type": "QArtSRVideoFrames", "inputs": defaults | {"model": ["4", 0], "images": ["3", 0]}},
         "6": {"class_type": "CreateVideo", "inputs": {"images": ["5", 0], "fps": 24.0, "audio": ["2", 1]}},
         "7": {
