@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from PIL import Image
 
 from qartsr_pipeline import LSGQuantVideoPipeline, quantize, use_backend
-from qartsr_pipeline.calibration.recipe import Recipe
+from qartsr_pipeline.calibration.recipe import Recipe, Stage
 from qartsr_pipeline.calibration.recipe_layers import Layer
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise
 from qartsr_pipeline.calibration.start.observers import observe
@@ -24,6 +25,7 @@ from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme,
 from qartsr_pipeline.quantization.token_layers import TokenLinear
 from tiny_models import build_tiny_video_pipeline
 
+TOGETHER = Stage(name="together", modules="all", train=("branch", "bounds"), loss={"noise_l2": 1.0}, lr=0.01, patch=32, batch=1)
 TOKENS = Layer(activations="token", rotation="hadamard", branch_rank=4, branch_fit=True, exponents=True)
 
 
@@ -159,3 +161,57 @@ def test_what_is_no_clip_is_refused_by_name():
         quantize(pipeline, data=clips(), recipe=recipe(image_size=96))
     with pytest.raises(ValueError, match="only image models are retrained"):
         quantize(pipeline, data=clips(), recipe=recipe(), timestep=300)
+
+
+def assert_nearly_the_same_layers(pipeline, other):
+    """Compared layer by layer: at 4 bits, a change of the last bit of an input is a change of the frames that can be seen."""
+    for component in ("transformer", "vae"):
+        layers, others = (dict(getattr(each, component).named_modules()) for each in (pipeline, other))
+        for name, layer in layers.items():
+            if isinstance(layer, DeployedLayer):
+                for key, stored in layer.named_buffers():
+                    before = others[name].get_buffer(key)
+                    if stored.is_floating_point():
+                        torch.testing.assert_close(stored, before, rtol=1e-3, atol=1e-5)
+                    else:
+                        assert (stored == before).float().mean() > 0.999, (name, key)
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", pytest.param("online", marks=pytest.mark.slow)])
+def test_it_starts_from_a_quantized_folder_or_run_of_a_video_model(tmp_path, rotation):
+    """Deployed layers become calibrating ones that compute the same, where the recipe changes weights."""
+    layer = replace(TOKENS, rotation=rotation, residual=True)
+    trained = replace(recipe(layer=layer, image_size=48), steps=3, stages=(TOGETHER,))
+    pipeline, folder = build_tiny_video_pipeline(), tmp_path / "first" / "model"
+    common = {"data": clips(1), "evaluation_data": clips(1, 1, 32, 32), "seed": 3}
+    first = quantize(pipeline, recipe=trained, output=folder.parent, **common)
+    for start in (folder, folder.parent):
+        again = quantize(pipeline, recipe=replace(trained, steps=0), start=start, **common)
+        assert again.record["start"]["steps_made"] == 3
+        assert_nearly_the_same_layers(again.pipeline, first.pipeline)
+    unrotated = replace(trained, layer=replace(layer, rotation="none"))
+    with pytest.raises(ValueError, match="start from a folder of a recipe with the same layer.rotation"):
+        quantize(pipeline, recipe=unrotated, start=folder, **common)
+    if rotation == "hadamard":
+        narrow = {"recipe": replace(trained, layer=replace(layer, branch_rank=2), steps=0), "bits": "w6a6"}
+        started, fresh = (quantize(pipeline, **narrow, start=place, **common).pipeline for place in (folder, None))
+        away = [np.abs(frames_of(each) - frames_of(first.pipeline)).mean() for each in (started, fresh)]
+        assert away[0] < away[1], "other bits and ranks start close to it"
+
+
+def test_a_run_that_started_from_a_folder_goes_on_after_a_stop(result, tmp_path):
+    steps = replace(recipe(image_size=48), steps=4, stages=(TOGETHER,))
+    arguments = {"data": clips(), "recipe": steps, "start": result[2] / "model", "evaluation_data": clips(1, 5, 48, 48)}
+    whole = quantize(build_tiny_video_pipeline(), **arguments)
+    stopped = quantize(build_tiny_video_pipeline(), output=tmp_path / "run", callback=lambda step, *_: step >= 2, **arguments)
+    assert not stopped.finished
+    resumed = quantize(build_tiny_video_pipeline(), output=tmp_path / "run", **arguments)
+    assert resumed.record["loss"] == whole.record["loss"] and len(resumed.record["loss"]["together"]) == 4
+    assert np.array_equal(frames_of(resumed.pipeline), frames_of(whole.pipeline))
+
+
+def test_a_folder_of_images_or_in_full_precision_is_no_start(result, tmp_path):
+    build_tiny_video_pipeline().save_pretrained(tmp_path / "full")
+    for start in (tmp_path / "full", "tiny-w4a4"):
+        with pytest.raises(ValueError, match="has no quantized layer transformer..*: start from a quantized folder of the same"):
+            quantize(build_tiny_video_pipeline(), data=clips(), recipe=recipe(), start=start)
