@@ -166,6 +166,12 @@ def test_without_pyav_nothing_is_loaded(upscale, clip, capsys, monkeypatch):
     assert upscale(clip) == 2 and "pip install 'qartsr[video]'" in capsys.readouterr().err
 
 
+def test_a_clip_that_cannot_be_read_is_said_before_a_model_is_loaded(upscale, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(QArtSRPipeline, "from_pretrained", None)
+    (tmp_path / "notes.mp4").write_text("This is no clip. " * 100, encoding="utf-8")
+    assert upscale(tmp_path / "notes.mp4") == 2 and "notes.mp4 is no video" in capsys.readouterr().err
+
+
 def test_numbers_that_are_missing_are_said_before_a_model_is_loaded(upscale, tmp_path, capsys, monkeypatch):
     for number in (1, 2, 4):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")

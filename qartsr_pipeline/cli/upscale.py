@@ -149,7 +149,12 @@ def _run_clips(options: argparse.Namespace) -> int:
     if pending:
         folder = _fetch(options, _VIDEO_CHECKPOINT if _VIDEO_CHECKPOINT in shipped_checkpoints() else DEFAULT_CHECKPOINT)
         from qartsr_pipeline.cli.upscale_clips import ClipModelOptions, load_model, upscale_clips
+        from qartsr_pipeline.video_files.reading import open_clip
 
+        if (
+            len(jobs) + len(left_out) == 1
+        ):  # what is wrong with it is said before a model is loaded; of several clips, the others are enlarged
+            open_clip(jobs[0].source, options.fps)
         model_options = ClipModelOptions(
             options.upscale,
             options.tile_size,

@@ -35,7 +35,7 @@ try {
   const button = page.locator('[data-testid="queue-button"]').first()
   const inner = button.locator('button').first()
   await ((await inner.count()) ? inner : button).click()
-  for (let waited = 0; report.run === null && waited < 240; waited++) await page.waitForTimeout(500)
+  for (let waited = 0; report.run === null && waited < 600; waited++) await page.waitForTimeout(500)
   await page.waitForTimeout(1000)
   await page.screenshot({ path: screenshot })
   // What our files in web/ make of the nodes: the line after a run, inputs without effect, the label in the list of models.
