@@ -38,6 +38,7 @@ def quantize(
     perceptual_weights: str | os.PathLike | None = None,
     timestep: int | str | TimestepSearch = "keep",
     start: str | os.PathLike | None = None,
+    dtype: str | torch.dtype = "float32",
     evaluation_data: str | os.PathLike | Sequence[MemoryImage] | None = None,
     output: str | os.PathLike | None = None,
     device: str | torch.device | None = None,
@@ -72,6 +73,8 @@ def quantize(
         timestep: "keep" the model's own; a number from 0 to 999 to retrain it there first; "search", or a `TimestepSearch` with
             settings of its own, to find the timestep at which quantization costs least. Retraining takes hours.
         start: a finished run's folder, or a quantized checkpoint, of the same model and of any bits, to start from.
+        dtype: what frozen weights are held in, "float32", "bfloat16" or "float16" (of image models only): 16 bits take half the
+            memory. Everything is computed, and all that is trained is held, in float32.
         evaluation_data: images to measure on, as for ``data`` but not the same; None for the sample that comes with the package.
         output: folder for the run: `model/` (a checkpoint), `report/`, and what continuing it needs. None keeps nothing on disk,
             and a stopped run is lost.
@@ -123,6 +126,7 @@ def quantize(
         perceptual=perceptual,
         perceptual_weights=None if perceptual_weights is None else os.fspath(perceptual_weights),
         evaluate=os.fspath(evaluation_data) if isinstance(evaluation_data, (str, os.PathLike)) else None,
+        dtype=str(dtype).removeprefix("torch."),
         seed=seed,
         model_in_memory=given is not None,
         data_in_memory=None if images is None else str(family.source(None, images)[1]["sha256"]),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ARGUMENTS_NAME = "run.json"
 PERCEPTUAL_NAMES = ("encoder", "lpips")
+DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"  # LPIPS where it is at hand, see `losses.choose_perceptual`
 VIDEO_RECIPE = "lsgquant"
 RECIPES = Path(__file__).parent / "recipes"
@@ -45,6 +46,7 @@ class RunArguments:
         data, evaluate: folders of images; None for procedural ones, and for the sample.
         perceptual: one of `PERCEPTUAL_NAMES`, or `AUTO`.
         perceptual_weights: file with the backbone of LPIPS, or a folder with one.
+        dtype: that frozen weights are held in, one of `DTYPES`.
         retraining_loss: at another timestep, one of `settings.RETRAINING_LOSSES`.
         model_in_memory, data_in_memory, evaluate_in_memory: what `quantize` was given in memory, so that no folder has it; of the
             images to calibrate on their SHA-256.
@@ -70,6 +72,7 @@ class RunArguments:
     perceptual: str = AUTO
     perceptual_weights: str | None = None
     evaluate: str | None = None
+    dtype: str = "float32"
     seed: int = 0
     model_in_memory: bool = False
     data_in_memory: str | None = None

@@ -38,6 +38,7 @@ from qartsr_pipeline.folder_lock import FolderLock
 from qartsr_pipeline.quantization.calibrating import calibrating_layers
 from qartsr_pipeline.quantization.diffusers_quantizer import attach_quantizer
 from qartsr_pipeline.quantization.freeze import freeze
+from qartsr_pipeline.quantization.held_weights import release_weights
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def _deploy(job: Job, calibrated: Calibrated, record: dict[str, Any]) -> None:
             freeze(model, calibrated.schemes[component])
         else:  # a recipe keeps all its layers
             attach_quantizer(model, calibrated.schemes[component])
+        release_weights(model)  # of layers that are not quantized
     order = job.order
     record["accounting"] = family_of(job.pipeline).account(job.pipeline).to_dict()
     if order.keeps_output:
@@ -196,6 +198,7 @@ def record_of(job: Job, calibrated: Calibrated, perceptual: str | None) -> dict[
         "bits": arguments.bits,
         "recipe": job.recipe.to_dict(),
         "seed": arguments.seed,
+        **({} if arguments.dtype == "float32" else {"dtype": arguments.dtype}),
         "start": calibrated.start,
         "degradation": arguments.degradation,
         "perceptual": perceptual,

@@ -15,6 +15,7 @@ from torch import nn
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
 from qartsr_pipeline.loading import load_kind_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
+from qartsr_pipeline.quantization.held_weights import hold_weights
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 SomePipeline = TypeVar("SomePipeline", bound=CheckpointPipeline)
@@ -59,6 +60,16 @@ def give_own_weights(pipeline: DiffusionPipeline) -> None:
 def load_pipeline(folder: Path, kind: type[SomePipeline]) -> SomePipeline:
     """The full-precision pipeline on the CPU, without text encoder: the fixed prompt is folded into the weights."""
     return load_kind_quietly(kind, folder, **WITHOUT_TEXT_ENCODER if issubclass(kind, QArtSRPipeline) else {})
+
+
+def hold_in(pipeline: CheckpointPipeline, dtype: str) -> None:
+    """Holds the weights of the pipeline's networks in that type, such as "bfloat16", in place; see `held_weights`.
+
+    Raises:
+        ValueError: see `hold_weights`.
+    """
+    for model in _models(pipeline):
+        hold_weights(model, getattr(torch, dtype))
 
 
 def instance_of(model: SomePipeline, device: str | torch.device | None) -> SomePipeline:

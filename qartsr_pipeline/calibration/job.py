@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, PERCEPTUAL_NAMES, Order, RunArguments, recipe_names
+from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, DTYPES, PERCEPTUAL_NAMES, Order, RunArguments, recipe_names
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.clips import ClipPatches, is_video_file, read_clip
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, recorded_files
@@ -25,7 +25,7 @@ from qartsr_pipeline.calibration.data.patches import (
 )
 from qartsr_pipeline.calibration.families import FAMILIES, family_of, kind_of_folder
 from qartsr_pipeline.calibration.family import Family
-from qartsr_pipeline.calibration.instances import instance_of, load_pipeline, on_the_same_weights
+from qartsr_pipeline.calibration.instances import hold_in, instance_of, load_pipeline, on_the_same_weights
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_perceptual, with_values
 from qartsr_pipeline.calibration.report.pipeline_folder import TRAINING_RECORD
@@ -98,7 +98,7 @@ def load_job(order: Order, family: Family, evaluation: list[Path], progress: Pro
     arguments = order.arguments
     recipe, bits = recorded_recipe(order) or recipe_of(arguments), parse_bits(arguments.bits)
     check_quantizes(bits)
-    _check_choices(arguments)
+    _check_choices(arguments, family)
     wanted = (arguments.perceptual, arguments.perceptual_weights)
     kind, no_lpips = choose_perceptual(*wanted) if recipe.is_perceptual else (None, None)
     recipe = with_perceptual(recipe, kind) if kind else recipe
@@ -126,6 +126,7 @@ def load_job(order: Order, family: Family, evaluation: list[Path], progress: Pro
         folder, sweep = at_timestep(order, to_retrain, device, progress)
         model, retrained = None, json.loads((folder / TRAINING_RECORD).read_text(encoding="utf-8"))
     pipeline = instance_of(model, device) if model else _loaded(folder).to(device)
+    hold_in(pipeline, arguments.dtype)
     full_precision = on_the_same_weights(pipeline)
     for each in (pipeline, full_precision):
         each.set_progress_bar_config(disable=True)
@@ -157,13 +158,17 @@ def start_of(start: str) -> Path:
     return state if state.exists() else fetch(start)
 
 
-def _check_choices(arguments: RunArguments) -> None:
+def _check_choices(arguments: RunArguments, family: Family) -> None:
     losses = {"perceptual": (AUTO, *PERCEPTUAL_NAMES), "retraining_loss": RETRAINING_LOSSES}
     for name, choices in {"degradation": DEGRADATION_NAMES, **losses}.items():
         value = getattr(arguments, name)
         if value not in choices:
             kind = "perceptual loss" if name == "perceptual" else name
             raise ValueError(f"there is no {kind} {value!r}; expected {' or '.join(choices)}")
+    if arguments.dtype not in DTYPES:
+        raise ValueError(f"there is no dtype {arguments.dtype!r} for frozen weights; expected {', '.join(DTYPES)}")
+    if arguments.dtype != "float32" and family.calibrates_on != "images":
+        raise ValueError(f"dtype {arguments.dtype}: only image models hold their weights in 16 bits while they are calibrated")
     if not isinstance(arguments.seed, int) or arguments.seed < 0:
         raise ValueError(f"seed is {arguments.seed!r}: expected a whole number from 0 on")
 

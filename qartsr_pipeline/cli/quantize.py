@@ -24,6 +24,7 @@ from tqdm import tqdm
 from qartsr_pipeline.calibration.arguments import (
     ARGUMENTS_NAME,
     AUTO,
+    DTYPES,
     PERCEPTUAL_NAMES,
     VIDEO_RECIPE,
     Order,
@@ -89,6 +90,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         f" {DEFAULTS.perceptual}",
     )
     add("--perceptual-weights", metavar="FILE", help="the backbone of LPIPS, torchvision's: a local file, or a folder with it")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="what frozen weights are held in while calibrating; 16 bits take half the memory, and everything is computed in"
+        f" float32; default: {DEFAULTS.dtype}",
+    )
     add(
         "--evaluate",
         metavar="FOLDER",

@@ -1,4 +1,4 @@
-"""Calibrating layers: float weights frozen, quantization parameters trainable, the forward simulates the deployed layer.
+"""Calibrating layers: float weights frozen (also in 16 bits, see `held_weights`), quantization parameters trainable, the forward simulates the deployed layer.
 
 They extend optimum-quanto's QLinear and QConv2d without registering (its table is process-global), and replace its quantizer with
 QArtSR's (arXiv 2503.05584):
@@ -19,6 +19,7 @@ from optimum.quanto.nn import QConv2d, QLinear, QModuleMixin
 from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import affine_parameters, centred_codes
+from qartsr_pipeline.quantization.held_weights import forward_of_held
 from qartsr_pipeline.quantization.scheme import LayerScheme, QuantizationScheme, quantizable_layers, replace_module
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class CalibratingLinear(CalibratingMixin, QLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.quantizing:
-            return F.linear(x, self.weight, self.bias)
+            return forward_of_held(self, x)
         smooth = self.smooth
         y = F.linear(self.quantized_input(x, smooth), self.qweight)
         if self.has_branch:
@@ -236,7 +237,7 @@ class CalibratingConv2d(CalibratingMixin, QConv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.quantizing:
-            return self._conv_forward(x, self.weight, self.bias)
+            return forward_of_held(self, x)
         smooth = self.smooth.view(-1, 1, 1)
         y = self._conv_forward(self.quantized_input(x, smooth), self.qweight, None)
         if self.has_branch:

@@ -113,6 +113,34 @@ def test_a_pipeline_and_images_in_memory_give_what_folders_give_and_stay_as_they
         assert equal(load_file(path), load_file(tmp_path / "saved" / path.relative_to(tmp_path / "run" / "model")))
 
 
+def test_weights_held_in_16_bits_give_the_same_model_if_they_were_stored_so(photographs, evaluated, tmp_path):
+    """A checkpoint stored in more bits loses only what the type cannot hold."""
+    stored = build_tiny_pipeline()
+    for model in (stored.unet, stored.vae):
+        for layer in model.modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+                layer.weight.data = layer.weight.data.half().float()
+    small = {"recipe": tiny("steps=2"), "evaluation_data": evaluated, "device": "cpu"}
+    results = {
+        dtype: quantize(stored, "w4a4", photographs, output=tmp_path / str(dtype), dtype=dtype, **small)
+        for dtype in ("float32", "float16", torch.bfloat16)
+    }
+    exact, same, near = results.values()
+    assert equal(state(exact.output), state(same.output)) and not equal(state(exact.output), state(near.output))
+    for path in (exact.output / "model").rglob("*.safetensors"):
+        assert equal(load_file(path), load_file(same.output / path.relative_to(exact.output)))
+    assert same.rows[-1].values == exact.rows[-1].values
+    assert same.record["dtype"] == "float16" and "dtype" not in exact.record
+    errors = [np.mean([layer.after for layer in each.layers]) for each in (exact, near)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05) and errors[1] != errors[0]
+
+
+def test_dtypes_that_cannot_be_are_refused(photographs, tmp_path):
+    with pytest.raises(ValueError, match="no dtype 'float8' for frozen weights; expected float32, bfloat16, float16"):
+        quantize(build_tiny_pipeline(), data=photographs, dtype="float8", output=tmp_path / "run")
+    assert not (tmp_path / "run" / ARGUMENTS_NAME).exists()
+
+
 def test_a_stopped_run_continues_to_the_same_bits_and_with_no_other_arguments(from_folders, photographs, evaluated, tmp_path):
     def again(**changes):
         arguments = {"recipe": tiny(), "evaluation_data": evaluated, "output": tmp_path / "run"} | changes

@@ -285,7 +285,7 @@ def step_size(layer: CalibratingMixin, name: str) -> float:
     if "log_" in name:
         return 1.0  # trained in the logarithm: already relative
     if name == "adapter_up":  # starts at 0: measured by the change of the weight that it brings
-        size = float(layer.weight.abs().mean()) * math.sqrt(layer.adapter_down.shape[1] / layer.adapter_down.shape[0])
+        size = float(layer.weight.float().abs().mean()) * math.sqrt(layer.adapter_down.shape[1] / layer.adapter_down.shape[0])
     elif name == "adapter_down":
         size *= 0.1
     elif name == "weight_change":  # starts at 0: measured by what is quantized
