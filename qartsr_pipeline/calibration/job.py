@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qartsr_pipeline.calibration.arguments import ARGUMENTS_NAME, AUTO, DTYPES, PERCEPTUAL_NAMES, Order, RunArguments, recipe_names
+from qartsr_pipeline.calibration.arguments import (
+    ARGUMENTS_NAME,
+    AUTO,
+    DTYPES,
+    PERCEPTUAL_NAMES,
+    Order,
+    RunArguments,
+    recipe_names,
+)
 from qartsr_pipeline.calibration.data import DEGRADATION_NAMES
 from qartsr_pipeline.calibration.data.clips import ClipPatches, is_video_file, read_clip
 from qartsr_pipeline.calibration.data.fingerprint import check_no_overlap, overlap, recorded_files

@@ -1,4 +1,4 @@
-"""Calibrating layers: float weights frozen (also in 16 bits, see `held_weights`), quantization parameters trainable, the forward simulates the deployed layer.
+"""Calibrating layers: float weights frozen, quantization parameters trainable, the forward simulates the deployed layer.
 
 They extend optimum-quanto's QLinear and QConv2d without registering (its table is process-global), and replace its quantizer with
 QArtSR's (arXiv 2503.05584):
@@ -6,6 +6,7 @@ QArtSR's (arXiv 2503.05584):
     y = L1 (L2 x) + Q_W((W - L1 L2 + F1 F2) / phi) * Q_A(phi x) + b
 
 For a convolution L2 is a 1 x 1 and L1 the k x k convolution, F1 F2 acts on the flattened kernel (our reading).
+The weights may be held in 16 bits, see `held_weights`.
 """
 
 from __future__ import annotations
