@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from qartsr_pipeline.cli.arguments import list_shipped
 from qartsr_pipeline.cli.messages import one_line, say
+from qartsr_pipeline.freed_memory import keep_freed_memory
 
 
 class Command(NamedTuple):
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: None for those of the process.
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # the process is this command's own
+        keep_freed_memory()
     interrupts: list[int] = []
     try:
         with _noted(interrupts):
