@@ -181,6 +181,10 @@ class CalibratingMixin(QModuleMixin, nn.Module):
             self._remembered = versions, self._quantized_weight().detach()
         return self._remembered[1]
 
+    def forget(self) -> None:
+        """Frees what `qweight` remembers."""
+        self._remembered = None
+
     def _quantized_weight(self) -> torch.Tensor:
         if self.layer_scheme.weight_bits == 16:
             return _stored_in_16_bit(self.residual_weight())

@@ -8,6 +8,7 @@ from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import BITS, fake_quantize
 from qartsr_pipeline.calibration.recipe_layers import Layer
+from qartsr_pipeline.calibration.start import observers
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error, smoothing_factor
 from qartsr_pipeline.calibration.start.observers import InputSample, SquaredErrors, observe
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
@@ -156,3 +157,11 @@ def test_squared_errors_are_those_of_the_quantizer(bits):
     for error, low, high in zip(errors, lower, upper, strict=True):
         expected = ((fake_quantize(values, low, high, bits) - values).double().square() * weights).sum()
         assert float(error) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_bounds_of_rows_are_found_in_parts_just_as_well(monkeypatch):
+    torch.manual_seed(0)
+    rows, importance = torch.randn(30, 50), torch.rand(1, 50).expand(30, 50)
+    whole = observers.row_bounds(rows, importance, 4)
+    monkeypatch.setattr(observers, "PART", 170)
+    assert all(torch.equal(one, other) for one, other in zip(whole, observers.row_bounds(rows, importance, 4), strict=True))

@@ -9,6 +9,8 @@ from torch import nn
 
 from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.calibration.recipe import RecipeError
+from qartsr_pipeline.calibration.start import branches, rounding
+from qartsr_pipeline.calibration.start import initialise as initialise_module
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error
 from qartsr_pipeline.calibration.start.observers import observe
 from qartsr_pipeline.calibration.start.rounding import relative_patch_error, round_together
@@ -56,6 +58,41 @@ def test_what_inputs_lose_is_made_up_for():
             assert round_together(layer, sample.together) and layer.bias_change.abs().max() > 0
         errors[bits] = relative_patch_error(layer, smooth_maps(8, 12, 32))
     assert errors[8] < 0.9 * errors[16]
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (2, 2)])
+@pytest.mark.parametrize("plain", [nn.Conv2d(24, 16, 3, padding=1), nn.Linear(160, 24)])
+def test_in_groups_of_columns_it_is_nearly_as_good(plain, bits, monkeypatch):
+    """And so is what large layers start from otherwise: products of bytes, and a smoothing that is chosen before the fit."""
+    torch.manual_seed(0)
+    maps = (
+        [smooth_maps(4, 24, 32) for _ in range(4)]
+        if isinstance(plain, nn.Conv2d)
+        else [torch.randn(512, 30) @ torch.randn(30, 160)]
+    )
+    sample = observe({"": plain}, plain, maps, windows=True)[""]
+    kind, options = CalibratingConv2d if isinstance(plain, nn.Conv2d) else CalibratingLinear, {"branch_fit": True}
+    errors = {}
+    for rounding_of in ("nearest", "patches", "patches in groups"):
+        if rounding_of == "patches in groups":
+            for name, value in (("MOST_COLUMNS", 100), ("GROUP", 70)):
+                monkeypatch.setattr(rounding, name, value)
+            for module in (branches, initialise_module):
+                monkeypatch.setattr(module, "LARGE", 1)
+        torch.manual_seed(1)
+        layer = kind.from_layer(plain, LayerScheme(*bits, rank=2), adapter_rank=24)
+        initialise({"": layer}, {"": sample}, Initialisation(rounding=rounding_of.split()[0], **options))
+        errors[rounding_of] = relative_output_error(layer, sample)
+    assert errors["patches"] < errors["nearest"]
+    assert errors["patches in groups"] < 0.2 * errors["nearest"] + 0.8 * errors["patches"]
+
+
+def test_maps_below_the_kernel_are_rounded_to_the_nearest():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(12, 16, 3, padding=1)
+    sample = observe({"": plain}, plain, [torch.randn(4, 12, 2, 2)], windows=True)[""]
+    layer = CalibratingConv2d.from_layer(plain, LayerScheme(4, 4), adapter_rank=16)
+    assert 0 < initialise({"": layer}, {"": sample}, Initialisation(rounding="patches"))[""] < 0.1
 
 
 def test_it_is_taken_back_where_it_does_not_help():

@@ -6,11 +6,17 @@ of its kernel counts as outputs of its own, as if the taps' inputs were independ
 
 from __future__ import annotations
 
-import torch
+import weakref
 
-from qartsr_pipeline.quantization.calibrating import CalibratingMixin
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qartsr_pipeline.kernels.int_mm import has_vnni
+from qartsr_pipeline.quantization.calibrating import CalibratingConv2d, CalibratingLinear, CalibratingMixin
 
 FULL_SVD = 512  # sides up to which all singular vectors are computed
+LARGE = 1 << 20  # weights of a layer from which what can be computed once, or in bytes, is
+_outputs = WeakTensorKeyDictionary()  # rows -> reference to a weight, outputs
 
 
 def unfolded(weight: torch.Tensor) -> torch.Tensor:
@@ -53,8 +59,32 @@ def _store(layer: CalibratingMixin, up: torch.Tensor, down: torch.Tensor) -> Non
 
 def left_by_quantization(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
     """(positions, N * taps): outputs for inputs (positions, C), less what the quantized residual weight makes of them."""
-    quantized = layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
-    return rows @ unfolded(layer.weight.float()).T - quantized
+    if layer.weight.numel() < LARGE:
+        quantized = layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
+        return rows @ unfolded(layer.weight.float()).T - quantized
+    return _full_precision(layer, rows) - _quantized(layer, rows)
+
+
+def _full_precision(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
+    """Outputs of the original weight; those of the last layer that these very rows were asked for are remembered."""
+    remembered = _outputs.get(rows)
+    if remembered is None or remembered[0]() is not layer.weight:
+        remembered = weakref.ref(layer.weight), rows @ unfolded(layer.weight.float()).T
+        _outputs[rows] = remembered
+    return remembered[1]
+
+
+def _quantized(layer: CalibratingMixin, rows: torch.Tensor) -> torch.Tensor:
+    """What the quantized residual weight makes of inputs, as a product of bytes where that is exact and faster."""
+    scheme = layer.layer_scheme
+    fits = type(layer) in (CalibratingLinear, CalibratingConv2d) and scheme.activation_bits <= 6 and scheme.weight_bits <= 8
+    if not fits or rows.device.type != "cpu" or not has_vnni():
+        return layer.quantized_input(rows, layer.smooth) @ unfolded(layer.qweight).T
+    scale, zero_point = layer.input_parameters()
+    codes = layer.codes(rows, layer.smooth / scale, zero_point, scheme.activation_bits).to(torch.int8)
+    weight = unfolded(layer.weight_codes().to(torch.int8))
+    scales = layer.weight_parameters()[0].repeat_interleave(len(weight) // layer.weight.shape[0])
+    return torch._int_mm(codes, weight.t()) * (scale * scales)
 
 
 @torch.no_grad()

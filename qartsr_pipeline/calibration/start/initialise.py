@@ -12,20 +12,28 @@ In this order, each for one layer (or the layers that share an input) at a time
 
 Layers on other grids (`other_grids`) leave out what they do not have, and rotated ones are measured as rotated.
 
-The a that leaves the least error of the layer's output on the sample is kept. For a k x k convolution the output error is summed
-over the taps, as if their inputs were independent: positions are sampled, not neighbourhoods (our reading).
+The a that leaves the least error of the layer's output on the sample is kept; in large layers, whose branches take long to fit,
+before they are fitted. For a k x k convolution the output error is summed over the taps, as if their inputs were independent:
+positions are sampled, not neighbourhoods (our reading).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from qartsr_pipeline.calibration.recipe_layers import BOUNDS, OFFSETS, Layer
-from qartsr_pipeline.calibration.start.branches import branch_from_weight, fit_branch, left_by_quantization, merges, unfolded
+from qartsr_pipeline.calibration.start.branches import (
+    LARGE,
+    branch_from_weight,
+    fit_branch,
+    left_by_quantization,
+    merges,
+    unfolded,
+)
 from qartsr_pipeline.calibration.start.observers import InputSample, input_bounds, row_bounds
 from qartsr_pipeline.calibration.start.other_grids import DynamicActivations, Rotated
 from qartsr_pipeline.calibration.start.rounding import relative_patch_error, round_together
@@ -293,17 +301,26 @@ def initialise(
         w_largest = torch.stack([unfolded(layer.weight.float()).abs().amax(0) for layer in group]).amax(0)
         candidates = [smoothing_factor(inputs.largest, w_largest, exponent) for exponent in options.smoothing]
         candidates = candidates or [torch.ones_like(w_largest)]
-        scores = [_set_for(group, inputs, phi, options) for phi in candidates]
+        large = options.branch_fit and any(layer.weight.numel() >= LARGE for layer in group)
+        tried = replace(options, branch_fit=False) if large else options  # fits take most of the time
+        scores = [_set_for(group, inputs, phi, tried) for phi in candidates]
         best = min(range(len(scores)), key=scores.__getitem__)
-        error = scores[best] if best == len(scores) - 1 else _set_for(group, inputs, candidates[best], options)
+        again = large or best < len(scores) - 1
+        error = _set_for(group, inputs, candidates[best], options) if again else scores[best]
         if options.branch_rounds:
             error = sum(_refine_branch(layer, inputs, options) for layer in group)
         if options.rounding == "patches":
             for name, layer in zip(names, group, strict=True):
-                if _has(layer, "weight_lower") and merges(layer):
-                    round_together(layer, samples[name].together)
+                seen = samples[name].together
+                shows_patches = (
+                    seen.dim() == layer.weight.dim() or layer.weight[0, 0].numel() == 1
+                )  # not of a map below its kernel
+                if shows_patches and _has(layer, "weight_lower") and merges(layer):
+                    round_together(layer, seen)
                 errors[name] = relative_output_error(layer, samples[name])
-            continue
-        power = sum(_output_power(layer, sample.rows) for layer in group)
-        errors.update(dict.fromkeys(names, error / max(power, 1e-12)))
+        else:
+            power = sum(_output_power(layer, sample.rows) for layer in group)
+            errors.update(dict.fromkeys(names, error / max(power, 1e-12)))
+        for layer in group:
+            layer.forget()
     return errors

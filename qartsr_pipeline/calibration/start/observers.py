@@ -15,6 +15,7 @@ from qartsr_pipeline.arithmetic.affine import affine_parameters, code_range, fak
 
 SHRINK = tuple(1 - 0.05 * i for i in range(15))  # of the extremes, 1.0 down to 0.3
 OUTPUTS, WINDOWS = 8, 16  # side of a window's output, and windows of one call
+PART = 1 << 19  # values that bounds are searched for together: with more, every pass would go to memory
 MOST_VALUES = 2**20  # in the windows of one call: less of them where there are many channels
 Batch = TypeVar("Batch")
 
@@ -101,6 +102,11 @@ def row_bounds(rows: torch.Tensor, importance: torch.Tensor, bits: int) -> tuple
     Args:
         importance: (N, K), how much an error at each place weighs.
     """
+    if rows.numel() > 2 * PART:
+        count = max(1, PART // rows.shape[1])
+        parts = [row_bounds(*each, bits) for each in zip(rows.split(count), importance.split(count), strict=True)]
+        lower, upper = (torch.cat(bounds) for bounds in zip(*parts, strict=True))
+        return lower, upper
     extremes = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     lower, upper = extremes[0].clone(), extremes[1].clone()
     least = torch.full_like(lower, float("inf"))

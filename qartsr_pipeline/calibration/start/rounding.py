@@ -26,6 +26,7 @@ from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 RIDGE = 0.01  # of the mean square of the inputs
 COLUMNS = 64  # that are rounded before the others are brought up to date
 COARSE = 3  # bits of inputs up to which weights make up for what these lose: with finer ones, images lose detail by it
+MOST_COLUMNS, GROUP = 4096, 2048  # that are rounded together; of layers with more, in groups of so many
 HELD_OUT = 4  # one patch in so many is kept to measure on
 
 
@@ -104,17 +105,8 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
     before = patches.error(layer, matrix)
     names = ("adapter_up", "adapter_down", "weight_change", "weight_lower", "weight_upper", "bias_change")
     kept = {name: layer.get_parameter(name).clone() for name in names if name in layer._parameters}
-    hessian = patches.quantized.T @ patches.quantized
-    ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-12)
-    hessian.diagonal().add_(ridge)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    wanted = matrix
-    if layer.layer_scheme.activation_bits <= COARSE:
-        wanted = matrix + matrix @ (patches.lost.T @ patches.quantized) @ inverse
-    lower, upper = row_bounds(wanted, hessian.diagonal().expand_as(wanted), layer.layer_scheme.weight_bits)
-    layer.weight_lower.copy_(lower)
-    layer.weight_upper.copy_(upper)
-    rounded = _rounded(layer, wanted, inverse)
+    in_groups = matrix.shape[1] > MOST_COLUMNS
+    rounded = _rounded_in_groups(layer, matrix, patches) if in_groups else _rounded_whole(layer, matrix, patches)
     merge(layer, layer.transform_rows((rounded - matrix).view(shape)) * over_inputs)
     if layer.bias is not None:
         layer.bias_change.copy_(patches.mean_error(layer, matrix))
@@ -123,6 +115,49 @@ def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
     for name, value in kept.items():
         layer.get_parameter(name).copy_(value)
     return False
+
+
+def _set_bounds(layer: CalibratingMixin, wanted: torch.Tensor, energy: torch.Tensor) -> None:
+    lower, upper = row_bounds(wanted, energy.expand_as(wanted), layer.layer_scheme.weight_bits)
+    layer.weight_lower.copy_(lower)
+    layer.weight_upper.copy_(upper)
+
+
+def _rounded_whole(layer: CalibratingMixin, matrix: torch.Tensor, patches: Patches) -> torch.Tensor:
+    """Sets weight bounds; returns (N, K) on their grid, errors of every column made up for by all that come after it."""
+    hessian = patches.quantized.T @ patches.quantized
+    ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-12)
+    hessian.diagonal().add_(ridge)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    wanted = matrix
+    if layer.layer_scheme.activation_bits <= COARSE:
+        wanted = matrix + matrix @ (patches.lost.T @ patches.quantized) @ inverse
+    _set_bounds(layer, wanted, hessian.diagonal())
+    return _rounded(layer, wanted, inverse)
+
+
+def _rounded_in_groups(layer: CalibratingMixin, matrix: torch.Tensor, patches: Patches) -> torch.Tensor:
+    """The same for so many columns that the matrix of their products would take minutes and gigabytes: `GROUP` of them at a time,
+    each group first moved so that its outputs make up for the errors of all groups before it.
+    """
+    inputs = patches.quantized
+    energy = inputs.square().sum(0)
+    ridge = RIDGE * energy.mean().clamp(min=1e-12)
+    wanted = matrix
+    if layer.layer_scheme.activation_bits <= COARSE:  # the regression of `_rounded_whole`, solved among patches
+        between = inputs @ inputs.T
+        between.diagonal().add_(ridge)
+        wanted = matrix + torch.linalg.solve(between, patches.lost @ matrix.T).T @ inputs
+    _set_bounds(layer, wanted, energy + ridge)
+    rounded, error = torch.empty_like(wanted), inputs.new_zeros(len(inputs), len(wanted))
+    for columns in energy.argsort(descending=True).split(GROUP):
+        part = inputs[:, columns]
+        hessian = part.T @ part
+        hessian.diagonal().add_(ridge)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        rounded[:, columns] = _rounded(layer, wanted[:, columns] - (error.T @ part) @ inverse, inverse)
+        error += part @ (rounded[:, columns] - wanted[:, columns]).T
+    return rounded
 
 
 def _rounded(layer: CalibratingMixin, matrix: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

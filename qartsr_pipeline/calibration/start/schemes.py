@@ -18,6 +18,7 @@ from qartsr_pipeline.calibration.recipe import Budget, Recipe, RecipeError, pars
 from qartsr_pipeline.calibration.start.budget import Assignment, Limits, assign, choices_of, errors_of_ways
 from qartsr_pipeline.calibration.start.observers import InputSample, observe
 from qartsr_pipeline.calibration.start.ranks import RankBudget, RankedLayer, Sensitivity, ranks_within_budget, sensitivities
+from qartsr_pipeline.calibration.training.blocks import LARGE
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.progress import follow
 from qartsr_pipeline.quantization.accounting import Work, stored_bytes
@@ -199,6 +200,8 @@ class _ImageErrors:
     def __init__(self, context: CalibrationContext):
         self.family, self.pipeline = context.family, context.pipeline
         self.batch = next(_small_batches(context))
+        if sum(p.numel() for model in self.family.models(self.pipeline).values() for p in model.parameters()) > LARGE:
+            self.batch = self.batch[:1]  # the network runs once for every layer
         with torch.no_grad():
             self.wanted = self.family.run(self.pipeline, self.batch).image
 

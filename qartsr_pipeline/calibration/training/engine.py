@@ -158,7 +158,9 @@ class Run:
         except Stopped:
             result.stopped = True
             return result
-        result.layer_errors = {name: relative_output_error(layer, self.samples[name]) for name, layer in training.layers.items()}
+        for name, layer in training.layers.items():
+            result.layer_errors[name] = relative_output_error(layer, self.samples[name])
+            layer.forget()
         result.histograms = histograms(training.layers, self.samples)
         result.weights, result.start = context.family.digest(context.pipeline), training.state.identity["start"]
         if result.weights != training.state.identity["weights"]:
