@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # numbers of malloc.h
 OPTIONS = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: 64 << 20}
@@ -21,10 +22,23 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it is so now: not on other systems, with other C libraries, or where the environment has settings of its own.
     """
-    if sys.platform != "linux" or any(name in os.environ for name in VARIABLES):
+    if any(name in os.environ for name in VARIABLES):
         return False
+    mallopt = _from_c_library("mallopt")
+    return mallopt is not None and all(mallopt(option, value) == 1 for option, value in OPTIONS.items())
+
+
+def return_freed_memory() -> None:
+    """Gives back what is free now, where the C library can: worth it after something large that does not come again."""
+    trim = _from_c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _from_c_library(name: str) -> Callable[..., int] | None:
+    if sys.platform != "linux":
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl has none
-        return False
-    return all(mallopt(option, value) == 1 for option, value in OPTIONS.items())
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):  # musl has neither function
+        return None

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from qartsr_pipeline.checkpoint_pipeline import CheckpointPipeline
+from qartsr_pipeline.freed_memory import return_freed_memory
 from qartsr_pipeline.loading import load_kind_quietly
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.held_weights import hold_weights
@@ -70,6 +71,7 @@ def hold_in(pipeline: CheckpointPipeline, dtype: str) -> None:
     """
     for model in _models(pipeline):
         hold_weights(model, getattr(torch, dtype))
+    return_freed_memory()
 
 
 def instance_of(model: SomePipeline, device: str | torch.device | None) -> SomePipeline:

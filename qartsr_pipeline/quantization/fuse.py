@@ -158,7 +158,8 @@ class ProductAttention(AttnProcessor2_0):
 
 
 FEWEST_TOKENS = 256
-SCORES = 1 << 21  # that exist at once
+QUERIES, SCORES = 512, 1 << 24  # that exist at once, at most
+NARROW = 128  # channels of a head up to which products with a key laid out anew are faster
 
 
 def _gains(attn: Attention, tokens: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
@@ -176,7 +177,9 @@ def _gains(attn: Attention, tokens: torch.Tensor, context: torch.Tensor | None, 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """softmax(query key^T / sqrt(D)) value, (B, N, D) by (B, M, D) twice -> (B, N, D)."""
     query, key = query * query.shape[-1] ** -0.5, key.transpose(1, 2)
-    rows = max(1, SCORES // (key.shape[0] * key.shape[2]))
+    if key.shape[1] <= NARROW:
+        key = key.contiguous()
+    rows = min(QUERIES, max(1, SCORES // (key.shape[0] * key.shape[2])))
     parts = [torch.bmm(torch.softmax(torch.bmm(part, key), -1), value) for part in query.split(rows, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 

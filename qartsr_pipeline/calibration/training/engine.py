@@ -37,6 +37,7 @@ from qartsr_pipeline.calibration.training.qao import refine_layers
 from qartsr_pipeline.calibration.training.stages import quantize_per_module, train_end_to_end
 from qartsr_pipeline.calibration.training.steps import Training
 from qartsr_pipeline.calibration.training.volts import classified
+from qartsr_pipeline.freed_memory import return_freed_memory
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, prepare
 from qartsr_pipeline.quantization.scheme import quantizable_layers
 from qartsr_pipeline.quantization.token_layers import TokenLinear
@@ -84,6 +85,7 @@ def begin(context: CalibrationContext, state: StateFile = NO_STATE, start: Path 
     schemes = fold_and_make_schemes(pipeline, recipe, context.bits)
     identity = _identity(context, start)
     samples = observe_full_precision(context, schemes)
+    return_freed_memory()
     kinds = layer_kinds(recipe.layer, any("step" in stage.train for stage in recipe.stages))
     if recipe.layer.branch_budget:
         schemes = workers.of_first(lambda: give_ranks(context, schemes, kinds, samples))
@@ -91,6 +93,7 @@ def begin(context: CalibrationContext, state: StateFile = NO_STATE, start: Path 
     if recipe.budget.is_set:
         schemes, assignment = workers.of_first(lambda: give_bits(context, schemes, kinds, samples))
         curve = assignment.curve
+    return_freed_memory()
     torch.manual_seed(context.seed)  # adapters start from random numbers
     models = context.family.models(pipeline)
     to_prepare = [component for component, model in models.items() if quantizable_layers(model, schemes[component])]
