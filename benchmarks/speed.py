@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), metavar="NAME", help="; ".join(CONTENDERS))
+    parser.add_argument("--alone", action="store_true", help="one contender after the other, where memory is short: no turns")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
 
@@ -108,16 +109,30 @@ def measure(args: argparse.Namespace) -> Result:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
     setting = {"shape": args.shape, "size": args.size, "rounds": args.rounds, "device": args.device}
-    return Result("speed", setting | {"capability": torch.backends.cpu.get_cpu_capability()}, time_in_turns(args))
+    setting |= {"capability": torch.backends.cpu.get_cpu_capability(), "alone": args.alone}
+    together = [[name] for name in args.contenders] if args.alone else [args.contenders]
+    rows = [row for names in together for row in time_in_turns(names, args)]
+    return Result("speed", setting, with_errors(rows))
 
 
-def time_in_turns(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of `measure`."""
+def with_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with each picture's distance to the first one, in the place of the picture."""
     import numpy as np
 
+    pictures = [row.pop("picture", None) for row in rows]
+    first = next((picture for picture, row in zip(pictures, rows, strict=True) if "error" not in row), None)
+    for row, picture in zip(rows, pictures, strict=True):
+        if "error" not in row:
+            error = np.square(picture - first).mean()
+            row["psnr_to_first"] = float(10 * np.log10(4 / error)) if error else None
+    return rows
+
+
+def time_in_turns(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of contenders that are loaded together; each still has its picture."""
     context = multiprocessing.get_context("spawn")
     pipes, processes, rows = {}, [], {}
-    for name in args.contenders:
+    for name in names:
         print(f"loading {name}", file=sys.stderr, flush=True)
         pipes[name], other = context.Pipe()
         process = context.Process(target=work, args=(other, name, args), daemon=True)
@@ -125,7 +140,7 @@ def time_in_turns(args: argparse.Namespace) -> list[dict[str, Any]]:
         other.close()
         processes.append(process)
         rows[name] = {"name": name, "rounds": [], "processor": []} | ask(pipes[name])
-    alive = [name for name in args.contenders if "error" not in rows[name]]
+    alive = [name for name in names if "error" not in rows[name]]
     timed = alive
     for turn in range(args.rounds):
         print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
@@ -139,15 +154,11 @@ def time_in_turns(args: argparse.Namespace) -> list[dict[str, Any]]:
         alive = [name for name in alive if "error" not in rows[name]]
         seconds = {name: sum(rows[name]["rounds"][0].values()) for name in alive}
         timed = [name for name in timed if name in alive and seconds[name] < PATIENCE * seconds[alive[0]]]
-    for name, process in zip(args.contenders, processes, strict=True):
+    for name, process in zip(names, processes, strict=True):
         if name in alive:
             rows[name] |= ask(pipes[name], "kinds")
         process.join(60)  # before the next one is timed
         process.kill()
-    pictures = {name: row.pop("picture") for name, row in rows.items() if "picture" in row}
-    for name in alive:
-        error = np.square(pictures[name] - pictures[alive[0]]).mean()
-        rows[name]["psnr_to_first"] = float(10 * np.log10(4 / error)) if error else None
     return list(rows.values())
 
 
@@ -156,7 +167,7 @@ def table(result: Result) -> str:
     setting = result.settings
     lines = [
         f"{setting['size']} x {setting['size']} pixels out, {TITLES[setting['shape']]}. {result.environment['hardware']}."
-        f" Median (range) of {setting['rounds']} rounds, in turns.\n",
+        f" Median (range) of {setting['rounds']} rounds, {'one after the other' if setting.get('alone') else 'in turns'}.\n",
         "| | floats | seconds | ratio | processor | ratio | encode | UNet | decode | peak MB | weights MB | dB to the first |",
         "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
