@@ -22,7 +22,7 @@ from torch import nn
 from qartsr_pipeline.calibration.data.patches import Patches
 from qartsr_pipeline.calibration.recipe import DEFAULT_KEEP, Recipe
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
-from qartsr_pipeline.calibration.training.blocks import Block
+from qartsr_pipeline.calibration.training.blocks import Block, NamesOf
 from qartsr_pipeline.calibration.training.losses import Perceptual, picture_loss, relative_l2
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.quantization.accounting import Accounting, Work
@@ -48,11 +48,13 @@ class Family(ABC):
 
     Attributes:
         components: attributes of the pipeline whose layers are quantized.
+        block_kinds: classes of the modules that are blocks; a layer outside of these is one of its own.
         calibrates_on: what that is, in words: "images".
         keep: layers that stay at more bits where a recipe leaves `keep` at its default, pattern -> bits.
     """
 
     components: tuple[str, ...]
+    block_kinds: tuple[type[nn.Module], ...]
     calibrates_on: str
     keep: Mapping[str, str]
 
@@ -102,8 +104,8 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def blocks(self, pipeline: Any) -> list[Block]:
-        """All blocks of a pipeline with calibrating layers, in the order in which they run."""
+    def blocks(self, pipeline: Any, names_of: NamesOf = calibrating_layers) -> list[Block]:
+        """All blocks of a pipeline that hold layers of these names (by default: calibrating ones), in running order."""
 
     @abstractmethod
     def observed_batches(self, patches: Patches, recipe: Recipe, degradation: str, seed: int) -> list[torch.Tensor]:

@@ -34,11 +34,12 @@ from qartsr_pipeline.calibration.data.patches import (
 from qartsr_pipeline.calibration.family import Family, Output, outputs_of
 from qartsr_pipeline.calibration.recipe import DEFAULT_KEEP, Recipe
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport, make_report
-from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
+from qartsr_pipeline.calibration.training.blocks import Block, NamesOf, blocks_in_running_order
 from qartsr_pipeline.calibration.training.losses import Perceptual, load_perceptual
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.pipeline_qartsr import QArtSRPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work, account, work_of
+from qartsr_pipeline.quantization.calibrating import calibrating_layers
 from qartsr_pipeline.quantization.fold import fold
 from qartsr_pipeline.quantization.scheme import Folding
 
@@ -100,10 +101,14 @@ class ImageFamily(Family):
             return "unet"
         return "encoder" if name.startswith(("vae.encoder.", "vae.quant_conv")) else "decoder"
 
-    def blocks(self, pipeline: QArtSRPipeline) -> list[Block]:
+    def blocks(self, pipeline: QArtSRPipeline, names_of: NamesOf = calibrating_layers) -> list[Block]:
         side = 2 * pipeline.multiple
         small = torch.zeros(1, 3, side, side, dtype=pipeline.vae.dtype)
-        return blocks_in_running_order(self.models(pipeline), self.block_kinds, self.part_of, lambda: image_of(pipeline, small))
+
+        def run() -> torch.Tensor:
+            return image_of(pipeline, small)
+
+        return blocks_in_running_order(self.models(pipeline), self.block_kinds, self.part_of, run, names_of)
 
     def observed_batches(self, patches: Patches, recipe: Recipe, degradation: str, seed: int) -> list[torch.Tensor]:
         """Low-resolution images (B, 3, h, w) in [0, 1]."""

@@ -38,11 +38,12 @@ from qartsr_pipeline.calibration.perceptual import Lpips
 from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.report.clip_report import make_clip_report
 from qartsr_pipeline.calibration.report.run_report import FinishedRun, RunReport
-from qartsr_pipeline.calibration.training.blocks import Block, blocks_in_running_order
+from qartsr_pipeline.calibration.training.blocks import Block, NamesOf, blocks_in_running_order
 from qartsr_pipeline.calibration.training.losses import Perceptual
 from qartsr_pipeline.calibration.training.progress import SILENT, Progress
 from qartsr_pipeline.pipeline_lsgquant import LSGQuantVideoPipeline
 from qartsr_pipeline.quantization.accounting import Accounting, Work
+from qartsr_pipeline.quantization.calibrating import calibrating_layers
 from qartsr_pipeline.quantization.fold_wan import fold_wan
 from qartsr_pipeline.quantization.frames_as_channels import frames_as_channels
 from qartsr_pipeline.quantization.rotate_wan import ROTATED_ONLINE, rotate_wan
@@ -124,10 +125,14 @@ class VideoFamily(Family):
             return "transformer"
         return "encoder" if name.startswith(("vae.encoder.", "vae.quant_conv")) else "decoder"
 
-    def blocks(self, pipeline: LSGQuantVideoPipeline) -> list[Block]:
+    def blocks(self, pipeline: LSGQuantVideoPipeline, names_of: NamesOf = calibrating_layers) -> list[Block]:
         side = 2 * pipeline.multiple
         small = torch.zeros(1, 3, ClipPatches.frames, side, side, device=pipeline.device, dtype=pipeline.vae.dtype)
-        return blocks_in_running_order(self.models(pipeline), self.block_kinds, self.part_of, lambda: clip_of(pipeline, small))
+
+        def run() -> torch.Tensor:
+            return clip_of(pipeline, small)
+
+        return blocks_in_running_order(self.models(pipeline), self.block_kinds, self.part_of, run, names_of)
 
     def observed_batches(self, patches: Patches, recipe: Recipe, degradation: str, seed: int) -> list[torch.Tensor]:
         """Low-resolution clips (F, 3, h, w) in [0, 1], as many as hold the recipe's number of images."""

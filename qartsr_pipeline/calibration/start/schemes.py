@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,9 +18,10 @@ from qartsr_pipeline.calibration.recipe import Budget, Recipe, RecipeError, pars
 from qartsr_pipeline.calibration.start.budget import Assignment, Limits, assign, choices_of, errors_of_ways
 from qartsr_pipeline.calibration.start.observers import InputSample, observe
 from qartsr_pipeline.calibration.start.ranks import RankBudget, RankedLayer, Sensitivity, ranks_within_budget, sensitivities
-from qartsr_pipeline.calibration.training.blocks import LARGE
+from qartsr_pipeline.calibration.training.blocks import LARGE, outermost
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.progress import follow
+from qartsr_pipeline.calibration.training.stages import MEMORY_FOR_ACTIVATIONS, Recording, TensorStore
 from qartsr_pipeline.quantization.accounting import Work, stored_bytes
 from qartsr_pipeline.quantization.calibrating import Kinds
 from qartsr_pipeline.quantization.deployed import deployed_like
@@ -139,11 +140,13 @@ def give_bits(context: CalibrationContext, schemes: Schemes, kinds: Kinds, sampl
     recipe, family = context.recipe, context.family
     layers, reach = _free_layers(context, schemes, samples), _sensitivities(context, schemes, samples)
     work = family.work(context.pipeline)
-    choices, image_errors = {}, _ImageErrors(context)
-    for name, ranked in follow(context.progress, layers.items(), "choose bits"):
-        kind = kinds[isinstance(ranked.layer, nn.Conv2d)]
-        errors = errors_of_ways(ranked, reach[name].weights, kind, recipe.layer, partial(image_errors, name))
-        choices[name] = choices_of(name, ranked, errors, work, context.bits)
+    choices = {}
+    with TensorStore(MEMORY_FOR_ACTIVATIONS) as store:
+        image_errors = _ImageErrors(context, schemes, store)
+        for name, ranked in follow(context.progress, layers.items(), "choose bits"):
+            kind = kinds[isinstance(ranked.layer, nn.Conv2d)]
+            errors = errors_of_ways(ranked, reach[name].weights, kind, recipe.layer, partial(image_errors, name))
+            choices[name] = choices_of(name, ranked, errors, work, context.bits)
     rest, total = _rest(context, schemes, layers, work)
     least = rest + sum(rows[0].size for rows in choices.values())
     size, (branch, wider) = _size_limit(recipe.budget, least, work.parameters), (recipe.budget.branch, recipe.budget.wider)
@@ -195,27 +198,41 @@ def _free_layers(context: CalibrationContext, schemes: Schemes, samples: Samples
 
 
 class _ImageErrors:
-    """Sum of squared errors of an image, averaged over a few, with one layer replaced in the full-precision network."""
+    """Sum of squared errors of an image, averaged over a few, with one layer replaced in the full-precision network.
 
-    def __init__(self, context: CalibrationContext):
+    The network runs once for every layer: only from the layer's block on, with what was recorded of those before.
+    """
+
+    def __init__(self, context: CalibrationContext, schemes: Schemes, store: TensorStore):
         self.family, self.pipeline = context.family, context.pipeline
-        self.batch = next(_small_batches(context))
-        if sum(p.numel() for model in self.family.models(self.pipeline).values() for p in model.parameters()) > LARGE:
-            self.batch = self.batch[:1]  # the network runs once for every layer
-        with torch.no_grad():
-            self.wanted = self.family.run(self.pipeline, self.batch).image
+        names = {
+            id(model): list(quantizable_layers(model, schemes[component]))
+            for component, model in self.family.models(self.pipeline).items()
+        }
+        blocks = self.family.blocks(self.pipeline, lambda model: names[id(model)])
+        self.blocks = {block.name: block for block in blocks}
+        self.recording = Recording(self.family, self.pipeline, blocks, store)
+        batch = next(_small_batches(context))
+        self.recording.add(batch[:1] if _is_large(context) else batch)
 
     @torch.no_grad()
     def __call__(self, name: str, layer: nn.Module) -> float:
         component, _, path = name.partition(".")
         model = self.family.models(self.pipeline)[component]
-        own = model.get_submodule(path)
+        own, block = model.get_submodule(path), self.blocks[f"{component}.{outermost(model, path, self.family.block_kinds)}"]
+        (batch,), (wanted,) = self.recording.batches, self.recording.targets
         replace_module(model, path, layer)
         try:
-            image = self.family.run(self.pipeline, self.batch).image
+            with self.recording.replayed(0, block):
+                image = self.family.run(self.pipeline, batch).image
         finally:
             replace_module(model, path, own)
-        return float((image - self.wanted).square().sum()) / len(self.batch)
+        return float((image - wanted.image).square().sum()) / len(batch)
+
+
+def _is_large(context: CalibrationContext) -> bool:
+    models = context.family.models(context.pipeline).values()
+    return sum(parameter.numel() for model in models for parameter in model.parameters()) > LARGE
 
 
 def _small_batches(context: CalibrationContext) -> Iterator[torch.Tensor]:
@@ -233,7 +250,10 @@ def _sensitivities(context: CalibrationContext, schemes: Schemes, samples: Sampl
     for model in family.models(pipeline).values():
         model.requires_grad_(False)
     layers = {name: ranked.layer for name, ranked in _free_layers(context, schemes, samples).items()}
-    return sensitivities(layers, lambda batch: family.run(pipeline, batch).image, _small_batches(context))
+    batches: Iterable[torch.Tensor] = _small_batches(context)
+    if _is_large(context):  # one image at a time takes half the memory
+        batches = (image for batch in batches for image in batch.split(1))
+    return sensitivities(layers, lambda batch: family.run(pipeline, batch).image, batches)
 
 
 def _with(schemes: Schemes, chosen: dict[str, LayerScheme]) -> Schemes:

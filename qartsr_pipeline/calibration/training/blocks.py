@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin, calibrating_layers
 
+NamesOf = Callable[[nn.Module], Iterable[str]]
 LARGE = 200_000_000  # weights of calibrating layers from which their blocks run twice
 
 
@@ -23,7 +24,7 @@ class Block:
     Attributes:
         name: component and qualified name, such as "unet.mid_block.resnets.0".
         part: one of its family's parts.
-        layers: its calibrating layers, at least one.
+        layers: its calibrating layers.
     """
 
     name: str
@@ -38,21 +39,28 @@ class Block:
 
 
 def blocks_in_running_order(
-    models: dict[str, nn.Module], kinds: tuple[type[nn.Module], ...], part_of: Callable[[str], str], run: Callable[[], object]
+    models: dict[str, nn.Module],
+    kinds: tuple[type[nn.Module], ...],
+    part_of: Callable[[str], str],
+    run: Callable[[], object],
+    names_of: NamesOf = calibrating_layers,
 ) -> list[Block]:
-    """Every calibrating layer's block, in the order of the blocks' first calls.
+    """Every layer's block, in the order of the blocks' first calls.
 
     Args:
-        models: component -> model with calibrating layers.
+        models: component -> model.
         kinds: what a block is; a layer outside of these is a block of its own.
         part_of: block name -> part.
         run: runs the whole network once.
+        names_of: names of a model's layers; others than calibrating ones are not among the `layers` of their blocks.
 
     Raises:
         ValueError: if a block is never called: it would never be calibrated.
     """
     candidates = {
-        f"{component}.{name}": module for component, model in models.items() for name, module in _outermost(model, kinds).items()
+        f"{component}.{name}": module
+        for component, model in models.items()
+        for name, module in _outermost(model, kinds, names_of).items()
     }
     called = _called_during(run, candidates)
     missing = candidates.keys() - set(called)
@@ -61,14 +69,16 @@ def blocks_in_running_order(
     return [Block(name, part_of(name), candidates[name], _layers(candidates[name])) for name in called]
 
 
-def _outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
-    """Qualified name -> the outermost block around each calibrating layer, or the layer itself."""
-    found = {}
-    for name in calibrating_layers(model):
-        parents = [".".join(name.split(".")[: depth + 1]) for depth in range(name.count("."))]
-        outer = next((parent for parent in parents if isinstance(model.get_submodule(parent), kinds)), name)
-        found[outer] = model.get_submodule(outer)
-    return found
+def _outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...], names_of: NamesOf) -> dict[str, nn.Module]:
+    """Qualified name -> the outermost block around each layer, or the layer itself."""
+    names = (outermost(model, name, kinds) for name in names_of(model))
+    return {name: model.get_submodule(name) for name in names}
+
+
+def outermost(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...]) -> str:
+    """Qualified name of the outermost block around the layer of this name, or the layer's own."""
+    parents = [".".join(name.split(".")[: depth + 1]) for depth in range(name.count("."))]
+    return next((parent for parent in parents if isinstance(model.get_submodule(parent), kinds)), name)
 
 
 def _layers(module: nn.Module) -> tuple[CalibratingMixin, ...]:
