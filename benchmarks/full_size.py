@@ -38,7 +38,6 @@ from qartsr_pipeline.calibration.training.losses import load_perceptual
 from qartsr_pipeline.calibration.training.progress import Calibrated, Callbacks
 from qartsr_pipeline.cli.device import choose_device
 from qartsr_pipeline.convert import stable_diffusion_2_1
-from qartsr_pipeline.freed_memory import keep_freed_memory
 from qartsr_pipeline.prompt_embedding import PromptEmbedding
 from qartsr_pipeline.quantization.freeze import freeze
 
@@ -95,8 +94,7 @@ def time_the_initialisation(stages: dict[str, dict[str, float]], device: str) ->
 
 
 def measure(args: argparse.Namespace) -> Result:
-    """One calibration of a model with random weights: a row for each stage. Freed memory is kept, as the command line has it."""
-    keep_freed_memory()
+    """One calibration of a model with random weights: a row for each stage."""
     if args.folder:
         args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 
 from qartsr_pipeline.cli.main import main
-from qartsr_pipeline.freed_memory import keep_freed_memory
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main(["quantize", *sys.argv[1:]]))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from qartsr_pipeline.freed_memory import kept_memory
+
 # Main memory that one enlargement takes, in bytes per pixel of the network's image or of the result, whichever has more pixels.
 WORKING = 48  # four float32 RGB images at a time. With five of them, 50 to 60 were measured on an image of 31 megapixels
 WITH_ALPHA = 16  # for an alpha channel, in addition
@@ -89,7 +91,8 @@ def check_memory(enlargements: Sequence[Enlargement], free: int | None = None) -
 
 def free_main_memory() -> int:
     """Bytes that this process can still take, by the machine and by the control groups (containers, batch jobs) it runs in."""
-    return min([psutil.virtual_memory().available, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    limits = [psutil.virtual_memory().available, *_left_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
+    return min(limits) + kept_memory()
 
 
 def _left_in_groups(membership: Path, root: Path) -> Iterator[int]:

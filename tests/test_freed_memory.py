@@ -12,14 +12,17 @@ import pytest
 PROGRAM = """
 import resource
 import numpy as np
-from qartsr_pipeline.freed_memory import keep_freed_memory
+from qartsr_pipeline.freed_memory import keep_freed_memory, kept_memory
 kept = keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.ones(1 << 24, np.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 first, second = faults(), faults()
-print(kept, second)
+large = np.ones(1 << 28, np.uint8)
+before = kept_memory()
+del large
+print(kept, second, kept_memory() - before)
 """
 
 
@@ -32,9 +35,11 @@ def run(**variables: str) -> list[str]:
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has the options")
 def test_large_arrays_get_the_pages_of_those_before():
-    kept, faults = run()
+    kept, faults, free = run()
     assert kept == "True" and int(faults) < 64  # of some 4096 pages of 4 KB
+    assert abs(int(free) - (1 << 28)) < 1 << 26  # and counts as free
 
 
 def test_settings_of_the_environment_stay():
-    assert run(MALLOC_TOP_PAD_="0")[0] == "False"
+    kept, _, free = run(MALLOC_TOP_PAD_="0")
+    assert kept == "False" and free == "0"

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: None for those of the process.
     """
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None:  # the process is this command's own
+    if arguments is None and options.keeps_freed_memory:  # the process is this command's own
         keep_freed_memory()
     interrupts: list[int] = []
     try:
@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="qartsr", description="One-step diffusion image super-resolution with weights and activations at 4 and 2 bits."
     )
-    parser.set_defaults(debug=False)
+    parser.set_defaults(debug=False, keeps_freed_memory=True)
     list_shipped(parser)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():

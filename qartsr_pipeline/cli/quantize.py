@@ -107,7 +107,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--device", type=device_name, default="auto", metavar="DEVICE", help=DEVICE_HELP)
     add("--debug", action="store_true", default=False, help="show the traceback of an error")
     _add_timestep(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, keeps_freed_memory=False)
 
 
 def _add_timestep(parser: argparse.ArgumentParser) -> None:

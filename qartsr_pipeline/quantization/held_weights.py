@@ -59,10 +59,10 @@ def release_weights(model: nn.Module) -> None:
 
 def forward_of_held(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """The output of a linear layer or convolution in x's dtype, whatever dtype its weight is held in."""
-    held = layer.weight
-    if held.dtype == x.dtype:
+    held, dtype = layer.weight, x.dtype
+    if held.dtype == dtype:
         return _product(layer, x, held)
-    wide = held.to(x.dtype)
+    wide = held.to(dtype)
     if not torch.is_grad_enabled():
         return _product(layer, x, wide)
     place = wide.data_ptr()
@@ -71,7 +71,7 @@ def forward_of_held(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tens
         return (saved.shape, saved.stride()) if saved.data_ptr() == place else saved
 
     def unpack(kept: torch.Tensor | tuple[torch.Size, tuple[int, ...]]) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else held.to(x.dtype).as_strided(*kept)
+        return kept if isinstance(kept, torch.Tensor) else held.to(dtype).as_strided(*kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return _product(layer, x, wide)
