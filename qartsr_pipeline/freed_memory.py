@@ -20,8 +20,8 @@ VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOL
 def keep_freed_memory() -> bool:
     """Has this process keep what it frees until it ends. For a program's own process: it concerns everything in it.
 
-    Not for what holds small tensors for long between large ones, as gradients of a large model do: these would lie in the gaps, and
-    every large one would need new memory.
+    Not for what holds small tensors for long between large ones, as gradients of a large model do: these would lie in the gaps,
+    and every large one would need new memory.
 
     Returns:
         Whether it is so now: not on other systems, with other C libraries (glibc before 2.33 cannot say how much it keeps), or
