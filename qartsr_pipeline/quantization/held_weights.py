@@ -52,7 +52,8 @@ def hold_weights(model: nn.Module, dtype: torch.dtype) -> int:
 def release_weights(model: nn.Module) -> None:
     """Gives layers that are still held float32 weights and their own forward again, in place."""
     for layer in model.modules():
-        if isinstance(layer.__dict__.get("forward"), partial) and layer.forward.func is forward_of_held:
+        forward = layer.__dict__.get("forward")
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and isinstance(forward, partial) and forward.func is forward_of_held:
             del layer.forward
             layer.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
 
