@@ -9,7 +9,8 @@ from torch import nn
 
 from qartsr_pipeline.calibration.recipe import Layer, RecipeError
 from qartsr_pipeline.calibration.recipe_files import load_recipe, with_values
-from qartsr_pipeline.calibration.start.budget import Choice, Limits, assign, errors_of_ways, ways
+from qartsr_pipeline.calibration.start import schemes
+from qartsr_pipeline.calibration.start.budget import Choice, Limits, assign, corrected, errors_of_ways, ways
 from qartsr_pipeline.calibration.start.observers import observe
 from qartsr_pipeline.calibration.start.ranks import RankedLayer
 from qartsr_pipeline.calibration.start.schemes import _with
@@ -72,7 +73,8 @@ def test_what_the_image_really_loses_corrects_the_other_errors_of_a_layer():
             assert isinstance(layer, CalibratingConv2d) and not layer.has_branch
             return factor * as_predicted[W4A4]
 
-        return errors_of_ways(ranked, torch.ones(16), CalibratingConv2d, Layer(bounds="mse", branch_rank=8), measured)
+        found = errors_of_ways(ranked, torch.ones(16), CalibratingConv2d, Layer(bounds="mse", branch_rank=8))
+        return corrected({"": found}, lambda layers: measured(layers[""]))[""]
 
     as_predicted = {W4A4: 1.0}
     scale = errors(1e-9)[W4A4]  # 100 times less than predicted, at most
@@ -81,6 +83,17 @@ def test_what_the_image_really_loses_corrects_the_other_errors_of_a_layer():
     fine = {way for way in once if way.activation_bits == 8}
     assert all(thrice[way] == pytest.approx(once[way] * (1 if way in fine else 3)) for way in once)
     assert fine and once[LayerScheme(4, 4, 4)] < once[W4A4]
+
+
+def test_a_large_network_is_measured_a_block_at_a_time(monkeypatch):
+    counts: list[int] = []
+    recipe = small_recipe("steps=0", "layer.branch_rank=8", "budget={extra_bits: 1.5, branch: 0.05, wider: 0.2}")
+    usual = schemes._ImageErrors.__call__
+    monkeypatch.setattr(schemes._ImageErrors, "__call__", lambda self, layers: counts.append(len(layers)) or usual(self, layers))
+    monkeypatch.setattr(schemes, "LARGE", 0)
+    _, result = calibrated(recipe)
+    assert max(counts) > 1 and sum(counts) > 2 * len(counts)
+    assert result.curve[-1][1] < result.curve[0][1] and result.curve[-1][0] <= result.curve[0][0] + 1.5
 
 
 def test_a_budget_is_kept_and_lowers_the_error():

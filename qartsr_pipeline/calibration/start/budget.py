@@ -5,7 +5,8 @@ no more time), or with all of 8 bits and then without a branch. The others may h
 more than half the multiplications of the layer itself. For each way the layer is set up as for calibration, its branch fitted,
 and the error of its outputs measured, weighted by how errors there reach the image (`ranks.sensitivities`) if those of different
 positions are independent. They are not where few bits shift whole areas, as in the first blocks at full resolution: so the
-network is also run with each layer alone at the stated bits, and what the image really loses corrects the layer's other errors.
+network is also run with each layer alone at the stated bits (each block, of a large network), and what the image really loses
+corrects the layer's other errors.
 
 The least total error under the limits is a knapsack with several sizes. It is approached greedily: the change of one layer that
 lowers the error most for its cost, again and again. The cost is a weighted sum of what it takes of each limit, and the best of
@@ -34,7 +35,7 @@ from qartsr_pipeline.quantization.scheme import LayerScheme
 RANKS, RANK_WIDER = (4, 8, 16, 32), (8,)  # tried at the stated bits, and at others
 WEIGHTINGS = tuple(product((0.25, 1.0, 4.0), repeat=3))
 MOST_CORRECTION = 100.0
-MeasuredWith = Callable[[nn.Module], float]
+MeasuredWith = Callable[[dict[str, nn.Module]], float]
 HEADER = stored_bytes({})
 
 
@@ -53,6 +54,21 @@ class Choice:
     size: int
     branch: int
     wider: int
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """What the error of one layer adds to the image's, predicted.
+
+    Attributes:
+        errors: of every way to quantize the layer.
+        layer: quantized at the stated bits, without a branch.
+        stated: the way that this is.
+    """
+
+    errors: dict[LayerScheme, float]
+    layer: CalibratingMixin
+    stated: LayerScheme
 
 
 @dataclass(frozen=True)
@@ -104,15 +120,12 @@ def ways(stated: LayerScheme, layer: nn.Linear | nn.Conv2d) -> list[LayerScheme]
 
 
 @torch.no_grad()
-def errors_of_ways(
-    ranked: RankedLayer, weights: torch.Tensor, kind: type[CalibratingMixin], recipe: Layer, measured: MeasuredWith
-) -> dict[LayerScheme, float]:
-    """Way -> what the layer's error adds to the image's; branches are fitted where the recipe says so and that helps.
+def errors_of_ways(ranked: RankedLayer, weights: torch.Tensor, kind: type[CalibratingMixin], recipe: Layer) -> LayerErrors:
+    """What the layer's error adds to the image's; branches are fitted where the recipe says so and that helps.
 
     Args:
         weights: (N,), see `ranks.Sensitivity`.
         kind: class of the calibrating layer.
-        measured: the image's real sum of squared errors with another layer in the place of this one.
     """
     layer, sample = ranked.layer, ranked.sample
     options = Initialisation(recipe.bounds, recipe.percentile, smoothing=(0.5,))
@@ -138,12 +151,27 @@ def errors_of_ways(
         if recipe.branch_fit:
             fit_branch(candidate, rows)
             errors[scheme] = min(errors[scheme], error(candidate))
-    bits = ranked.scheme.weight_bits, ranked.scheme.activation_bits
-    predicted = errors[replace(ranked.scheme, rank=0)]
-    if bits[1] < 8 and predicted > 0:  # finer activations shift nothing
-        correction = min(max(measured(plain[bits]) / predicted, 1 / MOST_CORRECTION), MOST_CORRECTION)
-        errors = {way: error * (correction if way.activation_bits < 8 else 1) for way, error in errors.items()}
-    return errors
+    stated = replace(ranked.scheme, rank=0)
+    return LayerErrors(errors, plain[stated.weight_bits, stated.activation_bits], stated)
+
+
+def corrected(found: dict[str, LayerErrors], measured: MeasuredWith) -> dict[str, dict[LayerScheme, float]]:
+    """Layer -> way -> error, for layers that are measured together, by what the image really loses with all of them at the stated
+    bits; those with finer activations shift nothing.
+
+    Args:
+        measured: the image's real sum of squared errors with other layers in the place of those of these names.
+    """
+    coarse = {name: each for name, each in found.items() if each.stated.activation_bits < 8 and each.errors[each.stated] > 0}
+    correction = 1.0
+    if coarse:
+        predicted = sum(each.errors[each.stated] for each in coarse.values())
+        real = measured({name: each.layer for name, each in coarse.items()})
+        correction = min(max(real / predicted, 1 / MOST_CORRECTION), MOST_CORRECTION)
+    return {
+        name: {way: error * (correction if way.activation_bits < 8 else 1) for way, error in each.errors.items()}
+        for name, each in found.items()
+    }
 
 
 def choices_of(

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +14,19 @@ from torch import nn
 
 from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.recipe import Budget, Recipe, RecipeError, parse_bits
-from qartsr_pipeline.calibration.start.budget import Assignment, Limits, assign, choices_of, errors_of_ways
+from qartsr_pipeline.calibration.start.budget import (
+    Assignment,
+    Choice,
+    LayerErrors,
+    Limits,
+    assign,
+    choices_of,
+    corrected,
+    errors_of_ways,
+)
 from qartsr_pipeline.calibration.start.observers import InputSample, observe
 from qartsr_pipeline.calibration.start.ranks import RankBudget, RankedLayer, Sensitivity, ranks_within_budget, sensitivities
-from qartsr_pipeline.calibration.training.blocks import LARGE, outermost
+from qartsr_pipeline.calibration.training.blocks import LARGE, Block, outermost
 from qartsr_pipeline.calibration.training.calibration_state import CalibrationContext
 from qartsr_pipeline.calibration.training.progress import follow
 from qartsr_pipeline.calibration.training.stages import MEMORY_FOR_ACTIVATIONS, Recording, TensorStore
@@ -140,13 +148,19 @@ def give_bits(context: CalibrationContext, schemes: Schemes, kinds: Kinds, sampl
     recipe, family = context.recipe, context.family
     layers, reach = _free_layers(context, schemes, samples), _sensitivities(context, schemes, samples)
     work = family.work(context.pipeline)
-    choices = {}
+    choices: dict[str, list[Choice]] = {}
     with TensorStore(MEMORY_FOR_ACTIVATIONS) as store:
         image_errors = _ImageErrors(context, schemes, store)
-        for name, ranked in follow(context.progress, layers.items(), "choose bits"):
-            kind = kinds[isinstance(ranked.layer, nn.Conv2d)]
-            errors = errors_of_ways(ranked, reach[name].weights, kind, recipe.layer, partial(image_errors, name))
-            choices[name] = choices_of(name, ranked, errors, work, context.bits)
+        groups = image_errors.together(layers)
+        found: dict[str, LayerErrors] = {}
+        for name in follow(context.progress, [name for group in groups for name in group], "choose bits"):
+            kind = kinds[isinstance(layers[name].layer, nn.Conv2d)]
+            found[name] = errors_of_ways(layers[name], reach[name].weights, kind, recipe.layer)
+            if len(found) == len(groups[0]):
+                for each, errors in corrected(found, image_errors).items():
+                    choices[each] = choices_of(each, layers[each], errors, work, context.bits)
+                groups, found = groups[1:], {}
+    choices = {name: choices[name] for name in layers}
     rest, total = _rest(context, schemes, layers, work)
     least = rest + sum(rows[0].size for rows in choices.values())
     size, (branch, wider) = _size_limit(recipe.budget, least, work.parameters), (recipe.budget.branch, recipe.budget.wider)
@@ -198,9 +212,9 @@ def _free_layers(context: CalibrationContext, schemes: Schemes, samples: Samples
 
 
 class _ImageErrors:
-    """Sum of squared errors of an image, averaged over a few, with one layer replaced in the full-precision network.
+    """Sum of squared errors of an image, averaged over a few, with layers of one block replaced in the full-precision network.
 
-    The network runs once for every layer: only from the layer's block on, with what was recorded of those before.
+    The network runs only from the block on, with what was recorded of those before.
     """
 
     def __init__(self, context: CalibrationContext, schemes: Schemes, store: TensorStore):
@@ -213,20 +227,37 @@ class _ImageErrors:
         self.blocks = {block.name: block for block in blocks}
         self.recording = Recording(self.family, self.pipeline, blocks, store)
         batch = next(_small_batches(context))
-        self.recording.add(batch[:1] if _is_large(context) else batch)
+        self.large = _is_large(context)
+        self.recording.add(batch[:1] if self.large else batch)
 
-    @torch.no_grad()
-    def __call__(self, name: str, layer: nn.Module) -> float:
+    def _block_of(self, name: str) -> Block:
         component, _, path = name.partition(".")
         model = self.family.models(self.pipeline)[component]
-        own, block = model.get_submodule(path), self.blocks[f"{component}.{outermost(model, path, self.family.block_kinds)}"]
+        return self.blocks[f"{component}.{outermost(model, path, self.family.block_kinds)}"]
+
+    def together(self, names: Iterable[str]) -> list[list[str]]:
+        """The layers that are measured together: each alone, or all of a block of a large network."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._block_of(name).name if self.large else name, []).append(name)
+        return list(groups.values())
+
+    @torch.no_grad()
+    def __call__(self, layers: dict[str, nn.Module]) -> float:
         (batch,), (wanted,) = self.recording.batches, self.recording.targets
-        replace_module(model, path, layer)
+        models, own = self.family.models(self.pipeline), {}
+        block = self._block_of(next(iter(layers)))
         try:
+            for name, layer in layers.items():
+                component, _, path = name.partition(".")
+                own[name] = models[component].get_submodule(path)
+                replace_module(models[component], path, layer)
             with self.recording.replayed(0, block):
                 image = self.family.run(self.pipeline, batch).image
         finally:
-            replace_module(model, path, own)
+            for name, layer in own.items():
+                component, _, path = name.partition(".")
+                replace_module(models[component], path, layer)
         return float((image - wanted.image).square().sum()) / len(batch)
 
 
