@@ -28,6 +28,13 @@ from tiny_models import build_tiny_pipeline, build_tiny_video_pipeline  # noqa: 
 RECIPE = Recipe(method="test", source="none", layer=Layer(activations="token", branch_rank=2), images=5, image_size=64)
 
 
+def test_images_of_a_clip_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("f10.png", "f9.png", "f2 b1.png", "f2 a1.png", "g.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    (found,) = source.clip_files(tmp_path).values()
+    assert [path.name for path in found] == ["f2 a1.png", "f2 b1.png", "f9.png", "f10.png", "g.png"]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two files, one of which has a cut, and a clip as a folder of images."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ ROW = 12  # frames in a row that are taken of a file that is not held whole
 
 def clip_files(source: str | os.PathLike) -> dict[str, list[Path]]:
     """Name -> its files, for each clip: a video file by itself; or below a folder each video file, and the images of each folder
-    in order of their names.
+    in order of the numbers in their names: 2.png before 10.png.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or it holds neither an image nor a video file.
@@ -47,7 +48,14 @@ def clip_files(source: str | os.PathLike) -> dict[str, list[Path]]:
     for path in list_photographs(source) if has_images(source) else []:
         name = source.name if path.parent == source else path.parent.relative_to(source).as_posix()
         clips.setdefault(name, []).append(path)
+    for images in clips.values():
+        images.sort(key=_by_numbers)
     return dict(sorted((clips | {path.relative_to(source).as_posix(): [path] for path in videos}).items()))
+
+
+def _by_numbers(path: Path) -> list[str | int]:
+    """Numbers in the name as such, with the texts between them."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def video_files_in(source: str | os.PathLike) -> list[Path]:
