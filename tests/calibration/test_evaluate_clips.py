@@ -69,6 +69,17 @@ def test_rows_of_bicubic_video_and_image_models(clips):
     assert same[2].values["psnr_y_to_full_precision"] == np.inf and same[2].values["psnr_y"] == rows[1].per_image["psnr_y"][0]
 
 
+def test_values_stand_at_the_place_of_their_clip():
+    still, moving = (np.random.default_rng(seed).integers(0, 256, (seed, 24, 28, 3), np.uint8) for seed in (1, 3))
+    rows = evaluate_clips({}, {"a": still, "b": moving, "c": still}, peers={"lanczos": lanczos})
+    for row in rows:
+        before, value, after = row.per_image["temporal_error"]
+        assert np.isnan([before, after]).all() and row.values["temporal_error"] == value > 0 and row.images == 3
+        assert json.dumps(row.to_json(), allow_nan=False)
+    (alone, _) = evaluate_clips({}, {"a": still}, peers={"lanczos": lanczos})
+    assert "temporal_error" not in alone.values
+
+
 def test_warping_error_of_known_and_of_estimated_motion():
     base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)).resize((120, 100))
     clip = np.stack([np.asarray(base)[10 + step : 74 + step, 10 + 2 * step : 74 + 2 * step] for step in range(3)])

@@ -102,8 +102,8 @@ def evaluate_clips(
         on_clip: called with each clip's outputs, which are all kept for it.
 
     Returns:
-        A row for bicubic, for each peer, then for each model; ``images`` and ``per_image`` are clips. "seconds_a_frame" is
-        among the values.
+        A row for bicubic, for each peer, then for each model; ``images`` and ``per_image`` are clips; of one frame, a clip has
+        NaN for what is measured from frame to frame, which does not count in means. "seconds_a_frame" is among the values.
 
     Raises:
         ValueError: an argument that is not as described; a clip of less than one frame or 16 pixels, with images of different
@@ -201,6 +201,7 @@ class _Measurement:
     ) -> None:
         self._models, self._peers, self._metrics, self._progress = models, peers, metrics, progress
         self._align_color, self._tile_size = align_color, tile_size
+        self._clips = 0  # so far
         keys = [self._key(name, model) for name, model in models.items()]
         self._reference = keys[0] if keys and keys[0].full_precision else None
         bicubic = RowKey(BICUBIC, "bicubic")
@@ -243,9 +244,12 @@ class _Measurement:
             for metric, value in values.items():
                 if math.isnan(value):
                     raise ValueError(f"the metric {metric!r} is undefined (NaN) for {key.name}: leave out the metric or the clip")
-                row.setdefault(metric, []).append(value)
+                row.setdefault(metric, [math.nan] * self._clips).append(value)
+            for column in row.values():  # a clip of one frame has no motion
+                column += [math.nan] * (self._clips + 1 - len(column))
             if keep:
                 kept[key.name] = outputs
+        self._clips += 1
         return kept
 
     @torch.no_grad()
