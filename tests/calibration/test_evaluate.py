@@ -189,6 +189,7 @@ def test_arguments_that_make_no_sense_are_named(arguments, message, tiny_pipelin
     "arguments, message",
     [
         (["MODEL", "--data", "nowhere"], "the photograph folder 'nowhere' does not exist"),
+        (["MODEL", "--data", __file__], "is a file: name the folder that it is in"),
         (["nomodel", "--data", "PHOTOS"], "There is no folder 'nomodel'"),
         (["MODEL", "MODEL", "--data", "PHOTOS"], "given twice"),
         (["MODEL", "--data", "PHOTOS", "--metrics", "musiq"], r"pip install 'qartsr[iqa]'"),

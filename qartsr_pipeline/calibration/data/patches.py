@@ -156,7 +156,8 @@ def list_photographs(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"the photograph folder {str(folder)!r} does not exist")
+        what = "is a file: name the folder that it is in" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"the photograph folder {str(folder)!r} {what}")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READABLE_SUFFIXES)
     paths = [p for p in found if not p.name.startswith("._")]  # what macOS puts beside files is no image
     if not paths:
