@@ -191,7 +191,8 @@ class Family(ABC):
                     tensor = module._parameters.get(key)
                     if tensor is not None:
                         digest.update(f"{component}.{name}.{key}".encode())
-                        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                        numbers = tensor.detach().float()  # the same in whatever type they are held
+                        digest.update(numbers.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

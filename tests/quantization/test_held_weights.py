@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.instances import on_the_same_weights
 from qartsr_pipeline.quantization.held_weights import hold_weights, release_weights
 from tiny_models import build_tiny_pipeline
@@ -66,6 +67,18 @@ def test_models_still_say_float32_and_others_on_the_same_weights_are_not_changed
         release_weights(model)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert not any("forward" in layer.__dict__ for layer in model.modules())
+
+
+def test_what_is_held_without_loss_is_the_same_model_to_a_run():
+    exact = build_tiny_pipeline()
+    for model in (exact.unet, exact.vae):
+        model.half().float()
+    held, rounded = (on_the_same_weights(exact) for _ in range(2))
+    for pipeline, dtype in ((held, torch.float16), (rounded, torch.bfloat16)):
+        for model in (pipeline.unet, pipeline.vae):
+            hold_weights(model, dtype)
+    family = family_of(exact)
+    assert family.digest(held) == family.digest(exact) != family.digest(rounded)
 
 
 def test_float32_changes_nothing_and_what_float16_cannot_hold_is_said():
