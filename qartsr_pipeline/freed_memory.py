@@ -1,7 +1,7 @@
 """Memory that a process frees stays with it, on Linux with glibc, so that the next feature map gets its pages.
 
 Otherwise glibc gives every large tensor back to the system when it is freed, and the next one gets new pages, one by one, each
-filled with zeros first. On a CPU that can be a sixth of the time of an enlargement (docs/benchmarks.md).
+filled with zeros first. On a CPU that takes a sixth to nearly half of the time of an enlargement (docs/benchmarks.md).
 """
 
 from __future__ import annotations
