@@ -242,7 +242,7 @@ def test_a_model_is_retrained_at_another_timestep_first(tiny_folder, small_pictu
 def test_pictures_to_evaluate_must_not_be_calibrated_on(tiny_folder, photographs, tmp_path, capsys):
     folders = ["--data", str(photographs), "--evaluate", str(photographs)]
     quantize(str(tiny_folder), "--output", str(tmp_path / "new"), *folders, *TINY, code=2)
-    assert "picture_0.png is among the photographs to calibrate on" in capsys.readouterr().err
+    assert "picture_0.png is among the files to calibrate on" in capsys.readouterr().err
 
 
 def not_installed(*names):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "video_files"))
 from clips import audio_bytes, frames_of, make_clip, moving  # noqa: E402
 from comfy_classes import InterruptProcessingException, VideoFromFile  # noqa: E402
 
+from qartsr_pipeline.checkpoint_files import label_of, shipped_checkpoints  # noqa: E402
 from tiny_models import build_tiny_video_pipeline  # noqa: E402
 
 DEFAULTS = {"scale": 4.0, "tile_size": 0, "frames_per_chunk": 0, "chunk_overlap": -1, "keep_colors": True}
@@ -174,8 +175,9 @@ def test_model_info_of_a_quantized_model_for_clips(nodes):
     model.seconds_per_megapixel = 0.25  # otherwise measured
     text = nodes["QArtSRModelInfo"].execute(model=model).args[0]
     first, _, *lines = text.splitlines()
-    assert first.startswith("video-w4a4: clean clips, 4 bits, 7 MB, x4, on the CPU, about 0.25 s for a megapixel of each frame")
-    assert lines[0].startswith("timestep 400; chunks of 5 frames in tiles of 96; 7.")
+    label = label_of(shipped_checkpoints()["video-w4a4"])
+    assert first.startswith(f"video-w4a4: {label}, x4, on the CPU, about 0.25 s for a megapixel of each frame of the result")
+    assert lines[0].startswith("timestep 400; chunks of 5 frames in tiles of 96; ")
     parts = [line for line in lines if not line.startswith("  ")]
     assert parts[1].startswith("transformer: W4A4 per token x ") and ", folded at T = 400, " in parts[1]
     assert parts[2].startswith("vae: W8A8 x ") and parts[-1] == "running on: cpu, float32, kernels reference"
