@@ -4,7 +4,8 @@
 
 A cell is one method at one bit width with one seed. Finished cells are JSON files in FOLDER/cells and are not made again: give
 the same command again after Ctrl-C or a crash. At the end, FOLDER gets comparison.md and comparison.json. Learning rates are
-the recipes' own; of the methods here, LSGQuant alone trains.
+the recipes' own; of the methods here, LSGQuant alone trains. The autoencoder stays as it is: the methods are about transformers,
+and its 8 bits would hide what they differ in.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from qartsr_pipeline.whole_files import write_whole
 
 MAIN, START = "lsgquant", "lsgquant-start"
 METHODS = ("minmax", "smoothquant", "quarot", "vidit_q", "svdquant_token", "quantvsr", START, MAIN)
+KEEP = {"transformer.proj_out": "w8a8", "vae.*": "w16a16"}
 REPEATED = 3  # so many of the best methods are repeated with further seeds
 TO_FULL_PRECISION = "psnr_y_to_full_precision"
 COLUMNS = {  # metric -> heading, layout
@@ -76,7 +78,7 @@ class Cell:
 
 def recipe_of(method: str, rank: int, steps: int | None) -> Recipe:
     """A method's recipe; branches, where it has any, have ``rank`` in every layer. ``steps``: None for the recipe's own."""
-    recipe = load_recipe(MAIN if method == START else method)
+    recipe = replace(load_recipe(MAIN if method == START else method), keep=KEEP)
     if recipe.layer.branch_rank:
         recipe = replace(recipe, layer=replace(recipe.layer, branch_rank=rank, branch_budget=0.0))
     if method == START:
@@ -205,9 +207,9 @@ def _heading(cell: dict[str, Any]) -> str:
         "# Quantization methods of video models compared\n\n"
         f"{cell['clips']} clips, enlarged 4 times after bicubic reduction; calibrated on others. Full precision: PSNR-Y"
         f" {full['psnr_y']:.2f}, temporal error {full[TEMPORAL]:.3f}; bicubic {bicubic['psnr_y']:.2f} and"
-        f" {bicubic[TEMPORAL]:.3f}. PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. Bits a"
-        " weight are those of the folder's weight files, the autoencoder's included; branches: their multiplications, as a share"
-        " of the quantized layers'.\n"
+        f" {bicubic[TEMPORAL]:.3f}. PSNR in dB; ± is the standard deviation over seeds, whose number is in brackets. The"
+        " autoencoder is not quantized. Bits a weight are those of the folder's weight files, the autoencoder's included;"
+        " branches: their multiplications, as a share of the quantized layers'.\n"
         f"{environment['hardware']}; {', '.join(f'{name} {version}' for name, version in environment['versions'].items())}."
     )
 
