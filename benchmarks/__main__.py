@@ -32,6 +32,7 @@ BENCHMARKS = {  # name -> module of this folder, and its line in the help
     "released-quantizers": ("released_quantizers", "our baselines against the programs that their authors released"),
     "wan-folders": ("wan_folders", "folders at the size of WAN 2.1's 1.3 B model: bytes, converting, loading, enlarging"),
     "wan-layers": ("wan_layers", "linear layers of a WAN transformer block at W4A4 on a CPU"),
+    "clips": ("clips", "seconds and memory of clips, as a stream and from file to file"),
     "comfyui": ("comfyui", "the nodes in a real ComfyUI"),
 }
 

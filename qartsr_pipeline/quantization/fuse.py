@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import nn
 
 from qartsr_pipeline.forwards import has_hooks, other_forward
@@ -157,6 +158,37 @@ class ProductAttention(AttnProcessor2_0):
         return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
 
 
+class ProductVideoAttention(WanAttnProcessor):
+    """The same for self-attention of WAN's transformer."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """(B, tokens, C), same shape; the rotary embedding's cosines and sines are (1, tokens, 1, D), every one of them twice."""
+        plain = encoder_hidden_states is None and attention_mask is None and not attn.fused_projections
+        if not plain or rotary_emb is None or not _gains_on_cpu(hidden_states, hidden_states.shape[1]):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        turns = torch.complex(rotary_emb[0][..., 0::2].float(), rotary_emb[1][..., 1::2].float())
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        query, key, value = (
+            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).flatten(0, 1)
+            for x in (_turned(query, turns), _turned(key, turns), attn.to_v(hidden_states))
+        )
+        mixed = attention(query, key, value).unflatten(0, (-1, attn.heads)).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def _turned(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """(B, tokens, C) with neighbouring channels turned as complex numbers; ``turns`` is (1, tokens, 1, D / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, turns.shape[-1], 2)))
+    return torch.view_as_real(pairs * turns).flatten(2).to(x.dtype)
+
+
 FEWEST_TOKENS = 256
 QUERIES, SCORES = 512, 1 << 24  # that exist at once, at most
 NARROW = 128  # channels of a head up to which products with a key laid out anew are faster
@@ -165,11 +197,14 @@ NARROW = 128  # channels of a head up to which products with a key laid out anew
 def _gains(attn: Attention, tokens: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> bool:
     fewest = min(tokens.shape[1], tokens.shape[1] if context is None else context.shape[1])
     unusual = (mask, attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross)
+    return all(part is None for part in unusual) and _gains_on_cpu(tokens, fewest)
+
+
+def _gains_on_cpu(tokens: torch.Tensor, fewest: int) -> bool:
     return (
         tokens.device.type == "cpu"
         and dtype_on_cpu(tokens.dtype) == tokens.dtype == torch.bfloat16
         and fewest >= FEWEST_TOKENS
-        and all(part is None for part in unusual)
         and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
     )
 
@@ -214,10 +249,10 @@ def fuse(model: nn.Module) -> int:
     for name, lean in blocks.items():
         replace_module(model, name, lean)
     for module in model.modules():
-        if (
-            isinstance(module, Attention)
-            and isinstance(module.to_q, DeployedLayer)
-            and type(module.processor) is AttnProcessor2_0
-        ):
+        if not isinstance(module, (Attention, WanAttention)) or not isinstance(module.to_q, DeployedLayer):
+            continue
+        if type(module.processor) is AttnProcessor2_0:
             module.set_processor(ProductAttention())
+        elif type(module.processor) is WanAttnProcessor:
+            module.set_processor(ProductVideoAttention())
     return len(blocks)

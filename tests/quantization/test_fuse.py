@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
 from quantized_models import quantized_pipeline, run
 from torch import nn
 
@@ -15,7 +16,13 @@ from qartsr_pipeline import QArtSRPipeline
 from qartsr_pipeline.image.tile_statistics import SharedStatistics
 from qartsr_pipeline.kernels import BACKENDS
 from qartsr_pipeline.quantization import fuse as fusing
-from qartsr_pipeline.quantization.fuse import LeanResnetBlock, ProductAttention, convolution_of_normalized, fuse
+from qartsr_pipeline.quantization.fuse import (
+    LeanResnetBlock,
+    ProductAttention,
+    ProductVideoAttention,
+    convolution_of_normalized,
+    fuse,
+)
 from tiny_models import build_tiny_pipeline
 
 REFERENCE = BACKENDS["reference"]
@@ -231,3 +238,20 @@ def test_attention_of_quantized_layers_is_exchanged_unless_somebody_has_done_so(
     full_precision = build_tiny_pipeline().unet
     fuse(full_precision)
     assert not any(isinstance(one, ProductAttention) for one in full_precision.attn_processors.values())
+
+
+def test_attention_of_video_by_products_gives_what_diffusers_gives(monkeypatch):
+    monkeypatch.setattr(fusing, "dtype_on_cpu", lambda dtype: dtype)
+    usual = WanAttention(32, heads=4, dim_head=8, processor=WanAttnProcessor()).eval()
+    ours, x = copy.deepcopy(usual).to(torch.bfloat16), torch.randn(2, 24, 32)
+    ours.set_processor(ProductVideoAttention())
+    turns = WanRotaryPosEmbed(8, (1, 2, 2), 16)(torch.zeros(1, 1, 2, 6, 8))
+    with torch.no_grad():
+        expected, half = usual(x, rotary_emb=turns), ours(x.bfloat16(), rotary_emb=turns)  # few tokens: diffusers' own
+        monkeypatch.setattr(fusing, "FEWEST_TOKENS", 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # not called
+            y = ours(x.bfloat16(), rotary_emb=turns)
+    assert y.dtype == torch.bfloat16 and not torch.equal(y, half)
+    for found in (y, half):
+        assert (found.float() - expected).norm() < 0.02 * expected.norm()
