@@ -22,7 +22,7 @@ from typing import Any
 from calibration.comparison.setting import difference, write_json
 from qartsr_pipeline.calibration.api import quantize
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
-from qartsr_pipeline.calibration.evaluation.rows import E_WARP, TEMPORAL, EvaluationRow
+from qartsr_pipeline.calibration.evaluation.rows import TEMPORAL, EvaluationRow
 from qartsr_pipeline.calibration.families import family_of
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
 from qartsr_pipeline.calibration.recipe_files import load_recipe
@@ -42,8 +42,6 @@ COLUMNS = {  # metric -> heading, layout
     "share_of_gain": ("of full precision's gain", "{:.1%}"),
     "ssim_y": ("SSIM-Y", "{:.4f}"),
     TEMPORAL: ("temporal error", "{:.3f}"),
-    E_WARP: ("E_warp", "{:.3f}"),
-    "e_warp_over_full_precision": ("E_warp over full precision's", "{:.3f}"),
 }
 
 
