@@ -124,10 +124,15 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("data", "evaluate"):
         if not getattr(args, name):
             parser.error(f"--{name} is needed, a folder of photographs")
-    for name, least in (("steps", 1), ("seeds", 1), ("limit", 1)):
+    check_numbers(parser, args, "steps", "seeds", "limit")
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """The same for the numbers of these names, which must be at least 1 where they are given, and for --bits."""
+    for name in names:
         value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} is {value}, expected at least {least}")
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}, expected at least 1")
     for text in args.bits:
         try:
             check_quantizes(parse_bits(text))

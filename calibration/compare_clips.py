@@ -16,15 +16,18 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from calibration.comparison.setting import difference, write_json
+from calibration.compare import REPEATED, check_numbers
+from calibration.comparison.setting import finished, write_json
 from qartsr_pipeline.calibration.api import quantize
-from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
+from qartsr_pipeline.calibration.data.clips import clip_files
+from qartsr_pipeline.calibration.data.fingerprint import data_fingerprint, hardware, versions
 from qartsr_pipeline.calibration.evaluation.rows import TEMPORAL, EvaluationRow
 from qartsr_pipeline.calibration.families import family_of
-from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes, parse_bits
+from qartsr_pipeline.calibration.recipe import Recipe
 from qartsr_pipeline.calibration.recipe_files import load_recipe
 from qartsr_pipeline.calibration.training.progress import Stopped
 from qartsr_pipeline.cli.arguments import DEVICE_HELP, device_name
@@ -34,7 +37,6 @@ from qartsr_pipeline.whole_files import write_whole
 MAIN, START = "lsgquant", "lsgquant-start"
 METHODS = ("minmax", "smoothquant", "quarot", "vidit_q", "svdquant_token", "quantvsr", START, MAIN)
 KEEP = {"transformer.proj_out": "w8a8", "vae.*": "w16a16"}
-REPEATED = 3  # so many of the best methods are repeated with further seeds
 TO_FULL_PRECISION = "psnr_y_to_full_precision"
 COLUMNS = {  # metric -> heading, layout
     TO_FULL_PRECISION: ("PSNR-Y to full precision", "{:.2f}"),
@@ -86,33 +88,35 @@ def recipe_of(method: str, rank: int, steps: int | None) -> Recipe:
 
 def run(request: Request) -> str:
     """Makes the cells that are missing, then the table; returns its text."""
+    folders = {"calibration": request.data, "evaluation": request.evaluate}
+    files = {name: list(chain.from_iterable(clip_files(folder).values())) for name, folder in folders.items()}
+    data = {name: data_fingerprint(paths) for name, paths in files.items()}
     for bits in request.bits:
-        first = {cell: run_cell(request, cell) for cell in (Cell(method, bits) for method in request.methods)}
+        first = {cell: run_cell(request, cell, data) for cell in (Cell(method, bits) for method in request.methods)}
         rivals = [cell for cell in first if cell.method != START]
         best = sorted(rivals, key=lambda cell: -first[cell]["metrics"][TO_FULL_PRECISION])[:REPEATED]
         for cell in best:
             for seed in range(1, request.seeds):
-                run_cell(request, replace(cell, seed=seed))
+                run_cell(request, replace(cell, seed=seed), data)
     shutil.rmtree(request.output / "runs", ignore_errors=True)
     return write_table(request.output)
 
 
-def run_cell(request: Request, cell: Cell) -> dict[str, Any]:
+def run_cell(request: Request, cell: Cell, data: dict[str, Any]) -> dict[str, Any]:
     """Quantizes and measures, or reads the cell if it is finished.
+
+    Args:
+        data: fingerprints of the clips, which finished cells must have been made from.
 
     Raises:
         ValueError: there is a file of it with other settings, or a damaged one. Stopped: by Ctrl-C; what is done is saved.
     """
     path, folder = request.output / "cells" / f"{cell.key}.json", request.output / "runs" / cell.key
     recipe = recipe_of(cell.method, request.rank, request.steps)
-    settings = {"model": request.model, "recipe": recipe.to_dict(), "bits": cell.bits, "seed": cell.seed}
+    settings = {"model": request.model, "recipe": recipe.to_dict(), "bits": cell.bits, "seed": cell.seed, **data}
     settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        known = _read(path)
-        other = difference(known["settings"], settings)
-        if other:
-            raise ValueError(f"{path} was made with other settings, {other}: choose another --output, or remove the file")
-        return known
+    if finished(path, settings):
+        return _read(path)
     print(f"{cell.key} ..", flush=True)
     result = quantize(
         request.model,
@@ -256,15 +260,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def request_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Request:
     """The arguments, checked."""
-    for name, least in (("steps", 1), ("seeds", 1), ("rank", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} is {value}, expected at least {least}")
-    for text in args.bits:
-        try:
-            check_quantizes(parse_bits(text))
-        except ValueError as error:
-            parser.error(f"--bits: {error}")
+    check_numbers(parser, args, "steps", "seeds", "rank")
     return Request(
         model=args.model,
         data=args.data,

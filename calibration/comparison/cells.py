@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from calibration.comparison.learning_rate import Trials, sweep, with_rate
 from calibration.comparison.methods import Cell
-from calibration.comparison.setting import Comparison, Model, write_json
+from calibration.comparison.setting import Comparison, Model, finished, write_json
 from calibration.comparison.table import full_precision_name
 from qartsr_pipeline.calibration.data.fingerprint import hardware, versions
 from qartsr_pipeline.calibration.data.patches import as_pixels
@@ -92,7 +92,7 @@ def full_precision(comparison: Comparison, name: str, again: bool = False) -> di
     model = comparison.models[name]
     path = comparison.output / full_precision_name(name)
     settings = json.loads(json.dumps({"model": model.digest, "metrics": comparison.metrics} | comparison.data))
-    known = comparison.finished(path, settings)
+    known = finished(path, settings)
     if known and not again:
         return known
     best: dict[str, Any] = {"difference": -1.0}
@@ -129,7 +129,7 @@ def run_cell(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     """
     settings = comparison.settings(cell)
     path = comparison.output / "cells" / f"{cell.key}.json"
-    known = comparison.finished(path, settings)
+    known = finished(path, settings)
     if known:
         return known
     start = time.perf_counter()

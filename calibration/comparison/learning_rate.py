@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.comparison.methods import Cell
-from calibration.comparison.setting import Comparison, Model, write_json
+from calibration.comparison.setting import Comparison, Model, finished, write_json
 from qartsr_pipeline.calibration.data.pairs import held_out_pairs
 from qartsr_pipeline.calibration.image_family import image_of
 from qartsr_pipeline.calibration.recipe import Recipe, parse_bits
@@ -93,7 +93,7 @@ def sweep(trials: Trials) -> dict[str, Any]:
     trials = trials if cell == first else Trials(comparison, first)
     settings = comparison.settings(first) | {"factors": list(SWEPT), "share": _trial_share(first.method.recipe), "metrics": None}
     path = comparison.output / "sweeps" / f"{cell.group}.json"
-    known = comparison.finished(path, settings)
+    known = finished(path, settings)
     if known:
         return known
     losses = {factor: _short_run(trials, factor) for factor in SWEPT}

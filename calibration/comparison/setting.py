@@ -100,22 +100,23 @@ class Comparison:
         settings = {"recipe": cell.method.recipe.to_dict(), "bits": cell.bits, "seed": cell.seed, "metrics": self.metrics}
         return json.loads(json.dumps(settings | {"model": self.models[cell.model].digest} | self.data))
 
-    def finished(self, path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """A file's content if it is there.
 
-        Raises:
-            ValueError: it is of other settings, or damaged; the message names the file.
-        """
-        if not path.is_file():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            other = difference(content["settings"], settings)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read as a cell ({type(error).__name__}): remove it to make it again") from error
-        if other:
-            raise ValueError(f"{path} was made with other settings, {other}: choose another --output, or remove the file")
-        return content
+def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A file's content if it is there.
+
+    Raises:
+        ValueError: it is of other settings, or damaged; the message names the file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        other = difference(content["settings"], settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as a cell ({type(error).__name__}): remove it to make it again") from error
+    if other:
+        raise ValueError(f"{path} was made with other settings, {other}: choose another --output, or remove the file")
+    return content
 
 
 def prepare(sources: Sources) -> Comparison:

@@ -64,3 +64,7 @@ def test_cells_are_made_once_and_ranked(folder, few_images, capsys, monkeypatch)
     with pytest.raises(SystemExit):
         main([*command, "--rank", "3"])
     assert "was made with other settings, recipe.layer.branch_rank is 2 there and 3 here" in capsys.readouterr().err
+    Image.new("RGB", (64, 64)).save(folder / "others" / "c" / "5.png")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "was made with other settings, evaluation.count is 5 there and 6 here" in capsys.readouterr().err
