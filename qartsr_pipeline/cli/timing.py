@@ -52,7 +52,7 @@ def time_stages(network: OneStepNetwork, up: torch.Tensor) -> tuple[dict[str, fl
 
 # Kinds of operators, and how their names begin; the first that fits counts.
 KINDS = {
-    "byte products": ("onednn.", "aten._int_mm"),
+    "byte products": ("onednn.", "aten._int_mm", "qartsr_cpu.winograd"),
     "branches": ("mkldnn.", "aten.addmm_"),
     "quantize steps": ("qartsr_cpu.", "aten.mul.out", "aten.round", "aten.clamp_", "aten.copy_"),
     "convolutions": ("aten.convolution",),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import BITS
+from qartsr_pipeline.kernels import compiled
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 
 X86 = ("x86_64", "amd64")
@@ -24,11 +25,13 @@ class Constraints:
         device: type of device, "cpu" or "cuda".
         machines: `platform.machine()` in lower case must be one of these; empty for any.
         operators: names under `torch.ops` that this build of torch must have, such as "onednn.qconv_prepack".
+        loops: whether it runs loops that numba compiles.
         slow_without_vnni: x86 processors without VNNI are refused: the operator runs there, many times slower than the reference.
         capability: smallest CUDA compute capability, (major, minor).
         kinds, weight_bits, activation_bits: what a layer may be.
-        channel_multiple: inputs and outputs must both be multiples of this.
-        shortest_sum: fewest products in one output element: inputs x taps.
+        kernel_size, stride: of convolutions; None for any.
+        channel_multiple, fewest_channels: inputs and outputs must both be multiples of this, and as many.
+        shortest_sum, longest_sum: fewest and most products in one output element: inputs x taps.
         needs_vnni: pairs (weight bits, activation bits) whose products overflow the 16-bit sums of x86 processors without VNNI.
         grids: of activations, as `LayerSpec.grid` has them.
         has_vnni: tries out whether this backend's operator has wider sums here. What the processor has may be switched off for
@@ -38,13 +41,18 @@ class Constraints:
     device: str
     machines: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
+    loops: bool = False
     slow_without_vnni: bool = False
     capability: tuple[int, int] | None = None
     kinds: tuple[str, ...] = ("linear", "conv2d")
     weight_bits: tuple[int, ...] = BITS
     activation_bits: tuple[int, ...] = BITS
+    kernel_size: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
     channel_multiple: int = 1
+    fewest_channels: int = 1
     shortest_sum: int = 1
+    longest_sum: int | None = None
     needs_vnni: frozenset[tuple[int, int]] = frozenset()
     grids: tuple[str, ...] = ("tensor", "token")
     has_vnni: Callable[[], bool] = lambda: True
@@ -58,6 +66,8 @@ def machine_lacks(constraints: Constraints) -> str | None:
     missing = [name for name in constraints.operators if not _has_operator(name)]
     if missing:
         return f"torch {torch.__version__} has no operator {missing[0]}"
+    if constraints.loops and (reason := compiled.unavailable()):
+        return reason
     if constraints.slow_without_vnni and machine in X86 and not torch.cpu._is_vnni_supported():
         return "the processor has no VNNI, without which this product is slower than the reference"
     if constraints.device != "cuda":
@@ -80,12 +90,21 @@ def layer_lacks(constraints: Constraints, spec: LayerSpec) -> str | None:
         bits, known = getattr(spec, f"{what}_bits"), getattr(constraints, f"{what}_bits")
         if bits not in known:
             return f"{what}s have {bits} bits, not one of {known}"
+    for what in ("kernel_size", "stride"):
+        found, wanted = getattr(spec, what), getattr(constraints, what)
+        if wanted not in (None, found):
+            return "the {} is {} x {}, not {} x {}".format(what.replace("_", " "), *found, *wanted)
+    fewest = constraints.fewest_channels
+    if min(spec.in_channels, spec.out_channels) < fewest:
+        return f"{spec.in_channels} inputs and {spec.out_channels} outputs are not both {fewest} or more"
     multiple = constraints.channel_multiple
     if spec.in_channels % multiple or spec.out_channels % multiple:
         return f"{spec.in_channels} inputs and {spec.out_channels} outputs are not both multiples of {multiple}"
     terms = spec.in_channels * spec.taps
     if terms < constraints.shortest_sum:
         return f"an output sums {terms} products, fewer than {constraints.shortest_sum}"
+    if constraints.longest_sum is not None and terms > constraints.longest_sum:
+        return f"an output sums {terms} products, more than {constraints.longest_sum}"
     if (spec.weight_bits, spec.carried_bits) in constraints.needs_vnni and not constraints.has_vnni():
         return f"W{spec.weight_bits}A{spec.activation_bits} needs a processor with VNNI"
     return None
@@ -145,6 +164,10 @@ class Backend(Protocol):
     def unsupported(self, spec: LayerSpec, device: str) -> str | None:
         """Why it cannot compute such a layer on this type of device ("cpu", "cuda", ...), None if it can."""
         return unmet(self.constraints, spec, device)
+
+    def preferred_for(self, spec: LayerSpec) -> bool:
+        """Whether it is used for such a layer here, if it can compute it and nobody asks for another."""
+        return True
 
     def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
         """Makes what it keeps in `layer.prepared` for inputs of this dtype, as the layer's first call does."""

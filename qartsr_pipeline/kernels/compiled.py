@@ -157,12 +157,12 @@ def as_numpy(x: torch.Tensor, *shape: int) -> Array:
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "qartsr")
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind: a child would wait for them
+    os.register_at_fork(after_in_child=pool.cache_clear)  # threads stay behind: a child would wait for them
 
 
 def in_threads(part: Callable[[slice], Part], rows: Array) -> list[Part]:
@@ -171,7 +171,7 @@ def in_threads(part: Callable[[slice], Part], rows: Array) -> list[Part]:
     if threads == 1 or rows.size < FEWEST_FOR_THREADS:
         return [part(slice(None))]
     step = -(-len(rows) // (threads * BLOCK)) * BLOCK  # so that sums are of the same rows with any number of threads
-    return list(_pool(threads).map(part, (slice(start, start + step) for start in range(0, len(rows), step))))
+    return list(pool(threads).map(part, (slice(start, start + step) for start in range(0, len(rows), step))))
 
 
 def _quantize(x: torch.Tensor, multiplier: torch.Tensor, low: int, high: int, offset: int, codes: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from qartsr_pipeline.kernels.int_mm import IntMM
 from qartsr_pipeline.kernels.reference import Reference
 from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.triton.backend import Triton
+from qartsr_pipeline.kernels.winograd import Winograd
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +28,9 @@ BACKEND_VARIABLE = "QARTSR_BACKEND"
 REFERENCE = Reference()
 
 # In order of preference, the fastest first.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OneDNN(), IntMM(), Triton(), FloatProduct(), REFERENCE)}
-
-ONLY_WHEN_ASKED_FOR = {"triton"}  # until its kernels have run on a GPU, which `benchmarks/triton_gpu_check.py` is for
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Winograd(), OneDNN(), IntMM(), Triton(), FloatProduct(), REFERENCE)
+}
 
 _forced: ContextVar[str | None] = ContextVar("qartsr_backend", default=None)
 _numbers = itertools.count()
@@ -102,7 +103,7 @@ def _choose(spec: LayerSpec, device: str, forced: str | None) -> str:
     """The name of the backend; see `choose_backend`. Errors are not remembered: the next call asks again."""
     reasons: dict[str, str] = {}
     for name, backend in BACKENDS.items():
-        if forced != name if forced else name in ONLY_WHEN_ASKED_FOR:
+        if forced != name if forced else not backend.preferred_for(spec):
             continue
         reason = backend.unavailable() or backend.unsupported(spec, device)
         if reason is None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qartsr_pipeline.kernels.backend import Backend, Constraints, NormFusion
-from qartsr_pipeline.kernels.stored_layer import StoredLayer
+from qartsr_pipeline.kernels.stored_layer import LayerSpec, StoredLayer
 from qartsr_pipeline.kernels.triton import interpreted
 
 COMPILED = (Constraints(device="cuda", capability=(8, 0)),)
@@ -36,6 +36,9 @@ class Triton(Backend, NormFusion):
 
     def unavailable(self) -> str | None:
         return "the package triton is not installed" if find_spec("triton") is None else super().unavailable()
+
+    def preferred_for(self, spec: LayerSpec) -> bool:
+        return False  # until its kernels have run on a GPU, which `benchmarks/triton_gpu_check.py` is for
 
     def prepare(self, layer: StoredLayer, dtype: torch.dtype) -> None:
         from qartsr_pipeline.kernels.triton.product import product_constants
