@@ -1,4 +1,4 @@
-"""Vectors as values in what numba compiles: loops that its compiler leaves scalar are written with them, 8 or 16 numbers at a time.
+"""Vectors as values in what numba compiles, for loops that its compiler would leave scalar: 8 or 16 numbers at a time.
 
 A vector is read from and written to an address, `array.ctypes.data` plus bytes, which need not be aligned, and nothing checks it.
 Any processor can compute them: LLVM divides vectors into as many registers as it takes. On x86, `multiplied_pairs` is one
@@ -123,8 +123,8 @@ def multiplied_pairs(typing, a, b):
 
     def make(context, builder, signature, arguments):
         wide = ir.VectorType(LANE["int32"], 16)
-        products = builder.mul(*(builder.sext(one, wide) for one in arguments))
-        even, odd = (builder.shuffle_vector(products, ir.Constant(wide, ir.Undefined), _lanes(list(range(s, 16, 2)))) for s in (0, 1))
+        products, nothing = builder.mul(*(builder.sext(one, wide) for one in arguments)), ir.Constant(wide, ir.Undefined)
+        even, odd = (builder.shuffle_vector(products, nothing, _lanes(list(range(s, 16, 2)))) for s in (0, 1))
         return builder.add(even, odd)
 
     return WORDS(HALVES, HALVES), make

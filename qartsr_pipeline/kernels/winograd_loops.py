@@ -54,10 +54,11 @@ def transform_weights(codes, first, last, transformed):
     plane, step = 2 * OUTPUTS * channels, 4 * OUTPUTS
     for block in range(first, last):
         rows = codes.ctypes.data + min(OUTPUTS * block, outputs - OUTPUTS) * 9 * channels
+        of_block = transformed.ctypes.data + POSITIONS * block * plane
         for start in range(0, channels, 16):
             c = min(start, channels - 16)  # the last ones may be written twice
             for n in range(OUTPUTS):
-                at, to = rows + 9 * channels * n + c, transformed.ctypes.data + POSITIONS * block * plane + 2 * OUTPUTS * c + 4 * n
+                at, to = rows + 9 * channels * n + c, of_block + 2 * OUTPUTS * c + 4 * n
                 left = column(at, channels)
                 middle = column(at + channels, channels)
                 right = column(at + 2 * channels, channels)
