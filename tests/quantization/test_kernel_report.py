@@ -39,6 +39,7 @@ def test_the_summary_shows_layers_on_slower_kernels(vae, monkeypatch):
     count = len(describe_model("vae", vae).layers)
     monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
     monkeypatch.setattr(OneDNN, "constraints", tuple(replace(one, has_vnni=lambda: False) for one in OneDNN.constraints))
+    monkeypatch.setattr(BACKENDS["winograd"].__class__, "preferred_for", lambda self, spec: False)  # it needs numba
     dispatch._choose.cache_clear()
     try:
         assert kernel_summary(vae, device="cpu") == f"{count - 2} layers onednn, 2 float"
