@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 ROUNDING = ("nearest", "patches")
+ROUNDING_INPUTS = ("full_precision", "quantized")
 BOUNDS = ("minmax", "percentile", "mse")
 SMOOTHING = ("none", "ones", "search")
 OFFSETS = ("none", "zero", "mean", "centre")
@@ -54,6 +55,8 @@ class Layer:
             the residual weight as it is, as far as this rank goes, when a branch is fitted; 0 for none.
         rounding: of weights, when parameters are set: "nearest", or "patches": errors of taps and channels make up for each other
             on patches of the layer's input; the adapter holds the difference.
+        rounding_inputs: of these patches: "full_precision", or "quantized": at 2 and 3 bits of activations, weights are rounded
+            once more, in running order, on what comes out of the quantized layers before.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
         rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix. With "token" it goes
@@ -80,6 +83,7 @@ class Layer:
     residual: bool = False
     adapter_rank: int = 0
     rounding: str = "nearest"
+    rounding_inputs: str = "full_precision"
     bounds: str = "minmax"
     percentile: float = 99.9
     rotation: str = "none"
@@ -93,6 +97,7 @@ class Layer:
         one_of("layer.smoothing", self.smoothing, SMOOTHING)
         one_of("layer.offset", self.offset, OFFSETS)
         one_of("layer.rounding", self.rounding, ROUNDING)
+        one_of("layer.rounding_inputs", self.rounding_inputs, ROUNDING_INPUTS)
         one_of("layer.bounds", self.bounds, BOUNDS)
         one_of("layer.rotation", self.rotation, ROTATIONS)
         if self.rotation == "online" and self.activations != "token":

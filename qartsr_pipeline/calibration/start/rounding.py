@@ -20,7 +20,7 @@ from torch import nn
 
 from qartsr_pipeline.arithmetic.affine import affine_parameters, code_range
 from qartsr_pipeline.calibration.start.branches import merge
-from qartsr_pipeline.calibration.start.observers import row_bounds
+from qartsr_pipeline.calibration.start.observers import as_rows, row_bounds
 from qartsr_pipeline.quantization.calibrating import CalibratingMixin
 
 RIDGE = 0.01  # of the mean square of the inputs
@@ -59,9 +59,10 @@ class Patches:
 
     Args:
         inputs: (B, C, h, w) windows of a convolution's input, or (positions, C).
+        shift: (B, N, h', w') or (positions, N): what is wanted of outputs, beyond what the original weight gives for ``inputs``.
     """
 
-    def __init__(self, layer: CalibratingMixin, inputs: torch.Tensor):
+    def __init__(self, layer: CalibratingMixin, inputs: torch.Tensor, shift: torch.Tensor | None = None):
         over = layer.smooth.view(1, -1, 1, 1) if inputs.dim() == 4 else layer.smooth
         held = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == HELD_OUT - 1
         quantized = layer.quantized_input(inputs, over)
@@ -69,12 +70,14 @@ class Patches:
         full = inputs * over
         full = layer.transform_rows(full) if inputs.dim() == 2 else full
         self.lost = patches_of(layer, full[~held]) - self.quantized  # by quantizing them
+        self.shift = None if shift is None else as_rows(shift[~held])
         self._held = patches_of(layer, full[held]), patches_of(layer, quantized[held])
+        self._held_shift = 0.0 if shift is None else as_rows(shift[held])
 
     def error(self, layer: CalibratingMixin, beside: torch.Tensor) -> float:
         """Squared error of the layer's output on what is held out; ``beside``: M, (N, K), as the quantizer sees it."""
         full, quantized = self._held
-        difference = full @ beside.T - quantized @ layer.qweight.flatten(1).T
+        difference = full @ beside.T - quantized @ layer.qweight.flatten(1).T + self._held_shift
         if layer.bias is not None:
             difference -= layer.bias_change
         return float(difference.square().sum())
@@ -82,21 +85,22 @@ class Patches:
     def mean_error(self, layer: CalibratingMixin, beside: torch.Tensor) -> torch.Tensor:
         """(N,) of each output, on what is not held out; ``beside``: M, (N, K)."""
         quantized = self.quantized.mean(0)
-        return beside @ (quantized + self.lost.mean(0)) - layer.qweight.flatten(1) @ quantized
+        error = beside @ (quantized + self.lost.mean(0)) - layer.qweight.flatten(1) @ quantized
+        return error if self.shift is None else error + self.shift.mean(0)
 
 
 @torch.no_grad()
-def round_together(layer: CalibratingMixin, inputs: torch.Tensor) -> bool:
+def round_together(layer: CalibratingMixin, inputs: torch.Tensor, shift: torch.Tensor | None = None) -> bool:
     """Sets what is merged into the weight, its bounds, and the bias, of a layer set up otherwise, unless the error grows.
 
     Args:
         layer: with something merged into its weight, and fewer than 16 bits for it.
-        inputs: as for `Patches`.
+        inputs, shift: as for `Patches`.
 
     Returns:
         Whether it was kept.
     """
-    patches = Patches(layer, inputs)
+    patches = Patches(layer, inputs, shift)
     over_inputs = layer.smooth.view(1, -1, *[1] * (layer.weight.dim() - 2))
     beside = layer.weight.float() / over_inputs
     if layer.has_branch:
@@ -130,8 +134,11 @@ def _rounded_whole(layer: CalibratingMixin, matrix: torch.Tensor, patches: Patch
     hessian.diagonal().add_(ridge)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     wanted = matrix
-    if layer.layer_scheme.activation_bits <= COARSE:
-        wanted = matrix + matrix @ (patches.lost.T @ patches.quantized) @ inverse
+    if layer.layer_scheme.activation_bits <= COARSE or patches.shift is not None:
+        products = matrix @ (patches.lost.T @ patches.quantized)
+        if patches.shift is not None:
+            products += patches.shift.T @ patches.quantized
+        wanted = matrix + products @ inverse
     _set_bounds(layer, wanted, hessian.diagonal())
     return _rounded(layer, wanted, inverse)
 
@@ -144,10 +151,13 @@ def _rounded_in_groups(layer: CalibratingMixin, matrix: torch.Tensor, patches: P
     energy = inputs.square().sum(0)
     ridge = RIDGE * energy.mean().clamp(min=1e-12)
     wanted = matrix
-    if layer.layer_scheme.activation_bits <= COARSE:  # the regression of `_rounded_whole`, solved among patches
-        between = inputs @ inputs.T
+    if layer.layer_scheme.activation_bits <= COARSE or patches.shift is not None:
+        between = inputs @ inputs.T  # the regression of `_rounded_whole`, solved among patches
         between.diagonal().add_(ridge)
-        wanted = matrix + torch.linalg.solve(between, patches.lost @ matrix.T).T @ inputs
+        change = patches.lost @ matrix.T
+        if patches.shift is not None:
+            change += patches.shift
+        wanted = matrix + torch.linalg.solve(between, change).T @ inputs
     _set_bounds(layer, wanted, energy + ridge)
     rounded, error = torch.empty_like(wanted), inputs.new_zeros(len(inputs), len(wanted))
     for columns in energy.argsort(descending=True).split(GROUP):

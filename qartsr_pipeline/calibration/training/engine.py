@@ -18,9 +18,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from qartsr_pipeline.calibration.recipe import Recipe, check_quantizes
+from qartsr_pipeline.calibration.start.forward_order import round_on_quantized_inputs
 from qartsr_pipeline.calibration.start.initialise import Initialisation, initialise, relative_output_error
 from qartsr_pipeline.calibration.start.observers import InputSample
 from qartsr_pipeline.calibration.start.other_grids import layer_kinds
+from qartsr_pipeline.calibration.start.rounding import COARSE
 from qartsr_pipeline.calibration.start.schemes import fold_and_make_schemes, give_bits, give_ranks, observe_full_precision
 from qartsr_pipeline.calibration.start.warm_start import record_of_folder, start_from_folder
 from qartsr_pipeline.calibration.training.blocks import recomputed
@@ -116,6 +118,9 @@ def begin(context: CalibrationContext, state: StateFile = NO_STATE, start: Path 
             start_from_folder(start, layers, samples, options)
         elif start:
             load_parameters(start, layers, identity["weights"])
+        elif recipe.layer.rounding == "patches" and recipe.layer.rounding_inputs == "quantized" and context.bits[1] <= COARSE:
+            for name in round_on_quantized_inputs(context, layers):
+                run.training.result.errors_before[name] = relative_output_error(layers[name], samples[name])
         run.training.save()
     workers.as_first(quantization_parameters(run.training.layers).values())
     return run
