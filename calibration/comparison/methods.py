@@ -105,9 +105,9 @@ def _made_equal(name: str) -> tuple[str, Recipe]:
         return f"{other.method}, bits of {main.method}", replace(other, budget=replace(main.budget, branch=None))
     label = svdquant.method
     if name in (AFFINE, AFFINE_SAME_BUDGET):
-        label, svdquant = f"{label}, all codes, clipped", _with_layer(svdquant, group_grid="affine")
+        label, svdquant = f"{label}, affine grid", _with_layer(svdquant, group_grid="affine")
     if name in (SAME_BUDGET, AFFINE_SAME_BUDGET):
-        label = f"{label}, branches as dear as those of {main.method}"
+        label = f"{label}, equal cost"
         svdquant = _with_layer(svdquant, branch_rank=main.layer.branch_rank, branch_budget=main.budget.branch or 0.0)
     return label, svdquant
 
