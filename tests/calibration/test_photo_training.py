@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from calibration.teacher import timestep_from_scratch
 from calibration.teacher import train as teacher
 from calibration.teacher.make_pairs import write_pairs
 from calibration.teacher.perceptual.distilled_pairs import DistilledPairs
-from calibration.teacher.perceptual.losses import DISCRIMINATORS, Adversary, discriminator_loss, generator_loss
+from calibration.teacher.perceptual.losses import DISCRIMINATORS, Adversary, PhotoLosses, discriminator_loss, generator_loss
 from calibration.teacher.perceptual.settings import DISCRIMINATORS as DISCRIMINATOR_NAMES
 from calibration.teacher.perceptual.settings import PhotoSettings
 from qartsr_pipeline import QArtSRPipeline
@@ -139,9 +140,23 @@ def test_weights_that_cannot_be_meant_are_refused():
         ({"l1": 0.0, "lpips": 0.0}, "one must be above 0"),
         ({"lpips": 0.0, "adversarial": -1.0}, "none may be negative"),
         ({"lpips": 0.0, "distilled_share": 2.0}, "--distilled-share"),
+        ({"lpips": 0.0, "lpips_alex": 1.0}, "--alex"),
     ):
         with pytest.raises(ValueError, match=message):
             PhotoSettings(**settings)
+
+
+def test_terms_in_turn_add_up_to_the_same(backbones, own_weights):
+    """Over two steps, and in their gradient; each step leaves one of the two out."""
+    files = {"backbone": str(backbones / "vgg16.safetensors"), "alex": str(backbones / "alexnet-owt.safetensors")}
+    together = PhotoSettings(l1=0.5, lpips=1.0, lpips_alex=0.7, dists=0.3, **files)
+    in_turn = PhotoLosses(replace(together, in_turn=True))
+    image, high = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in (0, 1))
+    image.requires_grad_()
+    losses = [in_turn(image, high, 2, step) for step in (0, 1)] + [2 * PhotoLosses(together)(image, high, 2)]
+    first, second, both = (torch.autograd.grad(loss, image)[0] for loss in losses)
+    assert (losses[0] + losses[1]).item() == pytest.approx(losses[2].item(), rel=1e-5)
+    assert torch.allclose(first + second, both, atol=1e-6) and not torch.allclose(2 * first, both, atol=1e-4 * both.abs().max())
 
 
 def test_stopped_and_resumed_is_bit_identical_to_uninterrupted(trained, photographs, distilled, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from calibration.teacher.perceptual.settings import PhotoSettings
+from calibration.teacher.perceptual.settings import TERMS, PhotoSettings
 from qartsr_pipeline.calibration.perceptual import Dists, Lpips
 
 SLOPE = 0.2  # of the discriminators' LeakyReLU
@@ -147,26 +147,35 @@ class PhotoLosses:
     def __init__(self, settings: PhotoSettings, seed: int = 0, device: torch.device | str = "cpu"):
         self.settings = settings
         self.lpips = Lpips("vgg", settings.backbone, settings.stages).to(device) if settings.lpips else None
+        self.lpips_alex = Lpips("alex", settings.alex).to(device) if settings.lpips_alex else None
         self.dists = Dists(settings.backbone).to(device) if settings.dists else None
         self.adversary = Adversary(settings, seed, device) if settings.adversarial else None
         self.smooth: dict[str, float] = {}
 
-    def __call__(self, image: torch.Tensor, high: torch.Tensor, photographs: int) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor, high: torch.Tensor, photographs: int, step: int = 0) -> torch.Tensor:
         """The loss of one batch, a scalar.
 
         Args:
             image, high: the model's output and its target, (B, 3, P, P) in [-1, 1].
             photographs: so many targets, the first, are photographs; the others are another upscaler's images.
+            step: decides, with `PhotoSettings.in_turn`, which of the two terms that look through VGG16 has its turn.
         """
         settings = self.settings
-        terms = {"l1": F.l1_loss(image, high)}
+        weights = {name: getattr(settings, name) for name in TERMS}
+        looking: dict[str, nn.Module] = {}
         if self.lpips:
-            terms["lpips"] = self.lpips(image, high)
+            looking["lpips"] = self.lpips
         if self.dists:
-            terms["dists"] = self.dists(image, high)
+            looking["dists"] = self.dists
+        if settings.in_turn and len(looking) == 2:
+            turn = ("lpips", "dists")[step % 2]
+            looking, weights[turn] = {turn: looking[turn]}, 2 * weights[turn]
+        if self.lpips_alex:
+            looking["lpips_alex"] = self.lpips_alex
+        terms = {"l1": F.l1_loss(image, high)} | {name: distance(image, high) for name, distance in looking.items()}
         if self.adversary and photographs:
             terms["adversarial"] = self.adversary.verdict_loss(image[:photographs])
         for name, value in terms.items():
             number = float(value.detach())
             self.smooth[name] = 0.98 * self.smooth.get(name, number) + 0.02 * number
-        return sum(getattr(settings, name) * value for name, value in terms.items())
+        return sum(weights[name] * value for name, value in terms.items())

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 PHOTO = "photo"  # the phase's name
+TERMS = ("l1", "lpips", "lpips_alex", "dists", "adversarial")
 DISCRIMINATORS = ("patch", "unet")  # the keys of `losses.DISCRIMINATORS`
 
 
@@ -14,9 +15,10 @@ class PhotoSettings:
     """Weights of the terms, and where they come from. A term of weight 0 is not computed.
 
     Attributes:
-        l1, lpips, dists, adversarial: weights; images are in [-1, 1].
+        l1, lpips, lpips_alex, dists, adversarial: weights; images are in [-1, 1].
+        in_turn: LPIPS (VGG16) and DISTS, three quarters of a step's time, take turns, each with twice its weight.
         backbone: file of VGG16's features, for LPIPS and DISTS; see `qartsr_pipeline.calibration.perceptual`.
-        alex: file of AlexNet's features: validation reports LPIPS (Alex) where it is given.
+        alex: file of AlexNet's features, for ``lpips_alex``; validation reports LPIPS (Alex) where it is given.
         stages: of VGG16 that LPIPS looks at, 1 to 5.
         discriminator: a name in `DISCRIMINATORS`. discriminator_lr: its constant learning rate.
         distilled: folder of pairs with another upscaler's outputs; see `distilled_pairs`.
@@ -25,8 +27,10 @@ class PhotoSettings:
 
     l1: float = 1.0
     lpips: float = 1.0
+    lpips_alex: float = 0.0
     dists: float = 0.0
     adversarial: float = 0.0
+    in_turn: bool = False
     backbone: str | None = None
     alex: str | None = None
     stages: int = 4
@@ -36,7 +40,7 @@ class PhotoSettings:
     distilled_share: float = 0.25
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("l1", "lpips", "dists", "adversarial")}
+        weights = {name: getattr(self, name) for name in TERMS}
         if min(weights.values()) < 0 or not any(weights.values()):
             shown = ", ".join(f"{name} {value:g}" for name, value in weights.items())
             raise ValueError(f"weights of the photo phase's losses ({shown}): none may be negative, one must be above 0")
@@ -44,6 +48,10 @@ class PhotoSettings:
             raise ValueError(
                 "LPIPS and DISTS look through VGG16: give its features with --backbone FILE.safetensors, or set --lpips 0"
                 " --dists 0"
+            )
+        if self.lpips_alex and not self.alex:
+            raise ValueError(
+                "LPIPS (Alex) as a term of the loss needs AlexNet's features: --alex FILE.safetensors, or --lpips-alex 0"
             )
         if not 0 <= self.distilled_share <= 1 or not 1 <= self.stages <= 5:
             raise ValueError("--distilled-share must be from 0 to 1, --stages from 1 to 5")
@@ -55,11 +63,14 @@ def add_photo_arguments(parser: argparse.ArgumentParser) -> None:
         "phase photo", "everything trains, on weighted L1 + LPIPS (VGG) + DISTS + the verdict of a discriminator"
     )
     for name, text in (
-        ("l1", "absolute difference"), ("lpips", "LPIPS, VGG16"), ("dists", "DISTS"), ("adversarial", "discriminator's verdict")
+        ("l1", "absolute difference"), ("lpips", "LPIPS, VGG16"), ("lpips_alex", "LPIPS, AlexNet"), ("dists", "DISTS"),
+        ("adversarial", "discriminator's verdict"),
     ):  # fmt: skip
         default = getattr(PhotoSettings, name)
         text = f"of the {text} (default: {default:g})"
-        group.add_argument(f"--{name}", type=float, default=default, metavar="WEIGHT", help=text)
+        group.add_argument(f"--{name.replace('_', '-')}", type=float, default=default, metavar="WEIGHT", help=text)
+    text = "LPIPS (VGG16) and DISTS take turns, each with twice its weight: a step takes a third less time"
+    group.add_argument("--in-turn", action="store_true", help=text)
     group.add_argument("--backbone", metavar="FILE", help="VGG16's features as .safetensors, in torchvision's names")
     group.add_argument("--alex", metavar="FILE", help="AlexNet's: validations then report LPIPS (Alex)")
     group.add_argument("--stages", type=int, default=PhotoSettings.stages, help="of VGG16 for LPIPS (default: %(default)s)")

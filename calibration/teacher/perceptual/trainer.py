@@ -80,7 +80,7 @@ class PhotoTrainer(Trainer):
         if phase.name != PHOTO:
             return super()._loss(phase, up, high)
         image = self.model(up).float()
-        loss = self.losses(image, high, self._photographs)
+        loss = self.losses(image, high, self._photographs, self.step)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"{self._diverged(float(loss.detach()))}; its terms: {self._terms()}")
         self._seen = high[: self._photographs], image[: self._photographs].detach()
