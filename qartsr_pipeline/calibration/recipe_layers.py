@@ -55,8 +55,8 @@ class Layer:
             the residual weight as it is, as far as this rank goes, when a branch is fitted; 0 for none.
         rounding: of weights, when parameters are set: "nearest", or "patches": errors of taps and channels make up for each other
             on patches of the layer's input; the adapter holds the difference.
-        rounding_inputs: of these patches: "full_precision", or "quantized": at 2 and 3 bits of activations, weights are rounded
-            once more, in running order, on what comes out of the quantized layers before.
+        rounding_inputs: of these patches: "full_precision", or "quantized": in runs whose activations have 2 or 3 bits,
+            weights are rounded once more, in running order, on what comes out of the quantized layers before.
         bounds: "minmax", "percentile" (of inputs) or "mse" (least squared error).
         percentile: share of input values inside the bounds, for "percentile".
         rotation: "none", or "hadamard": inputs and weights are rotated by a block-diagonal Hadamard matrix. With "token" it goes

@@ -3,6 +3,8 @@
 A vector is read from and written to an address, `array.ctypes.data` plus bytes, which need not be aligned, and nothing checks it.
 Any processor can compute them: LLVM divides vectors into as many registers as it takes. On x86, `multiplied_pairs` is one
 instruction (pmaddwd) where there is AVX2.
+
+numba keeps compiled loops by the file that they stand in: after a change here, change `winograd_loops`, too, or remove its cache.
 """
 
 from __future__ import annotations

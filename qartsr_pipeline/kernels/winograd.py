@@ -53,7 +53,7 @@ def _make_codes(layer: StoredLayer, dtype: torch.dtype) -> Codes:
         int(layer.input_zero_point),
         prepare_branch(layer, dtype),
         weight_bytes(layer).permute(0, 2, 3, 1).contiguous(),
-        layer.weight_scale * layer.input_scale / GAIN,
+        (layer.weight_scale * layer.input_scale / GAIN).float(),
         torch.zeros(layer.spec.out_channels) if layer.bias is None else layer.bias.detach().float(),
     )
 
@@ -83,13 +83,22 @@ class Winograd(OnCPU[Codes]):
         ),
     )
 
+    def unavailable(self) -> str | None:
+        reason = super().unavailable()
+        if reason is None:
+            try:
+                _loops()
+            except Exception as error:  # numba's ways of saying that it knows less than these loops need are many
+                reason = f"numba cannot compile its loops: {error}"
+        return reason
+
     def preferred_for(self, spec: LayerSpec) -> bool:
         """What `float` would compute otherwise, and, without VNNI, narrow layers of few bits: there it takes 0.7 of the time of
         oneDNN's bytes (64 channels, 128 x 128 pixels), and as long at 320 channels (32 x 32), but four times as long at 1280 (8 x
         8), where most of it is to transform the weights.
         """
         onednn = OneDNN()
-        if self.unsupported(spec, "cpu"):
+        if self.unavailable() or self.unsupported(spec, "cpu"):
             return False
         if onednn.unavailable() or onednn.unsupported(spec, "cpu"):
             return True
@@ -147,7 +156,7 @@ def _in_threads(part: Callable[[int, int], None], count: int) -> None:
     if step == count:
         return part(0, count)
     starts = range(0, count, step)
-    list(compiled.pool(len(starts)).map(part, starts, (min(start + step, count) for start in starts)))
+    list(compiled.pool(torch.get_num_threads()).map(part, starts, (min(start + step, count) for start in starts)))
 
 
 compiled.library.define(

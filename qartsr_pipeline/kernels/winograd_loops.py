@@ -196,7 +196,8 @@ def convolve(x, zero, weight, scale, bias, padding, blank, first, last, columns,
     height, length = x.shape
     channels, in_row = tiles.shape[2], (out.shape[1] + 1) // 2
     line, plane = 2 * columns.shape[1], 2 * CHUNK * channels
-    codes, empty, lines, zeros = x.ctypes.data, blank.ctypes.data, columns.ctypes.data, repeated_half(np.int16(zero))
+    codes, empty, lines = np.intp(x.ctypes.data), np.intp(blank.ctypes.data), np.intp(columns.ctypes.data)
+    zeros = repeated_half(np.int16(zero))
     filled = 0
     for tile_row in range(first, last):
         y = 2 * tile_row - padding[0]

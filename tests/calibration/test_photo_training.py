@@ -141,6 +141,7 @@ def test_weights_that_cannot_be_meant_are_refused():
         ({"lpips": 0.0, "adversarial": -1.0}, "none may be negative"),
         ({"lpips": 0.0, "distilled_share": 2.0}, "--distilled-share"),
         ({"lpips": 0.0, "lpips_alex": 1.0}, "--alex"),
+        ({"lpips": 0.0, "in_turn": True}, "--in-turn"),
     ):
         with pytest.raises(ValueError, match=message):
             PhotoSettings(**settings)

@@ -49,6 +49,8 @@ class PhotoSettings:
                 "LPIPS and DISTS look through VGG16: give its features with --backbone FILE.safetensors, or set --lpips 0"
                 " --dists 0"
             )
+        if self.in_turn and not (self.lpips and self.dists):
+            raise ValueError("--in-turn is for LPIPS and DISTS together: give both a weight, or leave it out")
         if self.lpips_alex and not self.alex:
             raise ValueError(
                 "LPIPS (Alex) as a term of the loss needs AlexNet's features: --alex FILE.safetensors, or --lpips-alex 0"

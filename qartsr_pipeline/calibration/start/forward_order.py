@@ -70,6 +70,10 @@ def round_in_forward_order(
         own = layer.forward
 
         def forward(x: torch.Tensor) -> torch.Tensor:
+            if len(x) % (2 * len(batch)):
+                raise ValueError(
+                    f"{name} sees {len(x)} inputs where {2 * len(batch)} images run: set layer.rounding_inputs=full_precision"
+                )
             full, quantized = x.chunk(2)
             layer.quantizing = False
             wanted = own(full)
