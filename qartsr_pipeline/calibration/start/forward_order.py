@@ -126,8 +126,8 @@ def patches_with_outputs(
         for _ in range(WINDOWS):
             (top, top_out), (left, left_out) = (axis.place(generator) for axis in axes)
             cut.append((x[image, :, top, left], y[image, :, top_out, left_out]))
-    windows, outputs = zip(*cut, strict=True)
-    return torch.stack(windows), torch.stack(outputs)
+    windows, wanted = zip(*cut, strict=True)
+    return torch.stack(windows), torch.stack(wanted)
 
 
 @dataclass(frozen=True)
