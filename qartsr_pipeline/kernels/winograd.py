@@ -98,12 +98,11 @@ class Winograd(OnCPU[Codes]):
         8), where most of it is to transform the weights.
         """
         onednn = OneDNN()
-        if self.unavailable() or self.unsupported(spec, "cpu"):
-            return False
-        if onednn.unavailable() or onednn.unsupported(spec, "cpu"):
-            return True
-        widest = max(spec.in_channels, spec.out_channels)
-        return widest <= WIDEST_OF_FEW_BITS and not all(one.has_vnni() for one in OneDNN.constraints)
+        if not (onednn.unavailable() or onednn.unsupported(spec, "cpu")):
+            widest = max(spec.in_channels, spec.out_channels)
+            if widest > WIDEST_OF_FEW_BITS or all(one.has_vnni() for one in OneDNN.constraints):
+                return False
+        return not (self.unsupported(spec, "cpu") or self.unavailable())  # the last imports the loops
 
     def ready(self, layer: StoredLayer, dtype: torch.dtype, pixels: int | None = None) -> Codes:
         computed = dtype_on_cpu(dtype)

@@ -146,9 +146,13 @@ class PhotoLosses:
 
     def __init__(self, settings: PhotoSettings, seed: int = 0, device: torch.device | str = "cpu"):
         self.settings = settings
-        self.lpips = Lpips("vgg", settings.backbone, settings.stages).to(device) if settings.lpips else None
-        self.lpips_alex = Lpips("alex", settings.alex).to(device) if settings.lpips_alex else None
-        self.dists = Dists(settings.backbone).to(device) if settings.dists else None
+        self.distances: dict[str, nn.Module] = {}
+        if settings.lpips:
+            self.distances["lpips"] = Lpips("vgg", settings.backbone, settings.stages).to(device)
+        if settings.dists:
+            self.distances["dists"] = Dists(settings.backbone).to(device)
+        if settings.lpips_alex:
+            self.distances["lpips_alex"] = Lpips("alex", settings.alex).to(device)
         self.adversary = Adversary(settings, seed, device) if settings.adversarial else None
         self.smooth: dict[str, float] = {}
 
@@ -162,17 +166,11 @@ class PhotoLosses:
         """
         settings = self.settings
         weights = {name: getattr(settings, name) for name in TERMS}
-        looking: dict[str, nn.Module] = {}
-        if self.lpips:
-            looking["lpips"] = self.lpips
-        if self.dists:
-            looking["dists"] = self.dists
-        if settings.in_turn and len(looking) == 2:
-            turn = ("lpips", "dists")[step % 2]
-            looking, weights[turn] = {turn: looking[turn]}, 2 * weights[turn]
-        if self.lpips_alex:
-            looking["lpips_alex"] = self.lpips_alex
-        terms = {"l1": F.l1_loss(image, high)} | {name: distance(image, high) for name, distance in looking.items()}
+        if settings.in_turn:
+            turn, rests = ("lpips", "dists") if step % 2 == 0 else ("dists", "lpips")
+            weights[turn], weights[rests] = 2 * weights[turn], 0.0
+        terms = {"l1": F.l1_loss(image, high)}
+        terms |= {name: distance(image, high) for name, distance in self.distances.items() if weights[name]}
         if self.adversary and photographs:
             terms["adversarial"] = self.adversary.verdict_loss(image[:photographs])
         for name, value in terms.items():
